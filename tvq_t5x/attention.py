@@ -1,0 +1,181 @@
+"""VQ attention: exact softmax attention over quantized keys in time linear in T.
+
+A query of a block attends to three groups of keys under one softmax: the present block, the window
+of M positions before it, and the compressed cache of everything older (paper, section 3.2-3.3).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvq_t5x.cache import AttentionState, CompressedCache, caches_before_blocks, merge, summarize
+from tvq_t5x.config import Reduction, Remat, TransformerConfig
+from tvq_t5x.positions import relative_shift, window_mask
+
+MASKED = -1e30
+
+
+class Queries(NamedTuple):
+  """Queries with the learned biases of their two kinds of score, [B, T, N, G, K]."""
+
+  content: jax.Array  # q + u, scored against keys.
+  position: jax.Array  # q + w, scored against distances.
+
+
+class Keys(NamedTuple):
+  """Quantized keys of a segment and what belongs to them."""
+
+  quantized: jax.Array  # [B, T, N, K], straight-through gradient
+  codes: jax.Array  # [B, T, N] int32
+  values: jax.Array  # [B, T, N, V]
+
+
+class _Blocks(NamedTuple):
+  """Everything that the queries of R blocks attend to."""
+
+  queries: Queries  # [B, R, L, N, G, K]
+  present_keys: jax.Array  # [B, R, L, N, K]
+  present_values: jax.Array  # [B, R, L, N, V]
+  window_keys: jax.Array  # [B, R, M, N, K]
+  window_values: jax.Array  # [B, R, M, N, V]
+  num_empty: jax.Array  # [B, R] int32, window slots never filled
+  cache: CompressedCache  # [B, R, N, S], [B, R, N, S, V]
+
+
+def vq_attention(
+  queries: Queries,
+  keys: Keys,
+  distances: jax.Array,
+  codebook: jax.Array,
+  state: AttentionState,
+  position: jax.Array,
+  config: TransformerConfig,
+) -> tuple[jax.Array, AttentionState]:
+  """Attends from every position of a segment to all positions up to it.
+
+  Args:
+    queries: of the segment, [B, T, N, G, K].
+    keys: of the segment, with codes [B, T, N] and values [B, T, N, V].
+    distances: [M + 1, N, K], projected sinusoids; row d scores keys at distance d.
+    codebook: [N, S, K] without gradient.
+    state: of the positions before the segment.
+    position: [B] int32, how many those are.
+    config: for L, M, S, the reduction and the two cache switches.
+
+  Returns:
+    The values [B, T, N, G, V] averaged with softmax weights, and the state after the segment.
+  """
+  c = config
+  length = keys.codes.shape[1]
+  num_blocks = c.num_blocks(length)
+  block_len = length // num_blocks
+
+  def to_blocks(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], num_blocks, block_len, *x.shape[2:])
+
+  def hold(x):
+    return x if c.grad_through_cache else jax.lax.stop_gradient(x)
+
+  # [B, M + T, N(, K or V)]: the first T of them leave the window, the last M are the next window.
+  all_codes = jnp.concatenate([state.codes, keys.codes], axis=1)
+  all_keys = jnp.concatenate([state.keys, keys.quantized], axis=1)
+  all_values = jnp.concatenate([state.values, keys.values], axis=1)
+  evicted = summarize(
+    to_blocks(all_codes[:, :length]), to_blocks(hold(all_values[:, :length])), c.num_codes
+  )
+  blocks = _Blocks(
+    queries=jax.tree.map(to_blocks, queries),
+    present_keys=to_blocks(keys.quantized),
+    present_values=to_blocks(keys.values),
+    window_keys=hold(_windows(all_keys, num_blocks, block_len)),
+    window_values=hold(_windows(all_values, num_blocks, block_len)),
+    num_empty=jnp.maximum(
+      c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0
+    ),
+    cache=evicted,
+  )
+
+  def attend(x: _Blocks) -> jax.Array:
+    return _attend(x, distances, codebook, c)
+
+  if c.remat == Remat.ATTENTION:
+    attend = jax.checkpoint(attend)
+  if c.reduction == Reduction.SERIAL:
+    out, cache = _scan_blocks(attend, blocks, state.cache)
+  else:
+    before, cache = caches_before_blocks(state.cache, evicted, c.reduction)
+    out = attend(blocks._replace(cache=before))
+  new_state = hold(
+    AttentionState(all_codes[:, length:], all_keys[:, length:], all_values[:, length:], cache)
+  )
+  return out.reshape(out.shape[0], length, *out.shape[3:]), new_state
+
+
+def log_counts(counts: jax.Array) -> jax.Array:
+  """What a code's count adds to its score; a code without keys is masked. Any shape."""
+  return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1.0)), MASKED)
+
+
+def _windows(x: jax.Array, num_blocks: int, block_len: int) -> jax.Array:
+  """The M positions before each block: [B, M + T, ...] to [B, R, M, ...]."""
+  window_len = x.shape[1] - num_blocks * block_len
+  if num_blocks == 1:
+    return x[:, None, :window_len]
+  num_chunks = -(-window_len // block_len)
+  chunks = x[:, : (num_blocks + num_chunks - 1) * block_len]
+  chunks = chunks.reshape(x.shape[0], -1, block_len, *x.shape[2:])
+  windows = [chunks[:, i : i + num_blocks] for i in range(num_chunks)]
+  return jnp.concatenate(windows, axis=2)[:, :, :window_len]
+
+
+def _scan_blocks(attend, blocks: _Blocks, cache: CompressedCache):
+  """Attends block after block; returns the outputs [B, R, L, N, G, V] and the last cache."""
+
+  def step(cache, block):
+    evicted = jax.tree.map(lambda x: x[:, 0], block.cache)
+    seen = block._replace(cache=jax.tree.map(lambda x: x[:, None], cache))
+    return merge(cache, evicted), attend(seen)[:, 0]
+
+  by_block = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], blocks)
+  cache, out = jax.lax.scan(step, cache, by_block)
+  return jnp.moveaxis(out, 0, 1), cache
+
+
+def _attend(x: _Blocks, distances: jax.Array, codebook: jax.Array, c: TransformerConfig):
+  """One softmax over window, present block and cache: [B, R, L, N, G, V]."""
+  dtype = x.present_values.dtype
+  block_len, window_len = x.present_keys.shape[2], x.window_keys.shape[2]
+  f32 = {'preferred_element_type': jnp.float32}
+
+  nearness = jnp.einsum('BRLNGK,ENK->BRNGLE', x.queries.position, distances[::-1], **f32)
+  nearness = relative_shift(nearness, window_len + block_len)
+  keep = window_mask(block_len, window_len, x.num_empty, within_window=not c.compressed_cache)
+  keep = keep[:, :, None, None]  # [B, R, N, G, L, M + L]
+
+  def key_scores(keys, part):
+    scores = jnp.einsum('BRLNGK,BRJNK->BRNGLJ', x.queries.content, keys, **f32)
+    return jnp.where(keep[..., part], scores + nearness[..., part], MASKED)
+
+  scores = [
+    key_scores(x.window_keys, slice(window_len)),
+    key_scores(x.present_keys, slice(window_len, None)),
+  ]
+  values = [('BRNGLJ,BRJNV->BRLNGV', x.window_values), ('BRNGLJ,BRJNV->BRLNGV', x.present_values)]
+  if c.compressed_cache:
+    codes = codebook.astype(x.present_keys.dtype)
+    codes = jnp.einsum('BRLNGK,NSK->BRNGLS', x.queries.content, codes, **f32)
+    scores.append(codes + log_counts(x.cache.counts)[..., None, None, :])
+    values.append(('BRNGLS,BRNSV->BRLNGV', x.cache.means))
+
+  peak = scores[0].max(axis=-1)
+  for group in scores[1:]:
+    peak = jnp.maximum(peak, group.max(axis=-1))
+  peak = jax.lax.stop_gradient(peak)[..., None]
+  total, mass = 0.0, 0.0
+  for group, (equation, group_values) in zip(scores, values, strict=True):
+    weights = jnp.exp(group - peak)
+    mass = mass + jnp.sum(weights, axis=-1)
+    total = total + jnp.einsum(equation, weights.astype(dtype), group_values.astype(dtype), **f32)
+  mass = jnp.moveaxis(mass, -1, 2)[..., None]  # [B, R, L, N, G, 1]
+  return (total / mass).astype(dtype)

@@ -1,0 +1,100 @@
+"""State of an attention sublayer: a window of M positions and a compressed cache of everything older.
+
+The cache keeps, per key head and code s, how many old keys have code s and the mean of their values.
+The mean, not the sum, is kept since it stays bounded (spec, "One attention sublayer").
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvq_t5x.config import Reduction, TransformerConfig
+
+
+class CompressedCache(NamedTuple):
+  """Old keys and values, grouped by code. Any leading axes `...`."""
+
+  counts: jax.Array  # [..., N, S] float32
+  means: jax.Array  # [..., N, S, V] float32, zero where the count is zero
+
+
+class AttentionState(NamedTuple):
+  """Everything a sublayer remembers of the positions before a segment."""
+
+  codes: jax.Array  # [B, M, N] int32; S where the slot is empty
+  keys: jax.Array  # [B, M, N, K] quantized keys
+  values: jax.Array  # [B, M, N, V]
+  cache: CompressedCache  # [B, N, S], [B, N, S, V]
+
+
+def init_attention_state(config: TransformerConfig, batch_size: int) -> AttentionState:
+  """The state before the first token: an empty window and an empty cache."""
+  window = (batch_size, config.window_len, config.num_kv_heads)
+  codes = (batch_size, config.num_kv_heads, config.num_codes)
+  return AttentionState(
+    codes=jnp.full(window, config.num_codes, jnp.int32),
+    keys=jnp.zeros((*window, config.key_dim), config.dtype),
+    values=jnp.zeros((*window, config.value_dim), config.dtype),
+    cache=CompressedCache(
+      counts=jnp.zeros(codes, jnp.float32),
+      means=jnp.zeros((*codes, config.value_dim), jnp.float32),
+    ),
+  )
+
+
+def summarize(codes: jax.Array, values: jax.Array, num_codes: int) -> CompressedCache:
+  """Compresses the positions of each block.
+
+  Args:
+    codes: [..., L, N] int32; a code outside [0, S) adds nothing.
+    values: [..., L, N, V].
+    num_codes: S.
+
+  Returns:
+    The cache of just these positions, [..., N, S] and [..., N, S, V].
+  """
+  one_hot = jax.nn.one_hot(codes, num_codes, dtype=values.dtype)  # [..., L, N, S]
+  counts = jnp.sum(one_hot, axis=-3, dtype=jnp.float32)
+  sums = jnp.einsum('...lns,...lnv->...nsv', one_hot, values, preferred_element_type=jnp.float32)
+  return CompressedCache(counts, sums / jnp.maximum(counts, 1.0)[..., None])
+
+
+def merge(old: CompressedCache, new: CompressedCache) -> CompressedCache:
+  """The cache of the union of two disjoint sets of positions. Associative."""
+  counts = old.counts + new.counts
+  old_share = (old.counts / jnp.maximum(counts, 1.0))[..., None]
+  new_share = (new.counts / jnp.maximum(counts, 1.0))[..., None]
+  return CompressedCache(counts, old_share * old.means + new_share * new.means)
+
+
+def caches_before_blocks(
+  initial: CompressedCache, blocks: CompressedCache, reduction: Reduction
+) -> tuple[CompressedCache, CompressedCache]:
+  """Runs the reduction over blocks.
+
+  Args:
+    initial: the cache before the first block, [B, N, S(, V)].
+    blocks: what each block folds in when it is finished, [B, R, N, S(, V)].
+    reduction: how; the result is the same.
+
+  Returns:
+    The cache that each block attends to, [B, R, N, S(, V)], and the cache after the last block.
+  """
+  if reduction == Reduction.SERIAL:
+    blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks)
+    after, before = jax.lax.scan(lambda old, new: (merge(old, new), old), initial, blocks)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), before), after
+
+  parts = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), initial, blocks)
+  if reduction == Reduction.ASSOCIATIVE:
+    prefixes = jax.lax.associative_scan(merge, parts, axis=1)
+  else:
+    counts = jnp.cumsum(parts.counts, axis=1)  # [B, R+1, N, S]
+    # Entry [r, p]: the share of part p in the mean over the parts up to r.
+    shares = jnp.einsum('brns,bpns->bnsrp', 1.0 / jnp.maximum(counts, 1.0), parts.counts)
+    means = jnp.einsum('bnsrp,bpnsv->brnsv', jnp.tril(shares), parts.means)
+    prefixes = CompressedCache(counts, means)
+  before = jax.tree.map(lambda x: x[:, :-1], prefixes)
+  after = jax.tree.map(lambda x: x[:, -1], prefixes)
+  return before, after

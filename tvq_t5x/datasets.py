@@ -1,0 +1,315 @@
+"""Batches of a SeqIO task or mixture, for a run on one machine without T5X."""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from tvq_t5x import errors
+
+Batch = dict[str, np.ndarray]
+FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
+
+# The ids of `seqio.ByteVocabulary` below this one are padding, EOS and unknown.
+_FIRST_BYTE_ID = 3
+
+
+@dataclasses.dataclass
+class DatasetConfig:
+  """What to read and how to batch it; the fields are those of T5X's class of the same name.
+
+  Attributes:
+    mixture_or_task_name: a SeqIO task or mixture, or the name of a registered one.
+    task_feature_lengths: tokens in a sequence, by task feature, such as {'targets': 512}.
+    split: a split of the task.
+    batch_size: sequences in a batch.
+    shuffle: whether training shuffles; evaluation always reads in order.
+    seed: of the shuffling.
+    use_cached: whether to read what `seqio_cache_tasks` wrote.
+    pack: given to the feature converter.
+    module: a module to import first, which registers the task.
+  """
+
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture
+  task_feature_lengths: Mapping[str, int]
+  split: str
+  batch_size: int
+  shuffle: bool
+  seed: int | None
+  use_cached: bool = False
+  pack: bool = False
+  module: str | None = None
+
+
+class InMemoryTask(seqio.Task):
+  """A task whose preprocessed split fits in memory, shuffled by index.
+
+  Every epoch holds each sequence once, in an order of its own that follows from the seed and the
+  epoch's number. A checkpoint of an iterator holds a position, not a buffer of text as with
+  `tf.data.Dataset.shuffle`: a few kilobytes. Hosts share out sequences, not documents, so even a
+  split of a few long documents reaches every host.
+  """
+
+  def get_dataset(
+    self,
+    sequence_length: Mapping[str, int] | None = None,
+    split: str = 'train',
+    use_cached: bool = False,
+    shuffle: bool = True,
+    shuffle_buffer_size: int | None = None,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    num_epochs: int | None = 1,
+    trim_output_features: bool = True,
+    try_in_mem_cache: bool = True,
+  ) -> tf.data.Dataset:
+    """See the base class; `shuffle_buffer_size` and `try_in_mem_cache` have no effect."""
+    del shuffle_buffer_size, try_in_mem_cache
+    sequences = super().get_dataset(
+      sequence_length=sequence_length,
+      split=split,
+      use_cached=use_cached,
+      shuffle=False,
+      seed=seed,
+      trim_output_features=trim_output_features,
+      try_in_mem_cache=False,
+    )
+    if shard_info:
+      sequences = sequences.shard(shard_info.num_shards, shard_info.index)
+    # One batch of them all: ragged, because the last sequence may be short.
+    in_memory = sequences.ragged_batch(np.iinfo(np.int64).max).get_single_element()
+    size = next(iter(in_memory.values())).nrows()
+    if seed is None:
+      seed = int(np.random.default_rng().integers(2**31))
+
+    def epoch_order(epoch: tf.Tensor) -> tf.data.Dataset:
+      order = tf.range(size)
+      if shuffle:
+        order = tf.random.experimental.stateless_shuffle(order, seed=tf.stack([seed, epoch]))
+      return tf.data.Dataset.from_tensor_slices(order)
+
+    epochs = tf.data.Dataset.counter() if num_epochs is None else tf.data.Dataset.range(num_epochs)
+    return epochs.flat_map(epoch_order).map(
+      lambda i: {name: values[i] for name, values in in_memory.items()},
+      num_parallel_calls=tf.data.AUTOTUNE,
+    )
+
+
+class TrainingIterator(Iterator[Batch]):
+  """Endless training batches whose position can be saved and restored."""
+
+  def __init__(self, dataset: tf.data.Dataset, identity: Mapping[str, Any]):
+    """Starts at the first batch.
+
+    Args:
+      dataset: batches.
+      identity: the settings that a saved position depends on, by `DatasetConfig` field.
+    """
+    self._iterator = iter(dataset)
+    self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+    self._identity = dict(identity)
+
+  def __next__(self) -> Batch:
+    return {name: value.numpy() for name, value in next(self._iterator).items()}
+
+  def save(self, directory: str | os.PathLike[str]) -> None:
+    """Writes the position: after `restore`, the next batch is the one that now comes next."""
+    directory = os.fspath(directory)
+    tf.io.gfile.makedirs(directory)
+    self._checkpoint.write(os.path.join(directory, 'iterator'))
+    with tf.io.gfile.GFile(os.path.join(directory, 'config.json'), 'w') as f:
+      json.dump(self._identity, f, indent=2, sort_keys=True)
+
+  def restore(self, directory: str | os.PathLike[str]) -> None:
+    """Continues from a saved position.
+
+    Raises:
+      ConfigError: if nothing was saved there, or the position belongs to other settings.
+    """
+    directory = os.fspath(directory)
+    path = os.path.join(directory, 'config.json')
+    if not tf.io.gfile.exists(path):
+      raise errors.ConfigError(f'{directory} holds no saved position of a TrainingIterator.')
+    with tf.io.gfile.GFile(path) as f:
+      saved = json.load(f)
+    for name, value in self._identity.items():
+      if saved.get(name) != value:
+        raise errors.ConfigError(
+          f'DatasetConfig.{name} = {value!r}, but the position saved in {directory} belongs to '
+          f'{saved.get(name)!r}: set that to continue, or start from an empty directory.'
+        )
+    self._checkpoint.read(os.path.join(directory, 'iterator')).assert_consumed()
+
+
+def training_batches(
+  cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
+) -> TrainingIterator:
+  """Returns endless batches, the same ones as T5X's `utils.get_dataset` with `num_epochs=None`.
+
+  The epochs follow each other before batching: every batch is full, a batch may hold the end of one
+  epoch and the start of the next, and no sequence is ever dropped. With an `InMemoryTask`, such as
+  those of this package, each epoch holds every sequence once and has an order of its own; other
+  tasks shuffle with SeqIO's buffer, and the saved position then contains that buffer.
+
+  Args:
+    cfg: what to read.
+    feature_converter_cls: makes the feature converter, given `pack`.
+
+  Raises:
+    ConfigError: if a setting is refused; nothing is read before.
+  """
+  provider = _validate(cfg, feature_converter_cls)
+  if cfg.shuffle and cfg.seed is None:
+    raise errors.ConfigError(
+      'DatasetConfig.seed = None: training batches can be reproduced and resumed only from a given '
+      'seed; set a whole number, or DatasetConfig.shuffle = False.'
+    )
+  dataset = _read(cfg, provider, feature_converter_cls, shuffle=cfg.shuffle, num_epochs=None)
+  identity = {
+    'mixture_or_task_name': provider.name,
+    'task_feature_lengths': dict(cfg.task_feature_lengths),
+    'split': cfg.split,
+    'batch_size': cfg.batch_size,
+    'shuffle': cfg.shuffle,
+    'seed': cfg.seed,
+    'use_cached': cfg.use_cached,
+  }
+  return TrainingIterator(dataset.batch(cfg.batch_size, drop_remainder=True), identity)
+
+
+def evaluation_batches(
+  cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
+) -> Iterator[Batch]:
+  """Returns one pass over the split in order, every token once.
+
+  Rows of zeros, whose loss weights are zero too, fill the last batch up to the batch size: the
+  tokens with a weight are the same for any batch size. `cfg.shuffle` has no effect.
+
+  Args:
+    cfg: what to read.
+    feature_converter_cls: makes the feature converter, given `pack`.
+
+  Raises:
+    ConfigError: if a setting is refused; nothing is read before.
+  """
+  provider = _validate(cfg, feature_converter_cls)
+  dataset = _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
+  batches = dataset.batch(cfg.batch_size).as_numpy_iterator()
+  return (
+    {name: _fill_rows(array, cfg.batch_size) for name, array in batch.items()} for batch in batches
+  )
+
+
+def count_bytes(targets: Any) -> Any:
+  """Returns how many bytes of text the targets of a byte-level task hold (NumPy or JAX).
+
+  The denominator of bits per byte. The numerator, the nats of all targets divided by ln 2, counts
+  the EOS after each document as well.
+  """
+  return (targets >= _FIRST_BYTE_ID).sum()
+
+
+def _read(
+  cfg: DatasetConfig,
+  provider: seqio.Task | seqio.Mixture,
+  feature_converter_cls: FeatureConverterFactory,
+  shuffle: bool,
+  num_epochs: int | None,
+) -> tf.data.Dataset:
+  return seqio.get_dataset(
+    provider,
+    task_feature_lengths=cfg.task_feature_lengths,
+    feature_converter=feature_converter_cls(pack=cfg.pack),
+    dataset_split=cfg.split,
+    use_cached=cfg.use_cached,
+    shuffle=shuffle,
+    num_epochs=num_epochs,
+    seed=cfg.seed,
+    verbose=False,
+  )
+
+
+def _fill_rows(array: np.ndarray, rows: int) -> np.ndarray:
+  return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+def _is_count(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
+  """Returns the task or mixture, once `cfg.module` is imported."""
+  if cfg.module:
+    try:
+      importlib.import_module(cfg.module)
+    except ModuleNotFoundError as e:
+      if not e.name or not f'{cfg.module}.'.startswith(f'{e.name}.'):
+        raise  # The module exists, something that it imports does not.
+      raise errors.ConfigError(
+        f'DatasetConfig.module = {cfg.module!r}: there is no module {e.name!r}; give the import '
+        "path of the module that registers the task, such as 'tvq_t5x.tasks.kjv'."
+      ) from e
+  if not isinstance(cfg.mixture_or_task_name, str):
+    return cfg.mixture_or_task_name
+  names = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+  if cfg.mixture_or_task_name in names:
+    return seqio.get_mixture_or_task(cfg.mixture_or_task_name)
+  near = difflib.get_close_matches(cfg.mixture_or_task_name, names) or names[:10]
+  known = f'registered: {", ".join(near)}' if near else 'none is registered'
+  raise errors.ConfigError(
+    f'DatasetConfig.mixture_or_task_name = {cfg.mixture_or_task_name!r} (macro '
+    f'MIXTURE_OR_TASK_NAME): no task or mixture has this name; {known}. DatasetConfig.module, here '
+    f"{cfg.module!r}, must name the module that registers it, such as 'tvq_t5x.tasks.kjv'."
+  )
+
+
+def _validate(
+  cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
+) -> seqio.Task | seqio.Mixture:
+  """Returns the task or mixture, or raises a `ConfigError` that names the binding to change."""
+  provider = _provider(cfg)
+  if cfg.split not in provider.splits:
+    raise errors.ConfigError(
+      f'DatasetConfig.split = {cfg.split!r}: {provider.name} has the splits '
+      f'{", ".join(sorted(provider.splits))}.'
+    )
+  lengths = cfg.task_feature_lengths
+  needed = feature_converter_cls(pack=cfg.pack).TASK_FEATURES
+  if (
+    not isinstance(lengths, Mapping)
+    or set(lengths) != set(needed)
+    or not all(map(_is_count, lengths.values()))
+  ):
+    example = {name: 512 for name in needed}
+    raise errors.ConfigError(
+      f'DatasetConfig.task_feature_lengths = {lengths!r} (macro TASK_FEATURE_LENGTHS): give the '
+      f'features {", ".join(needed)} and no other, with a length of at least 1, such as {example}.'
+    )
+  if not _is_count(cfg.batch_size):
+    raise errors.ConfigError(
+      f'DatasetConfig.batch_size = {cfg.batch_size!r} (macro BATCH_SIZE): give a whole number '
+      'of at least 1.'
+    )
+  if cfg.seed is not None and (not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool)):
+    raise errors.ConfigError(
+      f'DatasetConfig.seed = {cfg.seed!r} (macro RANDOM_SEED): give a whole number or None.'
+    )
+  if (
+    cfg.use_cached
+    and isinstance(provider, seqio.Task)
+    and provider.supports_caching
+    and not provider.cache_dir
+  ):
+    raise errors.ConfigError(
+      f'DatasetConfig.use_cached = True: no cache of {provider.name} was '
+      f'found in {list(seqio.get_global_cache_dirs())}; set False, or name the directory that '
+      'seqio_cache_tasks wrote with seqio.set_global_cache_dirs.'
+    )
+  return provider

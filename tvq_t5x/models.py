@@ -1,0 +1,220 @@
+"""The model object that T5X and the standalone runner drive: losses, scores and samples of batches.
+
+It has the interface of `t5x.models.BaseModel` by duck typing and imports no T5X.
+"""
+
+from typing import Any, Mapping, NamedTuple, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import seqio
+
+from tvq_t5x import metrics as metrics_lib
+from tvq_t5x import optimizers, sampling
+from tvq_t5x.config import TransformerConfig
+from tvq_t5x.errors import ConfigError
+from tvq_t5x.feature_converters import TransformerVQFeatureConverter
+from tvq_t5x.transformer import (
+  DROPOUT,
+  SEQUENCE_DROPOUT,
+  DecoderState,
+  Transformer,
+  init_decoder_state,
+)
+
+Batch = Mapping[str, jax.Array]
+Params = Any
+
+
+class DropoutRngs(NamedTuple):
+  """Keys of the two dropouts; masks depend on them and on the examples' ids only."""
+
+  update: jax.Array  # New for each parameter update.
+  sequence: jax.Array  # The same for all updates of a sequence.
+
+  def collections(self) -> dict[str, jax.Array]:
+    """As flax's `rngs`."""
+    return {DROPOUT: self.update, SEQUENCE_DROPOUT: self.sequence}
+
+
+class TransformerVQModel:
+  """Decoder-only language model over batches of a `TransformerVQFeatureConverter`.
+
+  Batches have `decoder_input_tokens` and `decoder_target_tokens` [B, T] int32, and
+  `decoder_loss_weights` [B, T], 0 on padding.
+  """
+
+  FEATURE_CONVERTER_CLS = TransformerVQFeatureConverter
+
+  def __init__(
+    self,
+    module: Transformer,
+    vocabulary: seqio.Vocabulary,
+    optimizer: optax.GradientTransformation,
+    loss_normalizing_factor: Optional[float] = None,
+  ):
+    """Creates the model.
+
+    Args:
+      module: the network.
+      vocabulary: of inputs and outputs; at most W ids.
+      optimizer: of all parameters but the codebooks.
+      loss_normalizing_factor: positions of the global batch of one update, padding included. None
+        means those of the batch at hand, which is right without microbatches only.
+
+    Raises:
+      ConfigError: if the vocabulary has more ids than the network.
+    """
+    if vocabulary.vocab_size > module.config.vocab_size:
+      raise ConfigError(
+        f'TransformerConfig.vocab_size = {module.config.vocab_size} is not accepted: the vocabulary '
+        f'of TransformerVQModel.vocabulary needs at least {vocabulary.vocab_size}.'
+      )
+    self.module = module
+    self.input_vocabulary = self.output_vocabulary = vocabulary
+    self.optimizer = optimizers.with_codebook_ema(optimizer, module.config.ema_decay)
+    self.bytes_per_token = _bytes_per_token(vocabulary, module.config.vocab_size)
+    self._loss_normalizing_factor = loss_normalizing_factor
+
+  @property
+  def config(self) -> TransformerConfig:
+    """The network's hyperparameters."""
+    return self.module.config
+
+  def get_initial_variables(
+    self,
+    rng: jax.Array,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    input_types: Optional[Mapping[str, Any]] = None,
+  ) -> Mapping[str, Any]:
+    """Initial `params` and their `params_axes`; parameters depend on no input shape."""
+    del input_types
+    batch_size = input_shapes['decoder_input_tokens'][0]
+    tokens = jnp.zeros([batch_size, 1], jnp.int32)
+    return self.module.init(rng, tokens)
+
+  def init_state(self, batch_size: int) -> DecoderState:
+    """The state before the first token of B sequences."""
+    return init_decoder_state(self.config, batch_size)
+
+  def segment_loss(
+    self,
+    params: Params,
+    batch: Batch,
+    state: Optional[DecoderState],
+    rngs: Optional[DropoutRngs],
+    normalizing_factor: float,
+    example_ids: Optional[jax.Array] = None,
+  ) -> tuple[jax.Array, tuple[DecoderState, metrics_lib.Metrics]]:
+    """Loss of a segment that continues the sequences of `state`.
+
+    Args:
+      params: of the module.
+      batch: the segment, [B, T] each.
+      state: of the tokens before it; None at the start of the sequences.
+      rngs: of dropout; None means no dropout.
+      normalizing_factor: what the summed losses are divided by. Gradients of parts of a batch that
+        share it add up to those of the whole.
+      example_ids: [B] int32, place of each example in the global batch.
+
+    Returns:
+      `(cross entropy + beta * commitment) / factor` plus a zero whose gradient carries the codebook
+      statistics; the state after the segment and the metrics.
+    """
+    targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
+    weights = weights.astype(jnp.float32)
+    logits, state, aux = self.module.apply(
+      {'params': params},
+      batch['decoder_input_tokens'],
+      state,
+      loss_mask=weights,
+      example_ids=example_ids,
+      deterministic=rngs is None,
+      rngs=rngs.collections() if rngs else None,
+    )
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    metrics = metrics_lib.token_metrics(logits, nats, targets, weights, self.bytes_per_token)
+    total, statistics = jnp.sum(weights * nats), 0.0
+    if aux is not None:
+      total = total + self.config.commit_weight * jnp.sum(aux.commit)
+      statistics = jnp.sum(aux.statistics)
+      metrics.update(metrics_lib.quantizer_metrics(aux, jnp.sum(weights)))
+    return total / normalizing_factor + statistics, (state, metrics)
+
+  def loss_fn(
+    self, params: Params, batch: Batch, dropout_rng: Optional[jax.Array]
+  ) -> tuple[jax.Array, metrics_lib.Metrics]:
+    """Loss and metrics of whole sequences, as one update."""
+    rngs = None if dropout_rng is None else DropoutRngs(*jax.random.split(dropout_rng))
+    factor = self._loss_normalizing_factor or batch['decoder_target_tokens'].size
+    loss, (_, metrics) = self.segment_loss(params, batch, None, rngs, factor)
+    return loss, metrics
+
+  def eval_fn(self, params: Params, batch: Batch) -> tuple[jax.Array, metrics_lib.Metrics]:
+    """Loss and metrics of whole sequences, without dropout."""
+    return self.loss_fn(params, batch, dropout_rng=None)
+
+  def score_batch(
+    self, params: Params, batch: Batch, return_intermediates: bool = False
+  ) -> jax.Array | tuple[jax.Array, Mapping[str, Any]]:
+    """Log-likelihood [B] of each sequence's unpadded targets, in nats."""
+    (logits, _, _), variables = self.module.apply(
+      {'params': params},
+      batch['decoder_input_tokens'],
+      loss_mask=batch['decoder_loss_weights'],
+      mutable=['intermediates'] if return_intermediates else [],
+    )
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch['decoder_target_tokens'])
+    scores = -jnp.sum(nats * batch['decoder_loss_weights'], axis=-1)
+    return (scores, variables) if return_intermediates else scores
+
+  def predict_batch(
+    self, params: Params, batch: Batch, rng: Optional[jax.Array] = None
+  ) -> jax.Array:
+    """Tokens [B, T] of `predict_batch_with_aux`."""
+    return self.predict_batch_with_aux(params, batch, rng=rng)[0]
+
+  def predict_batch_with_aux(
+    self,
+    params: Params,
+    batch: Batch,
+    rng: Optional[jax.Array] = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Continues each row's target tokens, up to their first padding, to T tokens.
+
+    Args:
+      params: of the module.
+      batch: prompts as `decoder_target_tokens` [B, T], 0 where to generate.
+      rng: key of the samples; None means greedy choice.
+      temperature: of the softmax; 0 means greedy choice.
+      top_p: share of the probability mass to sample from.
+
+    Returns:
+      Tokens [B, T], prompts included, and `{'scores': [B]}`, the generated tokens' log-likelihood
+      under the model.
+    """
+    prompts = batch['decoder_target_tokens']
+    start = batch['decoder_input_tokens'][:, 0]
+    settings = sampling.SamplingConfig(temperature=0.0 if rng is None else temperature, top_p=top_p)
+    rng = jax.random.key(0) if rng is None else rng
+
+    def next_logits(tokens, state):
+      logits, state, _ = self.module.apply({'params': params}, tokens, state)
+      return logits, state
+
+    state = self.init_state(prompts.shape[0])
+    tokens, scores = sampling.sample(next_logits, state, start, prompts, rng, settings)
+    return tokens, {'scores': scores}
+
+
+def _bytes_per_token(vocabulary: seqio.Vocabulary, vocab_size: int) -> Optional[np.ndarray]:
+  """Bytes of text that each id stands for, [W]; None for vocabularies that do not say."""
+  if not isinstance(vocabulary, seqio.ByteVocabulary):
+    return None
+  ids = np.arange(vocab_size)
+  # Ids past 256 bytes are the vocabulary's extra ids, which stand for no text.
+  return ((ids >= 3) & (ids < 3 + 256)).astype(np.float32)

@@ -1,0 +1,154 @@
+"""Parameter updates: microbatches, truncated backpropagation through a sequence, and its state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.linen import partitioning as nn_partitioning
+
+from tvq_t5x import metrics as metrics_lib
+from tvq_t5x.models import Batch, DropoutRngs, TransformerVQModel
+from tvq_t5x.optimizers import codebook_labels
+from tvq_t5x.transformer import DecoderState
+
+
+class TrainState(NamedTuple):
+  """Everything that training changes."""
+
+  step: jax.Array  # int32 scalar, parameter updates so far.
+  params: Any
+  opt_state: Any
+
+
+def init_train_state(model: TransformerVQModel, rng: jax.Array) -> TrainState:
+  """The state before the first update; its axis names are in `model.get_initial_variables`."""
+  params = model.get_initial_variables(rng, {'decoder_input_tokens': (1, 1)})['params']
+  return TrainState(jnp.zeros([], jnp.int32), params, model.optimizer.init(params))
+
+
+def train_on_sequences(
+  model: TransformerVQModel,
+  train_state: TrainState,
+  batch: Batch,
+  rng: jax.Array,
+  update_len: int,
+  num_microbatches: int = 1,
+) -> tuple[TrainState, metrics_lib.Metrics]:
+  """Trains on B sequences in T / update_len updates (truncated backpropagation).
+
+  The window and cache are carried from one update to the next without gradient, and start empty.
+
+  Args:
+    model: defines the loss and the optimizer.
+    train_state: before the updates.
+    batch: sequences, [B, T] each; update_len divides T.
+    rng: key of the run; masks depend on it, on the step and on the place in the global batch.
+    update_len: tokens of each sequence that an update sees.
+    num_microbatches: parts of the batch whose gradients are computed one after the other; divides
+      B and changes no number.
+
+  Returns:
+    The new state, and the metrics of each update, [T / update_len] each.
+  """
+  num_sequences, length = batch['decoder_target_tokens'].shape
+  num_updates = length // update_len
+  sequence_rng = jax.random.fold_in(jax.random.fold_in(rng, 0), train_state.step)
+
+  def split(x):  # [B, T] to [updates, microbatches, B / microbatches, update_len]
+    # Strided, so that every microbatch lies on all devices that share the batch.
+    x = x.reshape(num_sequences // num_microbatches, num_microbatches, num_updates, update_len)
+    return nn_partitioning.with_sharding_constraint(
+      x.transpose(2, 1, 0, 3), (None, None, 'batch', 'length')
+    )
+
+  example_ids = jnp.arange(num_sequences).reshape(-1, num_microbatches).T
+
+  def update(carry, segment):
+    train_state, states = carry
+    update_rng = jax.random.fold_in(jax.random.fold_in(rng, 1), train_state.step)
+    gradients, metrics, states = accumulate_gradients(
+      model,
+      train_state.params,
+      segment,
+      states,
+      example_ids,
+      DropoutRngs(update=update_rng, sequence=sequence_rng),
+    )
+    return (apply_gradients(model, train_state, gradients), states), metrics
+
+  initial = model.init_state(num_sequences // num_microbatches)
+  states = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_microbatches, *x.shape)), initial)
+  (train_state, _), metrics = jax.lax.scan(
+    update, (train_state, states), jax.tree.map(split, dict(batch))
+  )
+  return train_state, metrics
+
+
+def accumulate_gradients(
+  model: TransformerVQModel,
+  params: Any,
+  segment: Batch,
+  states: DecoderState,
+  example_ids: jax.Array,
+  rngs: DropoutRngs,
+) -> tuple[Any, metrics_lib.Metrics, DecoderState]:
+  """Gradients of one update, summed over microbatches.
+
+  Args:
+    model: defines the loss.
+    params: to differentiate by.
+    segment: arrays [microbatches, B / microbatches, update_len].
+    states: of the tokens before the segment, stacked over microbatches.
+    example_ids: [microbatches, B / microbatches] int32.
+    rngs: of dropout.
+
+  Returns:
+    The gradients (minus the statistics, for codebooks), the metrics and the states after the
+    segment without gradient.
+  """
+  normalizing_factor = segment['decoder_target_tokens'].size
+
+  def microbatch(inputs):
+    batch, state, ids = inputs
+    loss_fn = jax.value_and_grad(model.segment_loss, has_aux=True)
+    (loss, (state, metrics)), gradients = loss_fn(
+      params, batch, state, rngs, normalizing_factor, ids
+    )
+    metrics['loss'] = metrics_lib.average(loss, 0.0)
+    return gradients, metrics, state
+
+  if example_ids.shape[0] == 1:
+    first = jax.tree.map(lambda x: x[0], (segment, states, example_ids))
+    gradients, metrics, state = microbatch(first)
+    states = jax.tree.map(lambda x: x[None], state)
+  else:
+
+    def add(total, inputs):
+      gradients, metrics, state = microbatch(inputs)
+      return jax.tree.map(jnp.add, total, (gradients, metrics)), state
+
+    inputs = (segment, states, example_ids)
+    shapes = jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], inputs))[:2]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (gradients, metrics), states = jax.lax.scan(add, zeros, inputs)
+  # Microbatch losses share the normalizing factor, so the update's loss is their plain sum.
+  metrics['loss'] = metrics_lib.average(metrics['loss'].total, 1.0)
+  metrics['gradient_norm'] = metrics_lib.average(_main_norm(gradients), 1.0)
+  return gradients, metrics, states
+
+
+def apply_gradients(
+  model: TransformerVQModel, train_state: TrainState, gradients: Any
+) -> TrainState:
+  """One parameter update."""
+  updates, opt_state = model.optimizer.update(gradients, train_state.opt_state, train_state.params)
+  params = optax.apply_updates(train_state.params, updates)
+  return TrainState(train_state.step + 1, params, opt_state)
+
+
+def _main_norm(gradients: Any) -> jax.Array:
+  """Global norm of the gradients of all parameters but the codebooks."""
+  labels = codebook_labels(gradients)
+  main = jax.tree.map(lambda g, label: g if label == 'main' else None, gradients, labels)
+  return optax.global_norm(main)

@@ -1,0 +1,270 @@
+"""The decoder-only stack: one forward function for training, evaluation and decoding."""
+
+from typing import NamedTuple, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning as nn_partitioning
+from jax.nn import initializers
+
+from tvq_t5x.attention import Keys, Queries, vq_attention
+from tvq_t5x.cache import AttentionState, init_attention_state
+from tvq_t5x.config import AttentionType, HeadType, Remat, TransformerConfig
+from tvq_t5x.layers import (
+  Einsum,
+  Embedding,
+  Logits,
+  Mlp,
+  RMSNorm,
+  example_dropout,
+  rms_normalize,
+  with_sharding_constraint,
+)
+from tvq_t5x.positions import sinusoids
+from tvq_t5x.quadratic import quadratic_attention
+from tvq_t5x.quantizer import QuantizerAux, VectorQuantizer
+
+# Masks drawn from this collection stay the same for all updates of a sequence.
+SEQUENCE_DROPOUT = 'sequence_dropout'
+DROPOUT = 'dropout'
+
+LayerState = tuple[AttentionState, ...]  # One for each attention sublayer of a layer.
+
+
+class DecoderState(NamedTuple):
+  """What the model remembers of the tokens before a segment."""
+
+  position: jax.Array  # [B] int32, how many tokens those are.
+  # A tuple of layers, or with scan_layers one LayerState stacked on a leading layers axis.
+  layers: LayerState | tuple[LayerState, ...]
+
+
+class Call(NamedTuple):
+  """What every layer of one forward call is told."""
+
+  position: jax.Array  # [B] int32, of the segment's first token
+  loss_mask: jax.Array  # [B, T] float32
+  example_ids: jax.Array  # [B] int32, place in the global batch: selects dropout masks
+
+
+def init_decoder_state(config: TransformerConfig, batch_size: int) -> DecoderState:
+  """The state before the first token of B sequences."""
+  if config.attention_type == AttentionType.QUADRATIC:
+    return DecoderState(jnp.zeros([batch_size], jnp.int32), ())
+  layer = tuple(
+    init_attention_state(config, batch_size) for _ in range(config.num_attention_sublayers)
+  )
+  if config.scan_layers:
+    layers = jax.tree.map(lambda x: jnp.stack([x] * config.num_layers), layer)
+  else:
+    layers = (layer,) * config.num_layers
+  return DecoderState(jnp.zeros([batch_size], jnp.int32), layers)
+
+
+class Attention(nn.Module):
+  """An attention sublayer, gated or plain, over quantized or unquantized keys."""
+
+  config: TransformerConfig
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: Optional[AttentionState], call: Call
+  ) -> tuple[jax.Array, Optional[AttentionState], Optional[QuantizerAux]]:
+    """[B, T, D] to the residual branch [B, T, D], the new state and the quantizer's losses."""
+    c = self.config
+    d, n, g, h = c.emb_dim, c.num_kv_heads, c.queries_per_kv_head, c.num_heads
+    k, v = c.key_dim, c.value_dim
+    gated = c.head_type == HeadType.GATED
+    heads, kv_heads = c.heads_axis(h), c.heads_axis(n)
+    scale = k**-0.25
+
+    def project(name, width, num_heads, heads_axis, width_axis):
+      axes = ('embed', heads_axis, width_axis)
+      return Einsum(
+        'BTD,DHK->BTHK', (d, num_heads, width), axes, dtype=c.dtype, name=name
+      )
+
+    x = RMSNorm(name='norm')(x)
+    q = scale * rms_normalize(project('query', k, h, heads, 'kv')(x))
+    keys = scale * rms_normalize(project('key', k, n, kv_heads, 'kv')(x))
+    values = project('value', v, n, kv_heads, c.value_axis)(x)
+    values = jax.nn.silu(values) if gated else values
+    q = with_sharding_constraint(q, ('batch', 'length', heads, 'kv'))
+    keys = with_sharding_constraint(keys, ('batch', 'length', kv_heads, 'kv'))
+    values = with_sharding_constraint(values, ('batch', 'length', kv_heads, c.value_axis))
+
+    bias = {
+      name: nn_partitioning.param_with_axes(
+        name, initializers.zeros, (h, k), jnp.float32, axes=(heads, 'kv')
+      )
+      for name in ('content_bias', 'position_bias')
+    }
+    queries = Queries(
+      *(
+        (q + scale * bias[name].astype(c.dtype)).reshape(*q.shape[:2], n, g, k)
+        for name in ('content_bias', 'position_bias')
+      )
+    )
+    distances = sinusoids(jnp.arange(c.window_len + 1), d, c.max_wavelength)
+    distances = self._drop_sinusoids(distances).astype(c.dtype)
+    distances = scale * Einsum(
+      'CD,DNK->CNK', (d, n, k), ('embed', kv_heads, 'kv'), dtype=c.dtype, name='distance'
+    )(distances)
+
+    if c.attention_type == AttentionType.QUADRATIC:
+      out, new_state, aux = quadratic_attention(queries, keys, values, distances), None, None
+    else:
+      quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call.loss_mask)
+      self.sow('intermediates', 'keys', keys)
+      self.sow('intermediates', 'codes', codes)
+      segment = Keys(quantized, codes, values)
+      out, new_state = vq_attention(
+        queries, segment, distances, codebook, state, call.position, c
+      )
+    out = out.reshape(*out.shape[:2], h, v)
+    if gated:
+      out = out * jax.nn.silu(project('gate', v, h, heads, c.value_axis)(x))
+    out = with_sharding_constraint(out, ('batch', 'length', heads, c.value_axis))
+    out = Einsum(
+      'BTHV,HVD->BTD', (h, v, d), (heads, c.value_axis, 'embed'), 2, dtype=c.dtype, name='out'
+    )(out)
+    return out, new_state, aux
+
+  def _drop_sinusoids(self, x: jax.Array) -> jax.Array:
+    rate = self.config.sinusoid_dropout_rate
+    if self.deterministic or not rate:
+      return x
+    keep = jax.random.bernoulli(self.make_rng(SEQUENCE_DROPOUT), 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+class Layer(nn.Module):
+  """Two gated attention sublayers, or one plain attention sublayer and an MLP."""
+
+  config: TransformerConfig
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: LayerState, call: Call
+  ) -> tuple[jax.Array, tuple[LayerState, Optional[QuantizerAux]]]:
+    """[B, T, D] to [B, T, D], with the new state and losses stacked over attention sublayers."""
+    c = self.config
+    vq = c.attention_type == AttentionType.VQ
+    x = with_sharding_constraint(x, ('batch', 'length', 'embed'))
+    new_states, aux = [], []
+    for i in range(c.num_attention_sublayers):
+      attention = Attention(c, self.deterministic, name=f'attention_{i}')
+      branch, new_state, sublayer_aux = attention(x, state[i] if vq else None, call)
+      x = self._add(x, branch, call)
+      new_states.append(new_state)
+      aux.append(sublayer_aux)
+    if c.head_type != HeadType.GATED:
+      x = self._add(x, Mlp(c, name='mlp')(x), call)
+    if not vq:
+      return x, ((), None)
+    return x, (tuple(new_states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux))
+
+  def _add(self, x: jax.Array, branch: jax.Array, call: Call) -> jax.Array:
+    """The residual connection, with dropout and LayerDrop on the branch."""
+    c = self.config
+    if not self.deterministic and c.residual_dropout_rate:
+      rng = self.make_rng(DROPOUT)
+      branch = example_dropout(rng, branch, c.residual_dropout_rate, call.example_ids)
+    if not self.deterministic and c.layer_drop_rate:
+      rng = self.make_rng(SEQUENCE_DROPOUT)
+      branch = example_dropout(rng, branch, c.layer_drop_rate, call.example_ids, per_example=True)
+    return with_sharding_constraint(x + branch, ('batch', 'length', 'embed'))
+
+
+class Transformer(nn.Module):
+  """Transformer-VQ language model."""
+
+  config: TransformerConfig
+
+  @property
+  def scan_layers(self) -> bool:
+    """Whether layers are stacked; T5X asks its modules."""
+    return self.config.scan_layers
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    state: Optional[DecoderState] = None,
+    *,
+    loss_mask: Optional[jax.Array] = None,
+    example_ids: Optional[jax.Array] = None,
+    deterministic: bool = True,
+  ) -> tuple[jax.Array, DecoderState, Optional[QuantizerAux]]:
+    """Runs the model over a segment: a whole sequence, part of one, or one token.
+
+    Args:
+      tokens: [B, T] int32; L divides T, or T < L.
+      state: of the tokens before the segment; None at the start of a sequence.
+      loss_mask: [B, T]; positions with 0 enter attention but no loss and no statistic.
+      example_ids: [B] int32, place of each example in the global batch; None means 0 to B - 1.
+      deterministic: False applies dropout, with rngs 'dropout' (new for each update) and
+        'sequence_dropout' (the same for all updates of a sequence).
+
+    Returns:
+      Logits [B, T, W] float32, the state after the segment, and the quantizers' losses and
+      metrics, every leaf [layers, attention sublayers] (None for the quadratic baseline).
+    """
+    c = self.config
+    batch_size, length = tokens.shape
+    if state is None:
+      state = init_decoder_state(c, batch_size)
+    call = Call(
+      position=state.position,
+      loss_mask=jnp.ones(tokens.shape, jnp.float32)
+      if loss_mask is None
+      else loss_mask.astype(jnp.float32),
+      example_ids=jnp.arange(batch_size) if example_ids is None else example_ids,
+    )
+    embedding = Embedding(c, name='token_embedder')
+    x = embedding(tokens)
+    if c.absolute_positions:
+      scale = nn_partitioning.param_with_axes(
+        'position_scale', initializers.zeros, (), jnp.float32, axes=()
+      )
+      positions = state.position[:, None] + jnp.arange(length)
+      x = x + (scale * sinusoids(positions, c.emb_dim, c.max_wavelength)).astype(c.dtype)
+    x = with_sharding_constraint(x, ('batch', 'length', 'embed'))
+    x, layers, aux = self._layers(x, state, call, deterministic)
+    if c.final_norm:
+      x = RMSNorm(name='final_norm')(x)
+    logits = Logits(c, name='logits')(x, embedding if c.tied_embeddings else None)
+    logits = with_sharding_constraint(logits, ('batch', 'length', 'vocab'))
+    return logits, DecoderState(state.position + length, layers), aux
+
+  def _layers(self, x: jax.Array, state: DecoderState, call: Call, deterministic: bool):
+    c = self.config
+    layer_cls = Layer
+    if c.remat == Remat.LAYER:
+      # Under scan nothing is merged back by common-subexpression elimination.
+      layer_cls = nn_partitioning.remat(Layer, prevent_cse=not c.scan_layers)
+    if c.scan_layers:
+      layers = nn_partitioning.scan_with_axes(
+        layer_cls,
+        variable_axes={'params': 0, 'intermediates': 0},
+        split_rngs={'params': True, DROPOUT: True, SEQUENCE_DROPOUT: True},
+        in_axes=(0, nn.broadcast),
+        out_axes=0,
+        length=c.num_layers,
+        axis_name='layers',
+      )
+      x, (new_layers, aux) = layers(c, deterministic, name='layers')(x, state.layers, call)
+      return x, new_layers, aux
+    new_layers, aux = [], []
+    for i in range(c.num_layers):
+      layer = layer_cls(c, deterministic, name=f'layers_{i}')
+      layer_state = state.layers[i] if state.layers else ()
+      x, (new_layer, layer_aux) = layer(x, layer_state, call)
+      new_layers.append(new_layer)
+      aux.append(layer_aux)
+    if c.attention_type == AttentionType.QUADRATIC:
+      return x, (), None
+    return x, tuple(new_layers), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
