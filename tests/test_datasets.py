@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
-from tvq_t5x.tasks import kjv
 
 from tvq_t5x import datasets, errors
 from tvq_t5x.feature_converters import TransformerVQFeatureConverter
+from tvq_t5x.tasks import kjv
 
 LENGTH = 4096
 SEQUENCES = 51  # Of the test split, the last of them short.

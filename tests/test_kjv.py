@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+
 from tvq_t5x.tasks import kjv, preprocessors
 
 SIZES = {'train': 3_728_820, 'validation': 207_157, 'test': 207_157}

@@ -90,9 +90,7 @@ def vq_attention(
     present_values=to_blocks(keys.values),
     window_keys=hold(_windows(all_keys, num_blocks, block_len)),
     window_values=hold(_windows(all_values, num_blocks, block_len)),
-    num_empty=jnp.maximum(
-      c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0
-    ),
+    num_empty=jnp.maximum(c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0),
     cache=evicted,
   )
 

@@ -1,7 +1,7 @@
-"""State of an attention sublayer: a window of M positions and a compressed cache of everything older.
+"""State of an attention sublayer: a window of M positions and a compressed cache of all older ones.
 
-The cache keeps, per key head and code s, how many old keys have code s and the mean of their values.
-The mean, not the sum, is kept since it stays bounded (spec, "One attention sublayer").
+The cache keeps, per key head and code s, how many old keys have code s and the mean of their
+values. The mean, not the sum, is kept since it stays bounded (paper, section 3.3).
 """
 
 from typing import NamedTuple

@@ -1,20 +1,20 @@
 """Hyperparameters of the model.
 
-Letters, as in the docs: B batch, T sequence length, L block length, R = T/L blocks, M window length,
-N key/value heads, G query heads per key/value head, H = N G query heads, D model width, K key width
-per head, V value width per head, S codes per head, W vocabulary.
+Letters, as in the docs: B batch, T sequence length, L block length, R = T/L blocks, M window
+length, N key/value heads, G query heads per key/value head, H = N G query heads, D model width, K
+key width per head, V value width per head, S codes per head, W vocabulary.
 """
 
 import dataclasses
 import enum
-from typing import Any, Optional
+from typing import Any
 
 import jax.numpy as jnp
 
 from tvq_t5x.errors import ConfigError
 
 
-class HeadType(str, enum.Enum):
+class HeadType(enum.StrEnum):
   """Kind of attention sublayer."""
 
   GATED = 'gated'  # SHGA when num_heads = 1: two gated attention sublayers a layer.
@@ -22,14 +22,14 @@ class HeadType(str, enum.Enum):
   MQA = 'mqa'  # One key/value head, then an MLP sublayer of width 5D.
 
 
-class AttentionType(str, enum.Enum):
+class AttentionType(enum.StrEnum):
   """What the queries attend to."""
 
   VQ = 'vq'  # Vector-quantized keys, linear in T.
   QUADRATIC = 'quadratic'  # Unquantized keys, full causal attention: the baseline.
 
 
-class Reduction(str, enum.Enum):
+class Reduction(enum.StrEnum):
   """How the compressed cache of every block is computed from the blocks before it."""
 
   SERIAL = 'serial'  # One scan over blocks, attention included: least memory.
@@ -37,7 +37,7 @@ class Reduction(str, enum.Enum):
   ASSOCIATIVE = 'associative'  # Parallel prefix in log R steps.
 
 
-class Remat(str, enum.Enum):
+class Remat(enum.StrEnum):
   """What the backward pass recomputes instead of keeping it from the forward pass."""
 
   NONE = 'none'
@@ -107,7 +107,7 @@ class TransformerConfig:
   block_len: int
   window_len: int
   num_heads: int = 1
-  value_dim: Optional[int] = None
+  value_dim: int | None = None
   head_type: HeadType = HeadType.GATED
   attention_type: AttentionType = AttentionType.VQ
   reduction: Reduction = Reduction.MATMUL

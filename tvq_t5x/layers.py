@@ -1,6 +1,7 @@
 """Building blocks with logical axis names: projections, normalization, dropout, MLP."""
 
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -138,7 +139,7 @@ class Logits(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, embedding: Optional[Embedding]) -> jax.Array:
+  def __call__(self, x: jax.Array, embedding: Embedding | None) -> jax.Array:
     """[B, T, D] to [B, T, W] float32; `embedding` is the table to share when tied."""
     c = self.config
     if embedding is None:

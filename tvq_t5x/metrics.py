@@ -1,6 +1,6 @@
 """The metric stream: clu metrics from sums and counts, right under any split of the batch."""
 
-from typing import Mapping, Optional
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def token_metrics(
   nats: jax.Array,
   targets: jax.Array,
   weights: jax.Array,
-  bytes_per_token: Optional[np.ndarray],
+  bytes_per_token: np.ndarray | None,
 ) -> Metrics:
   """Metrics of predicted tokens.
 

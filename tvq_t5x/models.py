@@ -3,7 +3,8 @@
 It has the interface of `t5x.models.BaseModel` by duck typing and imports no T5X.
 """
 
-from typing import Any, Mapping, NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ class TransformerVQModel:
     module: Transformer,
     vocabulary: seqio.Vocabulary,
     optimizer: optax.GradientTransformation,
-    loss_normalizing_factor: Optional[float] = None,
+    loss_normalizing_factor: float | None = None,
   ):
     """Creates the model.
 
@@ -69,8 +70,8 @@ class TransformerVQModel:
     """
     if vocabulary.vocab_size > module.config.vocab_size:
       raise ConfigError(
-        f'TransformerConfig.vocab_size = {module.config.vocab_size} is not accepted: the vocabulary '
-        f'of TransformerVQModel.vocabulary needs at least {vocabulary.vocab_size}.'
+        f'TransformerConfig.vocab_size = {module.config.vocab_size} is not accepted: '
+        f'TransformerVQModel.vocabulary needs at least {vocabulary.vocab_size}.'
       )
     self.module = module
     self.input_vocabulary = self.output_vocabulary = vocabulary
@@ -87,7 +88,7 @@ class TransformerVQModel:
     self,
     rng: jax.Array,
     input_shapes: Mapping[str, tuple[int, ...]],
-    input_types: Optional[Mapping[str, Any]] = None,
+    input_types: Mapping[str, Any] | None = None,
   ) -> Mapping[str, Any]:
     """Initial `params` and their `params_axes`; parameters depend on no input shape."""
     del input_types
@@ -103,10 +104,10 @@ class TransformerVQModel:
     self,
     params: Params,
     batch: Batch,
-    state: Optional[DecoderState],
-    rngs: Optional[DropoutRngs],
+    state: DecoderState | None,
+    rngs: DropoutRngs | None,
     normalizing_factor: float,
-    example_ids: Optional[jax.Array] = None,
+    example_ids: jax.Array | None = None,
   ) -> tuple[jax.Array, tuple[DecoderState, metrics_lib.Metrics]]:
     """Loss of a segment that continues the sequences of `state`.
 
@@ -144,7 +145,7 @@ class TransformerVQModel:
     return total / normalizing_factor + statistics, (state, metrics)
 
   def loss_fn(
-    self, params: Params, batch: Batch, dropout_rng: Optional[jax.Array]
+    self, params: Params, batch: Batch, dropout_rng: jax.Array | None
   ) -> tuple[jax.Array, metrics_lib.Metrics]:
     """Loss and metrics of whole sequences, as one update."""
     rngs = None if dropout_rng is None else DropoutRngs(*jax.random.split(dropout_rng))
@@ -170,9 +171,7 @@ class TransformerVQModel:
     scores = -jnp.sum(nats * batch['decoder_loss_weights'], axis=-1)
     return (scores, variables) if return_intermediates else scores
 
-  def predict_batch(
-    self, params: Params, batch: Batch, rng: Optional[jax.Array] = None
-  ) -> jax.Array:
+  def predict_batch(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Tokens [B, T] of `predict_batch_with_aux`."""
     return self.predict_batch_with_aux(params, batch, rng=rng)[0]
 
@@ -180,7 +179,7 @@ class TransformerVQModel:
     self,
     params: Params,
     batch: Batch,
-    rng: Optional[jax.Array] = None,
+    rng: jax.Array | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
@@ -211,7 +210,7 @@ class TransformerVQModel:
     return tokens, {'scores': scores}
 
 
-def _bytes_per_token(vocabulary: seqio.Vocabulary, vocab_size: int) -> Optional[np.ndarray]:
+def _bytes_per_token(vocabulary: seqio.Vocabulary, vocab_size: int) -> np.ndarray | None:
   """Bytes of text that each id stands for, [W]; None for vocabularies that do not say."""
   if not isinstance(vocabulary, seqio.ByteVocabulary):
     return None

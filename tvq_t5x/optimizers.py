@@ -4,7 +4,7 @@ Each factory returns an `optax.GradientTransformation` for the ordinary paramete
 `with_codebook_ema` adds the branch for the codebooks, out of reach of clipping and decay.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def adamw(
   b2: float = 0.98,
   eps: float = 1e-9,
   weight_decay: float = 0.0,
-  clip_norm: Optional[float] = None,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
   """Adam with clipping by global norm and fully decoupled weight decay.
 
@@ -76,7 +76,7 @@ def lion(
   b1: float = 0.95,
   b2: float = 0.98,
   weight_decay: float = 0.0,
-  clip_norm: Optional[float] = None,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
   """Lion, with the same clipping and decay as `adamw`."""
   scale = optax.scale_by_lion(b1, b2)
@@ -87,7 +87,7 @@ def adafactor(
   learning_rate: optax.ScalarOrSchedule,
   update_clip: float = 1.0,
   weight_decay: float = 0.0,
-  clip_norm: Optional[float] = None,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
   """Adafactor whose learning rate is relative to each parameter's root mean square.
 

@@ -1,7 +1,5 @@
 """Attention with all pairs of positions: the baseline, and over quantized keys the oracle."""
 
-from typing import Optional
-
 import jax
 import jax.numpy as jnp
 
@@ -15,10 +13,10 @@ def quadratic_attention(
   values: jax.Array,
   distances: jax.Array,
   compressed_cache: bool = True,
-  block_len: Optional[int] = None,
+  block_len: int | None = None,
   grad_through_cache: bool = True,
 ) -> jax.Array:
-  """Softmax attention of T queries to S >= T keys, of which the last T are at the queries' positions.
+  """Softmax attention of T queries to S >= T keys, the last T at the queries' positions.
 
   Args:
     queries: [B, T, N, G, K].

@@ -1,7 +1,7 @@
 """Sampling with a state of constant size: one compiled loop, one token a step."""
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

@@ -151,4 +151,4 @@ def _main_norm(gradients: Any) -> jax.Array:
   """Global norm of the gradients of all parameters but the codebooks."""
   labels = codebook_labels(gradients)
   main = jax.tree.map(lambda g, label: g if label == 'main' else None, gradients, labels)
-  return optax.global_norm(main)
+  return optax.tree.norm(main)

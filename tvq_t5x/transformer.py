@@ -1,6 +1,6 @@
 """The decoder-only stack: one forward function for training, evaluation and decoding."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -70,8 +70,8 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, state: Optional[AttentionState], call: Call
-  ) -> tuple[jax.Array, Optional[AttentionState], Optional[QuantizerAux]]:
+    self, x: jax.Array, state: AttentionState | None, call: Call
+  ) -> tuple[jax.Array, AttentionState | None, QuantizerAux | None]:
     """[B, T, D] to the residual branch [B, T, D], the new state and the quantizer's losses."""
     c = self.config
     d, n, g, h = c.emb_dim, c.num_kv_heads, c.queries_per_kv_head, c.num_heads
@@ -82,9 +82,7 @@ class Attention(nn.Module):
 
     def project(name, width, num_heads, heads_axis, width_axis):
       axes = ('embed', heads_axis, width_axis)
-      return Einsum(
-        'BTD,DHK->BTHK', (d, num_heads, width), axes, dtype=c.dtype, name=name
-      )
+      return Einsum('BTD,DHK->BTHK', (d, num_heads, width), axes, dtype=c.dtype, name=name)
 
     x = RMSNorm(name='norm')(x)
     q = scale * rms_normalize(project('query', k, h, heads, 'kv')(x))
@@ -120,9 +118,7 @@ class Attention(nn.Module):
       self.sow('intermediates', 'keys', keys)
       self.sow('intermediates', 'codes', codes)
       segment = Keys(quantized, codes, values)
-      out, new_state = vq_attention(
-        queries, segment, distances, codebook, state, call.position, c
-      )
+      out, new_state = vq_attention(queries, segment, distances, codebook, state, call.position, c)
     out = out.reshape(*out.shape[:2], h, v)
     if gated:
       out = out * jax.nn.silu(project('gate', v, h, heads, c.value_axis)(x))
@@ -149,7 +145,7 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(
     self, x: jax.Array, state: LayerState, call: Call
-  ) -> tuple[jax.Array, tuple[LayerState, Optional[QuantizerAux]]]:
+  ) -> tuple[jax.Array, tuple[LayerState, QuantizerAux | None]]:
     """[B, T, D] to [B, T, D], with the new state and losses stacked over attention sublayers."""
     c = self.config
     vq = c.attention_type == AttentionType.VQ
@@ -193,12 +189,12 @@ class Transformer(nn.Module):
   def __call__(
     self,
     tokens: jax.Array,
-    state: Optional[DecoderState] = None,
+    state: DecoderState | None = None,
     *,
-    loss_mask: Optional[jax.Array] = None,
-    example_ids: Optional[jax.Array] = None,
+    loss_mask: jax.Array | None = None,
+    example_ids: jax.Array | None = None,
     deterministic: bool = True,
-  ) -> tuple[jax.Array, DecoderState, Optional[QuantizerAux]]:
+  ) -> tuple[jax.Array, DecoderState, QuantizerAux | None]:
     """Runs the model over a segment: a whole sequence, part of one, or one token.
 
     Args:

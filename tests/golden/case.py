@@ -62,9 +62,7 @@ class GoldenCase:
     if 'optimizer' in r:
       assert (r['optimizer'], r['lr_schedule']) == ('adamw', 'cosine')
       schedule = optimizers.warmup_cosine(r['lr_max'], r['n_warmup_step'], r['n_max_step'])
-      optimizer = optimizers.adamw(
-        schedule, weight_decay=r['wd_lam'], clip_norm=r['grad_clip']
-      )
+      optimizer = optimizers.adamw(schedule, weight_decay=r['wd_lam'], clip_norm=r['grad_clip'])
     module = Transformer(self.config(**overrides))
     return models.TransformerVQModel(module, seqio.PassThroughVocabulary(r['n_vocab']), optimizer)
 
