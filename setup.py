@@ -63,6 +63,7 @@ setuptools.setup(
       'pyright>=1.1.400',
       'pytest>=9.1',
       'pytest-cov>=7.1',
+      'pytest-xdist>=3.8',
       'ruff>=0.14',
     ],
   },

@@ -4,16 +4,22 @@ A query of a block attends to three groups of keys under one softmax: the presen
 of M positions before it, and the compressed cache of everything older (paper, section 3.2-3.3).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from tvq_t5x.cache import AttentionState, CompressedCache, caches_before_blocks, merge, summarize
 from tvq_t5x.config import Reduction, Remat, TransformerConfig
 from tvq_t5x.positions import relative_shift, window_mask
 
 MASKED = -1e30
+
+# Names of what `Remat.ATTENTION` keeps for the backward pass.
+PROJECTION, ATTENTION = 'projection', 'attention'
+SAVED = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
 
 
 class Queries(NamedTuple):
@@ -32,13 +38,13 @@ class Keys(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-  """Everything that the queries of R blocks attend to."""
+  """Everything that the queries of R blocks attend to, heads before positions."""
 
-  queries: Queries  # [B, R, L, N, G, K]
-  present_keys: jax.Array  # [B, R, L, N, K]
-  present_values: jax.Array  # [B, R, L, N, V]
-  window_keys: jax.Array  # [B, R, M, N, K]
-  window_values: jax.Array  # [B, R, M, N, V]
+  queries: Queries  # [B, R, N, G, L, K]
+  present_keys: jax.Array  # [B, R, N, L, K]
+  present_values: jax.Array  # [B, R, N, L, V]
+  window_keys: jax.Array  # [B, R, N, M, K]
+  window_values: jax.Array  # [B, R, N, M, V]
   num_empty: jax.Array  # [B, R] int32, window slots never filled
   cache: CompressedCache  # [B, R, N, S], [B, R, N, S, V]
 
@@ -85,11 +91,11 @@ def vq_attention(
     to_blocks(all_codes[:, :length]), to_blocks(hold(all_values[:, :length])), c.num_codes
   )
   blocks = _Blocks(
-    queries=jax.tree.map(to_blocks, queries),
-    present_keys=to_blocks(keys.quantized),
-    present_values=to_blocks(keys.values),
-    window_keys=hold(_windows(all_keys, num_blocks, block_len)),
-    window_values=hold(_windows(all_values, num_blocks, block_len)),
+    queries=jax.tree.map(lambda x: jnp.moveaxis(to_blocks(x), 2, 4), queries),
+    present_keys=_heads_first(to_blocks(keys.quantized)),
+    present_values=_heads_first(to_blocks(keys.values)),
+    window_keys=_heads_first(hold(_windows(all_keys, num_blocks, block_len))),
+    window_values=_heads_first(hold(_windows(all_values, num_blocks, block_len))),
     num_empty=jnp.maximum(c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0),
     cache=evicted,
   )
@@ -98,12 +104,13 @@ def vq_attention(
     return _attend(x, distances, codebook, c)
 
   if c.remat == Remat.ATTENTION:
-    attend = jax.checkpoint(attend)
+    attend = jax.checkpoint(attend, policy=SAVED)
   if c.reduction == Reduction.SERIAL:
     out, cache = _scan_blocks(attend, blocks, state.cache)
   else:
     before, cache = caches_before_blocks(state.cache, evicted, c.reduction)
     out = attend(blocks._replace(cache=before))
+  out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
   new_state = hold(
     AttentionState(all_codes[:, length:], all_keys[:, length:], all_values[:, length:], cache)
   )
@@ -113,6 +120,11 @@ def vq_attention(
 def log_counts(counts: jax.Array) -> jax.Array:
   """What a code's count adds to its score; a code without keys is masked. Any shape."""
   return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1.0)), MASKED)
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+  """[B, R, L, N, ...] to [B, R, N, L, ...], the order in which products need no transposition."""
+  return jnp.swapaxes(x, 2, 3)
 
 
 def _windows(x: jax.Array, num_blocks: int, block_len: int) -> jax.Array:
@@ -141,39 +153,40 @@ def _scan_blocks(attend, blocks: _Blocks, cache: CompressedCache):
 
 
 def _attend(x: _Blocks, distances: jax.Array, codebook: jax.Array, c: TransformerConfig):
-  """One softmax over window, present block and cache: [B, R, L, N, G, V]."""
+  """One softmax over window, present block and cache: [B, R, N, G, L, V]."""
   dtype = x.present_values.dtype
-  block_len, window_len = x.present_keys.shape[2], x.window_keys.shape[2]
+  block_len, window_len = x.present_keys.shape[-2], x.window_keys.shape[-2]
   f32 = {'preferred_element_type': jnp.float32}
 
-  nearness = jnp.einsum('BRLNGK,ENK->BRNGLE', x.queries.position, distances[::-1], **f32)
+  nearness = jnp.einsum('BRNGLK,CNK->BRNGLC', x.queries.position, distances[::-1], **f32)
   nearness = relative_shift(nearness, window_len + block_len)
   keep = window_mask(block_len, window_len, x.num_empty, within_window=not c.compressed_cache)
   keep = keep[:, :, None, None]  # [B, R, N, G, L, M + L]
 
   def key_scores(keys, part):
-    scores = jnp.einsum('BRLNGK,BRJNK->BRNGLJ', x.queries.content, keys, **f32)
+    scores = jnp.einsum('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, **f32)
     return jnp.where(keep[..., part], scores + nearness[..., part], MASKED)
 
   scores = [
     key_scores(x.window_keys, slice(window_len)),
     key_scores(x.present_keys, slice(window_len, None)),
   ]
-  values = [('BRNGLJ,BRJNV->BRLNGV', x.window_values), ('BRNGLJ,BRJNV->BRLNGV', x.present_values)]
+  values = [x.window_values, x.present_values]
   if c.compressed_cache:
     codes = codebook.astype(x.present_keys.dtype)
-    codes = jnp.einsum('BRLNGK,NSK->BRNGLS', x.queries.content, codes, **f32)
+    codes = jnp.einsum('BRNGLK,NSK->BRNGLS', x.queries.content, codes, **f32)
     scores.append(codes + log_counts(x.cache.counts)[..., None, None, :])
-    values.append(('BRNGLS,BRNSV->BRLNGV', x.cache.means))
+    values.append(x.cache.means.astype(dtype))
 
-  peak = scores[0].max(axis=-1)
-  for group in scores[1:]:
-    peak = jnp.maximum(peak, group.max(axis=-1))
-  peak = jax.lax.stop_gradient(peak)[..., None]
-  total, mass = 0.0, 0.0
-  for group, (equation, group_values) in zip(scores, values, strict=True):
-    weights = jnp.exp(group - peak)
-    mass = mass + jnp.sum(weights, axis=-1)
-    total = total + jnp.einsum(equation, weights.astype(dtype), group_values.astype(dtype), **f32)
-  mass = jnp.moveaxis(mass, -1, 2)[..., None]  # [B, R, L, N, G, 1]
+  peaks = [jnp.max(group, axis=-1, keepdims=True) for group in scores]
+  peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
+  peak = checkpoint_name(peak, ATTENTION)
+  weights = [jnp.exp(group - peak) for group in scores]
+  mass = sum(jnp.sum(group, axis=-1, keepdims=True) for group in weights)
+  total = sum(
+    jnp.einsum('BRNGLJ,BRNJV->BRNGLV', group.astype(dtype), group_values, **f32)
+    for group, group_values in zip(weights, values, strict=True)
+  )
+  mass = checkpoint_name(mass, ATTENTION)
+  total = checkpoint_name(total, ATTENTION)
   return (total / mass).astype(dtype)

@@ -207,6 +207,21 @@ def evaluation_batches(
   )
 
 
+def vocabulary(
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture, module: str | None = None
+) -> seqio.Vocabulary:
+  """Returns the vocabulary of a task's or mixture's targets.
+
+  Args:
+    mixture_or_task_name: as in `DatasetConfig`.
+    module: as in `DatasetConfig`.
+
+  Raises:
+    ConfigError: if no task has this name.
+  """
+  return _provider(mixture_or_task_name, module).output_features['targets'].vocabulary
+
+
 def count_bytes(targets: Any) -> Any:
   """Returns how many bytes of text the targets of a byte-level task hold (NumPy or JAX).
 
@@ -244,29 +259,31 @@ def _is_count(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture, once `cfg.module` is imported."""
-  if cfg.module:
+def _provider(
+  name: str | seqio.Task | seqio.Mixture, module: str | None
+) -> seqio.Task | seqio.Mixture:
+  """Returns the task or mixture, once `module` is imported."""
+  if module:
     try:
-      importlib.import_module(cfg.module)
+      importlib.import_module(module)
     except ModuleNotFoundError as e:
-      if not e.name or not f'{cfg.module}.'.startswith(f'{e.name}.'):
+      if not e.name or not f'{module}.'.startswith(f'{e.name}.'):
         raise  # The module exists, something that it imports does not.
       raise errors.ConfigError(
-        f'DatasetConfig.module = {cfg.module!r}: there is no module {e.name!r}; give the import '
+        f'DatasetConfig.module = {module!r}: there is no module {e.name!r}; give the import '
         "path of the module that registers the task, such as 'tvq_t5x.tasks.kjv'."
       ) from e
-  if not isinstance(cfg.mixture_or_task_name, str):
-    return cfg.mixture_or_task_name
+  if not isinstance(name, str):
+    return name
   names = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
-  if cfg.mixture_or_task_name in names:
-    return seqio.get_mixture_or_task(cfg.mixture_or_task_name)
-  near = difflib.get_close_matches(cfg.mixture_or_task_name, names) or names[:10]
+  if name in names:
+    return seqio.get_mixture_or_task(name)
+  near = difflib.get_close_matches(name, names) or names[:10]
   known = f'registered: {", ".join(near)}' if near else 'none is registered'
   raise errors.ConfigError(
-    f'DatasetConfig.mixture_or_task_name = {cfg.mixture_or_task_name!r} (macro '
+    f'DatasetConfig.mixture_or_task_name = {name!r} (macro '
     f'MIXTURE_OR_TASK_NAME): no task or mixture has this name; {known}. DatasetConfig.module, here '
-    f"{cfg.module!r}, must name the module that registers it, such as 'tvq_t5x.tasks.kjv'."
+    f"{module!r}, must name the module that registers it, such as 'tvq_t5x.tasks.kjv'."
   )
 
 
@@ -274,7 +291,7 @@ def _validate(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> seqio.Task | seqio.Mixture:
   """Returns the task or mixture, or raises a `ConfigError` that names the binding to change."""
-  provider = _provider(cfg)
+  provider = _provider(cfg.mixture_or_task_name, cfg.module)
   if cfg.split not in provider.splits:
     raise errors.ConfigError(
       f'DatasetConfig.split = {cfg.split!r}: {provider.name} has the splits '

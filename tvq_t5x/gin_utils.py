@@ -11,8 +11,8 @@ import pkgutil
 import re
 import sys
 import tokenize
-from collections.abc import Iterator, Sequence
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
 
 import gin
 from gin import config as gin_config
@@ -21,7 +21,15 @@ from gin import resource_reader
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.gin_checks import check_config, registered, suggest
 
-__all__ = ['check_config', 'config_str', 'gin_root', 'parse_gin', 'rewrite_gin_args']
+__all__ = [
+  'check_config',
+  'config_str',
+  'gin_root',
+  'is_bound',
+  'message',
+  'parse_gin',
+  'rewrite_gin_args',
+]
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 # What gin raises, by way of Python, on a file it can't use.
@@ -85,6 +93,17 @@ def rewrite_gin_args(args: Sequence[str]) -> list[str]:
 def config_str() -> str:
   """The configuration as gin code that can be parsed again."""
   return gin.config_str()
+
+
+def is_bound(function: Callable[..., Any]) -> bool:
+  """Whether the configuration says anything about `function`."""
+  name = f'{function.__module__}.{function.__qualname__}'
+  return any(selector == name for _, selector in gin_config._CONFIG)
+
+
+def message(error: BaseException) -> str:
+  """The message of an error without what gin appends to it on its way through configurables."""
+  return re.sub(r'\n  In call to configurable .*', '', str(error), flags=re.DOTALL)
 
 
 def _rewrite_gin_arg(arg: str) -> str:

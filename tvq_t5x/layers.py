@@ -1,5 +1,6 @@
 """Building blocks with logical axis names: projections, normalization, dropout, MLP."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,34 @@ class RMSNorm(nn.Module):
     return rms_normalize(x) * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`einsum(equation, x, kernel)`; on CPU its gradients take half the time of einsum's own."""
+  return jnp.einsum(equation, x, kernel)
+
+
+def _project_fwd(equation, x, kernel):
+  return _project(equation, x, kernel), (x, kernel)
+
+
+def _project_bwd(equation, residuals, g):
+  x, kernel = residuals
+  inputs, out = equation.split('->')
+  left, right = inputs.split(',')
+  # Both products below read g: without the barrier XLA computes it again inside each of them.
+  g = jax.lax.optimization_barrier(g)
+  x_gradient = jnp.einsum(f'{out},{right}->{left}', g, kernel)
+  # A product that contracts positions transposes its first operand: let that be the smaller one.
+  if x.size <= g.size:
+    kernel_gradient = jnp.einsum(f'{left},{out}->{right}', x, g)
+  else:
+    kernel_gradient = jnp.einsum(f'{out},{left}->{right}', g, x)
+  return x_gradient, kernel_gradient
+
+
+_project.defvjp(_project_fwd, _project_bwd)
+
+
 class Einsum(nn.Module):
   """A projection without bias: `einsum(equation, x, kernel)`.
 
@@ -65,7 +94,7 @@ class Einsum(nn.Module):
     kernel = nn_partitioning.param_with_axes(
       'kernel', kernel_init, tuple(self.shape), jnp.float32, axes=tuple(self.axes)
     )
-    return jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+    return _project(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 def example_dropout(

@@ -14,7 +14,7 @@ import seqio
 
 from tvq_t5x import metrics as metrics_lib
 from tvq_t5x import optimizers, sampling
-from tvq_t5x.config import TransformerConfig
+from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.transformer import (
@@ -195,7 +195,15 @@ class TransformerVQModel:
     Returns:
       Tokens [B, T], prompts included, and `{'scores': [B]}`, the generated tokens' log-likelihood
       under the model.
+
+    Raises:
+      ConfigError: for the quadratic baseline, which keeps no state.
     """
+    if self.config.attention_type == AttentionType.QUADRATIC:
+      raise ConfigError(
+        f'TransformerConfig.attention_type = {self.config.attention_type.value!r} keeps no state '
+        "to sample with: give 'vq'."
+      )
     prompts = batch['decoder_target_tokens']
     start = batch['decoder_input_tokens'][:, 0]
     settings = sampling.SamplingConfig(temperature=0.0 if rng is None else temperature, top_p=top_p)

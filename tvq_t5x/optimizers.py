@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tvq_t5x.errors import ConfigError
+
 # Gains and biases, which the paper's code leaves out of the weight decay as 1-D arrays. Names, not
 # ranks, since scanned layers and heads add axes.
 _NOT_DECAYED = frozenset({'scale', 'bias', 'content_bias', 'position_bias'})
@@ -33,10 +35,10 @@ def warmup_cosine(
     Learning rate as a function of the update's index.
 
   Raises:
-    ValueError: if the warm-up does not end before the cosine does.
+    ConfigError: if the warm-up does not end before the cosine does.
   """
   if not 0 <= warmup_steps < total_steps:
-    raise ValueError(
+    raise ConfigError(
       f'warmup_cosine.warmup_steps = {warmup_steps} is not accepted: give an integer from 0 to '
       f'warmup_cosine.total_steps - 1 = {total_steps - 1}.'
     )

@@ -1,5 +1,7 @@
 """Sinusoids and relative positions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -31,11 +33,36 @@ def relative_shift(x: jax.Array, num_keys: int) -> jax.Array:
   Returns:
     [..., L, num_keys]; zero where x has no column for a key.
   """
-  *prefix, rows, columns = x.shape
-  width = columns + rows - 1
-  x = jnp.pad(x, [(0, 0)] * len(prefix) + [(0, 0), (0, rows)])
-  x = x.reshape(*prefix, rows * (width + 1))[..., : rows * width]
-  return x.reshape(*prefix, rows, width)[..., width - num_keys :]
+  shift = num_keys - x.shape[-1]  # Of the last row.
+  return _shift_rows(x, num_keys, shift)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _shift_rows(x: jax.Array, width: int, shift: int) -> jax.Array:
+  """Column c of row i moves to column `c + shift - (L - 1 - i)` of `width`; the rest is zero."""
+  rows, columns = x.shape[-2:]
+  # Row i is the slice from rows - 1 - i of itself between zeros.
+  left = rows - 1 + max(shift - (rows - 1), 0)
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, max(width - columns, 0) + rows - 1)])
+  start = left - shift + jnp.arange(rows)[::-1]
+
+  def one_row(row, start):
+    return jax.lax.dynamic_slice_in_dim(row, start, width, axis=-1)
+
+  return jax.vmap(one_row, in_axes=(-2, 0), out_axes=-2)(x, start)
+
+
+def _shift_rows_fwd(x, width, shift):
+  return _shift_rows(x, width, shift), x.shape[-1]
+
+
+def _shift_rows_bwd(width, shift, columns, g):
+  # Moves every row back: the rows' shifts are reversed by reversing their order.
+  back = _shift_rows(g[..., ::-1, :], columns, g.shape[-2] - 1 - shift)
+  return (back[..., ::-1, :],)
+
+
+_shift_rows.defvjp(_shift_rows_fwd, _shift_rows_bwd)
 
 
 def window_mask(

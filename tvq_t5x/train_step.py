@@ -8,6 +8,8 @@ import optax
 from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x import metrics as metrics_lib
+from tvq_t5x.config import AttentionType
+from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import Batch, DropoutRngs, TransformerVQModel
 from tvq_t5x.optimizers import codebook_labels
 from tvq_t5x.transformer import DecoderState
@@ -50,9 +52,17 @@ def train_on_sequences(
 
   Returns:
     The new state, and the metrics of each update, [T / update_len] each.
+
+  Raises:
+    ConfigError: for the quadratic baseline, which keeps no state, if update_len is not T.
   """
   num_sequences, length = batch['decoder_target_tokens'].shape
   num_updates = length // update_len
+  if num_updates > 1 and model.config.attention_type == AttentionType.QUADRATIC:
+    raise ConfigError(
+      f'TransformerConfig.attention_type = {model.config.attention_type.value!r} keeps no state '
+      f"from one update to the next: give 'vq', or update_len = {length}, the whole sequence."
+    )
   sequence_rng = jax.random.fold_in(jax.random.fold_in(rng, 0), train_state.step)
 
   def split(x):  # [B, T] to [updates, microbatches, B / microbatches, update_len]

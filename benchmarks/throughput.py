@@ -1,0 +1,204 @@
+"""Times a training step of VQ attention, by reduction, beside the quadratic baseline.
+
+All variants run in one process, one step of each in turn, so that a machine whose speed drifts
+slows all of them alike. Peak memory is the compiler's own figure for the step's temporaries.
+
+  python benchmarks/throughput.py --lengths=2048,4096,8192,16384,32768 --out_dir=runs/throughput
+
+writes a table, `throughput.json` and `throughput.png`. A variant that would not fit into memory is
+compiled, but not run.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Optional
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import seqio
+from absl import app, flags
+
+from tvq_t5x import models, optimizers, train_step
+from tvq_t5x.config import AttentionType, Reduction, TransformerConfig
+from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.transformer import Transformer
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+_LENGTHS = flags.DEFINE_list('lengths', ['2048', '4096', '8192'], 'Sequence lengths T.')
+_VARIANTS = flags.DEFINE_list(
+  'variants', [*Reduction, AttentionType.QUADRATIC], 'Reductions, or `quadratic`.'
+)
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed steps of each variant; medians are shown.')
+_BATCH = flags.DEFINE_integer('batch_size', 1, 'Sequences a step.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of activations.')
+_REMAT = flags.DEFINE_enum('remat', 'attention', ['none', 'attention', 'layer'], 'See config.py.')
+_EMB_DIM = flags.DEFINE_integer('emb_dim', 256, 'Model width D; values are twice as wide.')
+_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Layers, of two attention sublayers each.')
+_CODES = flags.DEFINE_integer('num_codes', 512, 'Codebook size S.')
+_BLOCK = flags.DEFINE_integer('block_len', 512, 'Block length L and window length M.')
+_MEMORY = flags.DEFINE_float('memory_gb', 0.0, 'Largest step to run; 0 means what is free.')
+_OUT = flags.DEFINE_string('out_dir', 'runs/throughput', 'Where table and plot go.')
+
+_VOCAB_SIZE = 256
+
+
+@dataclasses.dataclass
+class Result:
+  """One variant at one length."""
+
+  variant: str
+  length: int
+  temp_bytes: int
+  seconds: list[float] = dataclasses.field(default_factory=list)
+
+  @property
+  def tokens_per_second(self) -> Optional[float]:
+    """Median; None where the variant was not run."""
+    if not self.seconds:
+      return None
+    return _BATCH.value * self.length / statistics.median(self.seconds)
+
+
+class Step:
+  """A compiled training step with its own parameters."""
+
+  def __init__(self, variant: str, length: int):
+    """Compiles the step."""
+    kind = (
+      {'attention_type': variant}
+      if variant == AttentionType.QUADRATIC
+      else {'reduction': variant}
+    )
+    config = TransformerConfig(
+      vocab_size=_VOCAB_SIZE,
+      emb_dim=_EMB_DIM.value,
+      key_dim=128,
+      num_layers=_LAYERS.value,
+      num_codes=_CODES.value,
+      block_len=_BLOCK.value,
+      window_len=_BLOCK.value,
+      remat=_REMAT.value,
+      dtype=_DTYPE.value,
+      **kind,
+    )
+    optimizer = optimizers.adamw(4e-4, weight_decay=2e-4, clip_norm=0.1)
+    vocabulary = seqio.PassThroughVocabulary(_VOCAB_SIZE)
+    self._model = models.TransformerVQModel(Transformer(config), vocabulary, optimizer)
+    self._partitioner = Partitioner(devices=jax.devices()[:1])
+    tokens = jax.random.randint(
+      jax.random.key(1), (_BATCH.value, length), 0, _VOCAB_SIZE, jnp.int32
+    )
+    self._batch = {
+      'decoder_input_tokens': tokens,
+      'decoder_target_tokens': jnp.roll(tokens, -1, axis=1),
+      'decoder_loss_weights': jnp.ones(tokens.shape, jnp.float32),
+    }
+    state = jax.eval_shape(
+      lambda rng: train_step.init_train_state(self._model, rng), jax.random.key(0)
+    )
+    shardings = self._partitioner.train_state_shardings(self._model)
+
+    def step(state, batch):
+      return train_step.train_on_sequences(self._model, state, batch, jax.random.key(2), length)
+
+    jitted = self._partitioner.jit(
+      step,
+      in_shardings=(shardings, self._partitioner.batch_sharding()),
+      out_shardings=(shardings, self._partitioner.replicated()),
+      donate_argnums=(0,),
+    )
+    self._step = jitted.lower(state, self._batch).compile()
+    self.temp_bytes = self._step.memory_analysis().temp_size_in_bytes
+
+  def start(self) -> None:
+    """Creates the parameters and runs one step that is not timed."""
+    self._state = self._partitioner.init_state(self._model, jax.random.key(0))
+    self.run()
+
+  def run(self) -> float:
+    """Seconds of one step."""
+    begin = time.perf_counter()
+    self._state, metrics = self._step(self._state, self._batch)
+    jax.block_until_ready((self._state, metrics))
+    return time.perf_counter() - begin
+
+
+def _free_bytes() -> float:
+  if _MEMORY.value:
+    return _MEMORY.value * 1e9
+  stats = jax.devices()[0].memory_stats()
+  if stats:
+    return stats['bytes_limit']
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES')
+
+
+def _measure(length: int, variants: Sequence[str]) -> Iterator[Result]:
+  steps = {variant: Step(variant, length) for variant in variants}
+  results = {v: Result(v, length, step.temp_bytes) for v, step in steps.items()}
+  fitting = {v: step for v, step in steps.items() if step.temp_bytes < 0.8 * _free_bytes()}
+  for step in fitting.values():
+    step.start()
+  for _ in range(_ROUNDS.value):
+    for variant, step in fitting.items():
+      results[variant].seconds.append(step.run())
+  yield from results.values()
+
+
+def _print_table(results: Sequence[Result]) -> None:
+  print('| T | attention | tokens/s | of quadratic | temporaries, GB |')
+  print('| ---: | --- | ---: | ---: | ---: |')
+  baseline = {r.length: r for r in results if r.variant == AttentionType.QUADRATIC}
+  for r in results:
+    speed, other = r.tokens_per_second, baseline.get(r.length)
+    ratio = '' if not speed or not other or not other.seconds else (
+      f'{speed / other.tokens_per_second:.2f}x'
+    )
+    shown = f'{speed:,.0f}' if speed else 'does not fit'
+    print(f'| {r.length} | {r.variant} | {shown} | {ratio} | {r.temp_bytes / 1e9:.2f} |')
+
+
+def _plot(results: Sequence[Result], path: str) -> None:
+  figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+  for variant in dict.fromkeys(r.variant for r in results):
+    rows = [r for r in results if r.variant == variant]
+    run = [r for r in rows if r.seconds]
+    speed.plot([r.length for r in run], [r.tokens_per_second for r in run], 'o-', label=variant)
+    memory.plot([r.length for r in rows], [r.temp_bytes / 1e9 for r in rows], 'o-', label=variant)
+  for axis, title in ((speed, 'training, tokens/s'), (memory, "step's temporaries, GB")):
+    axis.set(xscale='log', yscale='log', xlabel='sequence length T', title=title)
+    axis.set_xscale('log', base=2)
+    axis.grid(alpha=0.3)
+  speed.legend()
+  figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
+  results = []
+  for length in map(int, _LENGTHS.value):
+    results.extend(_measure(length, [str(v) for v in _VARIANTS.value]))
+    jax.clear_caches()
+  _print_table(results)
+  os.makedirs(_OUT.value, exist_ok=True)
+  device = jax.devices()[0]
+  record = {
+    'device': f'{device.platform}: {device.device_kind}',
+    'jax': jax.__version__,
+    'flags': {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(argv[0])},
+    'results': [dataclasses.asdict(r) for r in results],
+  }
+  with open(os.path.join(_OUT.value, 'throughput.json'), 'w', encoding='utf-8') as f:
+    json.dump(record, f, indent=2)
+  _plot(results, os.path.join(_OUT.value, 'throughput.png'))
+
+
+if __name__ == '__main__':
+  app.run(main)

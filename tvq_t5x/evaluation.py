@@ -1,0 +1,108 @@
+"""Exact evaluation: one pass over a split, every token once, in the memory of training."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvq_t5x import metrics as metrics_lib
+from tvq_t5x.models import Batch, Params, TransformerVQModel
+from tvq_t5x.partitioning import Partitioner
+
+# Means over segments of what is no sum over tokens: they would depend on the batch size.
+_INEXACT = ('codebook_perplexity/', 'codebook_dead_codes/')
+
+
+class Sums:
+  """Sums of clu metrics on the host in float64, for the ratios of many batches or updates."""
+
+  def __init__(self, sums: Mapping[str, tuple[float, float]] | None = None):
+    self._sums = {name: np.array(pair, np.float64) for name, pair in (sums or {}).items()}
+
+  def add(self, metrics: metrics_lib.Metrics) -> None:
+    """Adds metrics whose totals and counts are numbers."""
+    for name, metric in metrics.items():
+      pair = np.array([metric.total, metric.count], np.float64)
+      self._sums[name] = self._sums.get(name, np.zeros(2)) + pair
+
+  def ratios(self) -> dict[str, float]:
+    """The value of each metric; NaN where nothing was counted."""
+    return {
+      name: float(total / count) if count else float('nan')
+      for name, (total, count) in sorted(self._sums.items())
+    }
+
+  def to_json(self) -> dict[str, list[float]]:
+    """The sums, from which `Sums` makes an equal object."""
+    return {name: pair.tolist() for name, pair in self._sums.items()}
+
+
+class Evaluator:
+  """Evaluates parameters on batches, compiled once."""
+
+  def __init__(
+    self,
+    model: TransformerVQModel,
+    partitioner: Partitioner,
+    params_shardings: Any,
+    segment_len: int,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      model: defines the metrics.
+      partitioner: places batches.
+      params_shardings: where the parameters lie.
+      segment_len: tokens of each sequence that are processed together, with the state carried
+        from segment to segment; divides T. It changes memory, not numbers.
+    """
+    self._batch_sharding = partitioner.batch_sharding()
+    self._sums = partitioner.jit(
+      lambda params, batch: batch_metrics(model, params, batch, segment_len),
+      in_shardings=(params_shardings, self._batch_sharding),
+      out_shardings=partitioner.replicated(),
+    )
+
+  def __call__(
+    self,
+    params: Params,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    should_stop: Callable[[], bool] = lambda: False,
+  ) -> dict[str, float] | None:
+    """The metrics over all batches.
+
+    Args:
+      params: of the model.
+      batches: one pass; padding has no loss weight.
+      should_stop: asked before each batch.
+
+    Returns:
+      Values by name, or None if `should_stop` said so.
+    """
+    sums = Sums()
+    for batch in batches:
+      if should_stop():
+        return None
+      metrics = self._sums(params, jax.device_put(batch, self._batch_sharding))
+      sums.add(jax.device_get(metrics))
+    return sums.ratios()
+
+
+def batch_metrics(
+  model: TransformerVQModel, params: Params, batch: Batch, segment_len: int
+) -> metrics_lib.Metrics:
+  """Metrics of a batch of whole sequences, summed over segments with carried state."""
+  num_sequences, length = batch['decoder_target_tokens'].shape
+
+  def split(x: jax.Array) -> jax.Array:  # [B, T] to [T / segment_len, B, segment_len]
+    return x.reshape(num_sequences, length // segment_len, segment_len).swapaxes(0, 1)
+
+  def segment(state: Any, part: Batch) -> tuple[Any, metrics_lib.Metrics]:
+    _, (state, metrics) = model.segment_loss(params, part, state, None, 1.0)
+    return state, {k: v for k, v in metrics.items() if not k.startswith(_INEXACT)}
+
+  state = model.init_state(num_sequences)
+  _, metrics = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
+  return jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)

@@ -1,0 +1,145 @@
+"""What a run tells: lines in the log, TensorBoard, and records that survive restarts."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from clu import metric_writers
+
+Record = dict[str, Any]
+
+TRAIN, VALIDATION, TEST = 'train', 'validation', 'test'
+# The loss by which checkpoints are compared.
+LOSS = 'cross_entropy'
+_FIRST = ('loss', 'cross_entropy', 'bits_per_byte', 'accuracy', 'learning_rate')
+
+
+class RunLog:
+  """The metrics and samples of a run.
+
+  `metrics.jsonl` has one record for each step and split. On a restart the records after the
+  checkpoint are dropped, since the run writes them again.
+  """
+
+  def __init__(self, model_dir: pathlib.Path, last_step: int):
+    """Opens the log of a run that continues after `last_step`."""
+    self._dir = model_dir
+    self._path = model_dir / 'metrics.jsonl'
+    self._records = [r for r in read_records(self._path) if r['step'] <= last_step]
+    unfinished = self._path.with_suffix('.tmp')
+    unfinished.write_text(''.join(map(_line, self._records)), encoding='utf-8')
+    os.replace(unfinished, self._path)
+    for path in self._dir.glob('samples/*.txt'):
+      if path.stem.isdecimal() and int(path.stem) > last_step:
+        path.unlink()
+    self._writers: dict[str, metric_writers.SummaryWriter] = {}
+
+  def __enter__(self) -> 'RunLog':
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    for writer in self._writers.values():
+      writer.close()
+
+  def write(
+    self, split: str, step: int, metrics: Mapping[str, float], where: str = '', **extra: Any
+  ) -> None:
+    """Writes the metrics of a step.
+
+    Args:
+      split: what they were measured on.
+      step: parameter updates so far.
+      metrics: values by name.
+      where: begins the line in the log.
+      **extra: more values, which get into the record and TensorBoard but not into the line.
+    """
+    record = {'step': step, 'split': split, **extra, **metrics}
+    self._records.append(record)
+    with self._path.open('a', encoding='utf-8') as f:
+      f.write(_line(record))
+    writer = self._writer(split)
+    writer.write_scalars(step, {**extra, **metrics})
+    writer.flush()
+    logging.info('%s%s', where, _summary(metrics))
+
+  def write_samples(self, step: int, texts: Sequence[str]) -> None:
+    """Writes sampled texts to the log, TensorBoard and a file."""
+    path = self._samples(step)
+    path.parent.mkdir(exist_ok=True)
+    rule = '-' * 80
+    content = f'\n{rule}\n'.join(texts)
+    path.write_text(f'{content}\n', encoding='utf-8')
+    writer = self._writer(VALIDATION)
+    # Indented by four, text is verbatim in Markdown.
+    quoted = {str(i): '    ' + text.replace('\n', '\n    ') for i, text in enumerate(texts)}
+    writer.write_texts(step, {f'sample/{i}': text for i, text in quoted.items()})
+    writer.flush()
+    logging.info('Samples after step %d:\n%s\n%s\n%s', step, rule, content, rule)
+
+  def has_samples(self, step: int) -> bool:
+    """Whether the samples of a step have been written."""
+    return self._samples(step).exists()
+
+  def record(self, split: str, step: int) -> Record | None:
+    """The record of a step, if there is one."""
+    found = [r for r in self._records if r['split'] == split and r['step'] == step]
+    return found[-1] if found else None
+
+  def best_step(self) -> int | None:
+    """The step with the lowest validation loss."""
+    records = [r for r in self._records if r['split'] == VALIDATION]
+    scored = [(r[LOSS], r['step']) for r in records if not math.isnan(r.get(LOSS, math.nan))]
+    return min(scored)[1] if scored else None
+
+  def records(self) -> list[Record]:
+    """All records, in the order in which they were written."""
+    return list(self._records)
+
+  def _samples(self, step: int) -> pathlib.Path:
+    return self._dir / 'samples' / f'{step:08d}.txt'
+
+  def _writer(self, split: str) -> metric_writers.SummaryWriter:
+    if split not in self._writers:
+      folder = self._dir / 'tensorboard' / split
+      self._writers[split] = metric_writers.SummaryWriter(str(folder))
+    return self._writers[split]
+
+
+def read_records(path: pathlib.Path) -> list[Record]:
+  """The records of a `metrics.jsonl`; one that a kill has cut short is left out."""
+  records = []
+  if path.exists():
+    for line in path.read_text(encoding='utf-8').splitlines():
+      try:
+        record = json.loads(line)
+      except ValueError:
+        continue
+      # JSON has no NaN.
+      records.append({k: math.nan if v is None else v for k, v in record.items()})
+  return records
+
+
+def _line(record: Record) -> str:
+  finite = {
+    k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+  }
+  return json.dumps(finite) + '\n'
+
+
+def _summary(metrics: Mapping[str, float]) -> str:
+  """The metrics as text, those of layers as their mean and range."""
+  groups: dict[str, list[float]] = {}
+  for name, value in metrics.items():
+    groups.setdefault(name.split('/')[0], []).append(value)
+  names = sorted(groups, key=lambda n: (_FIRST.index(n) if n in _FIRST else len(_FIRST), n))
+  return ', '.join(f'{name} {_values(groups[name])}' for name in names)
+
+
+def _values(values: Sequence[float]) -> str:
+  if len(values) == 1:
+    return f'{values[0]:.4g}'
+  return f'{sum(values) / len(values):.4g} ({min(values):.4g} to {max(values):.4g})'

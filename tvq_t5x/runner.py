@@ -1,0 +1,133 @@
+"""The standalone training run, on the devices of one machine and without T5X."""
+
+import dataclasses
+
+import optax
+from absl import logging
+
+from tvq_t5x import datasets, gin_utils, reports, run_checks
+from tvq_t5x.datasets import DatasetConfig
+from tvq_t5x.loop import Plan, TrainingLoop
+from tvq_t5x.models import TransformerVQModel
+from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.run_log import TEST, VALIDATION
+from tvq_t5x.samples import SampleConfig
+from tvq_t5x.train_step import TrainState
+
+
+def train(
+  *,
+  model: TransformerVQModel,
+  model_dir: str,
+  train_dataset_cfg: DatasetConfig,
+  eval_dataset_cfg: DatasetConfig,
+  partitioner: Partitioner,
+  total_steps: int,
+  random_seed: int,
+  update_len: int | None = None,
+  num_microbatches: int = 1,
+  learning_rate: optax.ScalarOrSchedule | None = None,
+  test_split: str | None = None,
+  log_period: int = 100,
+  eval_period: int | None = 1000,
+  sample_period: int | None = 1000,
+  checkpoint_period: int | None = 1000,
+  keep_checkpoints: int | None = 2,
+  sample_cfg: SampleConfig | None = None,
+  dry_run: bool = False,
+) -> TrainState | None:
+  """Trains a model, or goes on with a training run that has been interrupted.
+
+  A step is a parameter update; a batch of sequences of T tokens gives T / update_len of them, and
+  steps and periods are multiples of that. Everything is a function of the seed and the step: a run
+  that was interrupted, even while it saved, ends with the numbers of one that was not.
+
+  Args:
+    model: to train.
+    model_dir: folder of everything that the run writes. If there are checkpoints, the run goes on
+      from the newest.
+    train_dataset_cfg: training batches.
+    eval_dataset_cfg: the validation split; each evaluation reads every token once.
+    partitioner: places arrays on the devices.
+    total_steps: step to end after.
+    random_seed: of parameters, dropout and samples.
+    update_len: tokens of each sequence that an update sees; None means whole sequences.
+    num_microbatches: parts of a batch that are computed one after the other.
+    learning_rate: what the optimizer was given, to be logged.
+    test_split: split of the validation's task to evaluate at the end.
+    log_period: steps between training metrics, which are means over the steps since the last ones.
+    eval_period: steps between evaluations; there is one at the end in any case.
+    sample_period: steps between samples; None means none but at the end.
+    checkpoint_period: steps between checkpoints; there is one before each evaluation, too.
+    keep_checkpoints: how many of the latest to keep, besides that of the lowest validation loss;
+      None keeps all.
+    sample_cfg: which samples; None means none at all.
+    dry_run: print configuration, parameter count and placement, and do nothing else.
+
+  Returns:
+    The last state; None for a dry run.
+
+  Raises:
+    ConfigError: for settings that can't work, before anything is compiled.
+    CheckpointError: if a checkpoint can't be written, or none can be read.
+    TrainingDiverged: at a loss, gradient or parameter that is not finite.
+  """
+  run_checks.check_one_process()
+  make_converter = model.FEATURE_CONVERTER_CLS
+  test_dataset_cfg = test_split and dataclasses.replace(eval_dataset_cfg, split=test_split)
+  evaluated = {VALIDATION: eval_dataset_cfg, TEST: test_dataset_cfg}
+  evaluated = {split: cfg for split, cfg in evaluated.items() if cfg}
+  with run_checks.missing_data():
+    batches = datasets.training_batches(train_dataset_cfg, make_converter)
+    for cfg in evaluated.values():
+      datasets.evaluation_batches(cfg, make_converter)
+  updates = run_checks.updates_in_batch(train_dataset_cfg, model.config, update_len)
+  for cfg in (train_dataset_cfg, *evaluated.values()):
+    run_checks.check_vocabulary(cfg, model)
+    run_checks.updates_in_batch(cfg, model.config, update_len)
+  periods = {
+    'log_period': log_period,
+    'eval_period': eval_period,
+    'sample_period': sample_period,
+    'checkpoint_period': checkpoint_period,
+  }
+  run_checks.check_steps(updates, total_steps, **periods)
+  partitioner.validate(model.config, train_dataset_cfg.batch_size, num_microbatches)
+  if eval_dataset_cfg.batch_size != train_dataset_cfg.batch_size:
+    partitioner.validate(model.config, eval_dataset_cfg.batch_size)
+  if sample_cfg:
+    sample_cfg.encoded_prompt(model.output_vocabulary)
+  directory = run_checks.resolve_model_dir(model_dir)
+  info = partitioner.describe(model)
+  record = run_checks.record_of(model, info, updates, random_seed)
+  differences = run_checks.check_same_model(directory, record)
+  if dry_run:
+    print(f'{gin_utils.config_str()}\n{reports.state_table(info)}')
+    return None
+  with run_checks.locked(directory):
+    for difference in differences:
+      logging.warning('The checkpoints here were written with other settings: %s', difference)
+    (directory / 'config.gin').write_text(gin_utils.config_str(), encoding='utf-8')
+    plan = Plan(
+      model=model,
+      directory=directory,
+      batches=batches,
+      batch_size=train_dataset_cfg.batch_size,
+      evaluated=evaluated,
+      partitioner=partitioner,
+      total_steps=total_steps,
+      random_seed=random_seed,
+      updates=updates,
+      update_len=train_dataset_cfg.task_feature_lengths['targets'] // updates,
+      num_microbatches=num_microbatches,
+      learning_rate=learning_rate,
+      **periods,
+      keep_checkpoints=keep_checkpoints,
+      sample_cfg=sample_cfg,
+      record=record,
+    )
+    logging.info(
+      '%s parameters on %s; writing to %s',
+      f'{info.num_parameters:,}', reports.mesh(partitioner.mesh), directory,
+    )  # fmt: skip
+    return TrainingLoop(plan).run()

@@ -1,0 +1,108 @@
+"""Texts that a model writes during training."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import seqio
+
+from tvq_t5x.errors import ConfigError
+from tvq_t5x.models import Params, TransformerVQModel
+from tvq_t5x.partitioning import DATA, Partitioner
+from tvq_t5x.sampling import SamplingConfig
+
+
+# What the feature converter puts before the first token: EOS.
+_START = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """Which texts to write.
+
+  Attributes:
+    num_samples: texts at a time.
+    length: tokens of each, those of the prompt included.
+    temperature: of the softmax; 0 chooses the likeliest token.
+    top_p: share of the probability mass to sample from.
+    prompt: how each text begins.
+  """
+
+  num_samples: int = 2
+  length: int = 256
+  temperature: float = 1.0
+  top_p: float = 0.95
+  prompt: str = ''
+
+  def __post_init__(self):
+    for name in ('num_samples', 'length'):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f'SampleConfig.{name} = {value!r} is not accepted: give at least 1.')
+    SamplingConfig(self.temperature, self.top_p)
+
+  def encoded_prompt(self, vocabulary: seqio.Vocabulary) -> list[int]:
+    """The prompt's tokens.
+
+    Raises:
+      ConfigError: if they leave no room.
+    """
+    prompt = list(vocabulary.encode(self.prompt)) if self.prompt else []
+    if len(prompt) >= self.length:
+      raise ConfigError(
+        f'SampleConfig.prompt has {len(prompt)} tokens: give fewer, or a SampleConfig.length of '
+        f'more than {self.length}.'
+      )
+    return prompt
+
+
+class Sampler:
+  """Writes texts from parameters, compiled once."""
+
+  def __init__(
+    self,
+    model: TransformerVQModel,
+    partitioner: Partitioner,
+    params_shardings: Any,
+    config: SampleConfig,
+    seed: int,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      model: writes.
+      partitioner: places texts.
+      params_shardings: where the parameters lie.
+      config: which texts.
+      seed: with the step, decides on the texts.
+    """
+    self._config, self._seed = config, seed
+    self._vocabulary = model.output_vocabulary
+    prompt = config.encoded_prompt(self._vocabulary)
+    # The rows of a batch lie evenly on the devices that share it; spare ones are not shown.
+    data = partitioner.mesh.shape[DATA]
+    rows = -(-config.num_samples // data) * data
+    targets = np.zeros([rows, config.length], np.int32)
+    targets[:, : len(prompt)] = prompt
+    inputs = np.zeros_like(targets)
+    inputs[:, 0] = _START
+    self._batch = jax.device_put(
+      {'decoder_target_tokens': targets, 'decoder_input_tokens': inputs},
+      partitioner.batch_sharding(),
+    )
+
+    def sample(params: Params, batch: Any, rng: jax.Array) -> jax.Array:
+      return model.predict_batch_with_aux(
+        params, batch, rng, temperature=config.temperature, top_p=config.top_p
+      )[0]
+
+    shardings = params_shardings, partitioner.batch_sharding(), None
+    self._sample = partitioner.jit(sample, shardings, partitioner.replicated())
+
+  def __call__(self, params: Params, step: int) -> list[str]:
+    """The texts after `step` updates."""
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), 2), jnp.int32(step))
+    tokens = np.asarray(self._sample(params, self._batch, rng))
+    return [self._vocabulary.decode(row.tolist()) for row in tokens[: self._config.num_samples]]
