@@ -185,6 +185,26 @@ def test_state_does_not_depend_on_segments_or_block_length():
   np.testing.assert_array_equal(states[0].values, x['values'][:, -5:])
 
 
+@pytest.mark.parametrize('grad_through_cache', [True, False])
+def test_gradient_through_the_state_itself(grad_through_cache):
+  config = make_config(grad_through_cache=grad_through_cache)
+  x, codebook = random_inputs(config, 1, 8)
+
+  @jax.jit
+  @jax.grad
+  def gradient(x):
+    state = by_segments(config, [8], x, codebook)[1]
+    return jnp.sum(state.keys) + jnp.sum(state.values) + jnp.sum(state.cache.means)
+
+  passed = gradient(x)
+  # The window holds keys and values, the cache values only.
+  assert np.all(passed['values'] != 0) == grad_through_cache
+  assert np.all(passed['keys'][:, -3:] != 0) == grad_through_cache
+  assert not np.any(passed['keys'][:, :-3])
+  if not grad_through_cache:
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(passed))
+
+
 def test_state_before_the_window_is_full():
   config = make_config(window_len=7)
   x, codebook = random_inputs(config, 1, 4)

@@ -481,9 +481,7 @@ def test_a_dry_run_prints_all_and_compiles_nothing(tmp_path, capsys):
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   assert _run(tmp_path / 'run', dry_run=True) == 0
-  # Eager operations on scalars: a key, a zero.
-  small = {'_threefry_seed', 'broadcast_in_dim', 'convert_element_type', 'stage'}
-  assert {name.removeprefix('jit(').rstrip(')') for name in compiled} <= small
+  assert not compiled
   out = capsys.readouterr().out
   assert "MIXTURE_OR_TASK_NAME = 'tiny_bytes'" in out
   assert 'parameters: 11,256\n' in out

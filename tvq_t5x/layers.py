@@ -57,10 +57,11 @@ def _project_bwd(equation, residuals, g):
   g = jax.lax.optimization_barrier(g)
   x_gradient = jnp.einsum(f'{out},{right}->{left}', g, kernel)
   # A product that contracts positions transposes its first operand: let that be the smaller one.
-  if x.size <= g.size:
-    kernel_gradient = jnp.einsum(f'{left},{out}->{right}', x, g)
-  else:
-    kernel_gradient = jnp.einsum(f'{out},{left}->{right}', g, x)
+  # Einsum takes them in the order in which the result names their axes.
+  (first, a), (second, b) = sorted([(left, x), (out, g)], key=lambda pair: pair[1].size)
+  axes = [*(c for c in right if c in first), *(c for c in right if c in second)]
+  kernel_gradient = jnp.einsum(f'{first},{second}->{"".join(axes)}', a, b)
+  kernel_gradient = kernel_gradient.transpose([axes.index(c) for c in right])
   return x_gradient, kernel_gradient
 
 

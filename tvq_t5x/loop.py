@@ -173,7 +173,7 @@ class TrainingLoop:
       for i in range(self._plan.updates):
         update = {name: jax.tree.map(lambda x, i=i: x[i], m) for name, m in metrics.items()}
         self._window.add(update)
-        values = {name: float(np.asarray(update[name].total)) for name in _WATCHED}
+        values = {name: np.asarray(update[name].total).item() for name in _WATCHED}
         if not all(map(math.isfinite, values.values())):
           self._diverge(step + i + 1, values)
 
@@ -181,7 +181,7 @@ class TrainingLoop:
     plan, metrics = self._plan, self._window.ratios()
     if plan.learning_rate is not None:
       rate = plan.learning_rate
-      metrics['learning_rate'] = float(rate(step - 1) if callable(rate) else rate)
+      metrics['learning_rate'] = np.asarray(rate(step - 1) if callable(rate) else rate).item()
     speed = self._window_tokens / max(self._window_seconds, 1e-9)
     start_step, start_time = self._start
     left = (plan.total_steps - step) * (time.monotonic() - start_time) / max(step - start_step, 1)
@@ -201,11 +201,11 @@ class TrainingLoop:
       self._write_metrics(step)
     found = ', '.join(f'{name} = {value:g}' for name, value in values.items())
     steps = self._checkpoints.steps()
-    kept = f'up to step {steps[-1]} are' if steps else 'there are none'
+    kept = f'checkpoints up to step {steps[-1]} are unharmed' if steps else 'there is no checkpoint'
     raise TrainingDiverged(
       f'Training diverged at step {step}: {found}. The metrics up to this step are in '
-      f'{self._plan.directory / "metrics.jsonl"}; checkpoints {kept} unharmed, none was saved of '
-      'this state. Try a lower learning rate, a longer warm-up, clipping (clip_norm of the '
+      f'{self._plan.directory / "metrics.jsonl"}; {kept}, and none was saved of this state. '
+      'Try a lower learning rate, a longer warm-up, clipping (clip_norm of the '
       "optimizer) or TransformerConfig.dtype = 'float32'. The same settings would end the same way."
     )
 

@@ -17,6 +17,7 @@ from tvq_t5x import optimizers, sampling
 from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import TransformerVQFeatureConverter
+from tvq_t5x.quantizer import QuantizerAux
 from tvq_t5x.transformer import (
   DROPOUT,
   SEQUENCE_DROPOUT,
@@ -126,8 +127,8 @@ class TransformerVQModel:
     """
     targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
     weights = weights.astype(jnp.float32)
-    logits, state, aux = self.module.apply(
-      {'params': params},
+    logits, state, aux = self._apply(
+      params,
       batch['decoder_input_tokens'],
       state,
       loss_mask=weights,
@@ -143,6 +144,11 @@ class TransformerVQModel:
       statistics = jnp.sum(aux.statistics)
       metrics.update(metrics_lib.quantizer_metrics(aux, jnp.sum(weights)))
     return total / normalizing_factor + statistics, (state, metrics)
+
+  def _apply(
+    self, params: Params, tokens: jax.Array, state: Optional[DecoderState], **kwargs: Any
+  ) -> tuple[jax.Array, DecoderState, Optional[QuantizerAux]]:
+    return self.module.apply({'params': params}, tokens, state, **kwargs)  # pyright: ignore
 
   def loss_fn(
     self, params: Params, batch: Batch, dropout_rng: jax.Array | None
@@ -210,7 +216,7 @@ class TransformerVQModel:
     rng = jax.random.key(0) if rng is None else rng
 
     def next_logits(tokens, state):
-      logits, state, _ = self.module.apply({'params': params}, tokens, state)
+      logits, state, _ = self._apply(params, tokens, state)
       return logits, state
 
     state = self.init_state(prompts.shape[0])

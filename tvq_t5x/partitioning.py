@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 from flax.linen import partitioning as nn_partitioning
@@ -175,7 +176,7 @@ class Partitioner:
     raise ConfigError(f'{message} ({self._mesh_in_words()}).')
 
   def _validate_parameters(self, config: TransformerConfig) -> None:
-    tokens = jnp.zeros([1, 1], jnp.int32)
+    tokens = np.zeros([1, 1], np.int32)
     shapes, axes = _abstract_variables(lambda rng: Transformer(config).init(rng, tokens))
     units = {}  # The field's value has to be a multiple of this.
     for name, names in axes.items():
@@ -272,7 +273,8 @@ class Partitioner:
     )
 
   def _spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-    return nn_partitioning.logical_to_mesh_axes(tuple(axes), self.logical_axis_rules)
+    spec = nn_partitioning.logical_to_mesh_axes(tuple(axes), self.logical_axis_rules)
+    return spec or PartitionSpec()
 
   def _sharding(self, axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(self.mesh, self._spec(axes))
@@ -302,7 +304,7 @@ class MeshFunction:
 
 def _abstract_variables(init: Callable[[jax.Array], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   """Shapes and logical axes of the parameters that `init` creates, each by name."""
-  variables = jax.eval_shape(init, jax.random.key(0))
+  variables = jax.eval_shape(lambda: init(jax.random.key(0)))
   axes = nn_partitioning.get_axis_names(variables['params_axes'])
   return _by_name(variables['params']), {name: tuple(x) for name, x in _by_name(axes).items()}
 

@@ -58,8 +58,8 @@ def _shift_rows_fwd(x, width, shift):
 
 def _shift_rows_bwd(width, shift, columns, g):
   # Moves every row back: the rows' shifts are reversed by reversing their order.
-  back = _shift_rows(g[..., ::-1, :], columns, g.shape[-2] - 1 - shift)
-  return (back[..., ::-1, :],)
+  back = _shift_rows(jnp.flip(g, axis=-2), columns, g.shape[-2] - 1 - shift)
+  return (jnp.flip(back, axis=-2),)
 
 
 _shift_rows.defvjp(_shift_rows_fwd, _shift_rows_bwd)

@@ -13,7 +13,6 @@ from tvq_t5x.models import Params, TransformerVQModel
 from tvq_t5x.partitioning import DATA, Partitioner
 from tvq_t5x.sampling import SamplingConfig
 
-
 # What the feature converter puts before the first token: EOS.
 _START = 1
 
