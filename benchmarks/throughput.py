@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import Optional
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ class Result:
   seconds: list[float] = dataclasses.field(default_factory=list)
 
   @property
-  def tokens_per_second(self) -> Optional[float]:
+  def tokens_per_second(self) -> float | None:
     """Median; None where the variant was not run."""
     if not self.seconds:
       return None
@@ -72,9 +71,7 @@ class Step:
   def __init__(self, variant: str, length: int):
     """Compiles the step."""
     kind = (
-      {'attention_type': variant}
-      if variant == AttentionType.QUADRATIC
-      else {'reduction': variant}
+      {'attention_type': variant} if variant == AttentionType.QUADRATIC else {'reduction': variant}
     )
     config = TransformerConfig(
       vocab_size=_VOCAB_SIZE,
@@ -157,8 +154,10 @@ def _print_table(results: Sequence[Result]) -> None:
   baseline = {r.length: r for r in results if r.variant == AttentionType.QUADRATIC}
   for r in results:
     speed, other = r.tokens_per_second, baseline.get(r.length)
-    ratio = '' if not speed or not other or not other.seconds else (
-      f'{speed / other.tokens_per_second:.2f}x'
+    ratio = (
+      ''
+      if not speed or not other or not other.seconds
+      else (f'{speed / other.tokens_per_second:.2f}x')
     )
     shown = f'{speed:,.0f}' if speed else 'does not fit'
     print(f'| {r.length} | {r.variant} | {shown} | {ratio} | {r.temp_bytes / 1e9:.2f} |')

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tvq_t5x import checkpoints
-from tvq_t5x.checkpoints import Checkpoints
 from tvq_t5x.datasets import TrainingIterator
 from tvq_t5x.errors import CheckpointError, ConfigError
+from tvq_t5x.standalone import checkpoints
+from tvq_t5x.standalone.checkpoints import Checkpoints
 from tvq_t5x.train_step import TrainState
 
 

@@ -9,9 +9,9 @@ import tiny_task
 from util import small_config
 
 from tvq_t5x import datasets, metrics
-from tvq_t5x.evaluation import Evaluator, Sums
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.train_step import init_train_state
 from tvq_t5x.transformer import Transformer
 

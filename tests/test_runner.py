@@ -21,9 +21,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing import event_accumulator
 
-from tvq_t5x import checkpoints, datasets, gin_utils, loop, run_checks, run_log, train
+from tvq_t5x import datasets, gin_utils, train
 from tvq_t5x.optimizers import warmup_cosine
-from tvq_t5x.signals import StopSignals
+from tvq_t5x.standalone import checkpoints, loop, run_checks, run_log
+from tvq_t5x.standalone.signals import StopSignals
 
 _TESTS = pathlib.Path(__file__).parent
 _GIN = str(_TESTS / 'tiny.gin')

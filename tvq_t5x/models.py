@@ -146,8 +146,8 @@ class TransformerVQModel:
     return total / normalizing_factor + statistics, (state, metrics)
 
   def _apply(
-    self, params: Params, tokens: jax.Array, state: Optional[DecoderState], **kwargs: Any
-  ) -> tuple[jax.Array, DecoderState, Optional[QuantizerAux]]:
+    self, params: Params, tokens: jax.Array, state: DecoderState | None, **kwargs: Any
+  ) -> tuple[jax.Array, DecoderState, QuantizerAux | None]:
     return self.module.apply({'params': params}, tokens, state, **kwargs)  # pyright: ignore
 
   def loss_fn(

@@ -54,7 +54,8 @@ def run(
     import gin
     import tensorflow as tf
 
-    from tvq_t5x import gin_utils, runner
+    from tvq_t5x import gin_utils
+    from tvq_t5x.standalone import runner
 
   tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
   try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from tvq_t5x.partitioning import StateInfo
-from tvq_t5x.run_log import LOSS, TEST, TRAIN, VALIDATION, Record
+from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, Record
 
 
 def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> None:

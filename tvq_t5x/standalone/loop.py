@@ -14,16 +14,17 @@ import numpy as np
 import optax
 from absl import logging
 
-from tvq_t5x import datasets, reports
-from tvq_t5x.checkpoints import Checkpoints
+from tvq_t5x import datasets
 from tvq_t5x.datasets import DatasetConfig, TrainingIterator
 from tvq_t5x.errors import TrainingDiverged
-from tvq_t5x.evaluation import Evaluator, Sums
 from tvq_t5x.models import Batch, TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
-from tvq_t5x.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
-from tvq_t5x.samples import SampleConfig, Sampler
-from tvq_t5x.signals import StopSignals
+from tvq_t5x.standalone import reports
+from tvq_t5x.standalone.checkpoints import Checkpoints
+from tvq_t5x.standalone.evaluation import Evaluator, Sums
+from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
+from tvq_t5x.standalone.samples import SampleConfig, Sampler
+from tvq_t5x.standalone.signals import StopSignals
 from tvq_t5x.train_step import TrainState, init_train_state, train_on_sequences
 
 # What tells first that a run has diverged.

@@ -5,13 +5,14 @@ import dataclasses
 import optax
 from absl import logging
 
-from tvq_t5x import datasets, gin_utils, reports, run_checks
+from tvq_t5x import datasets, gin_utils
 from tvq_t5x.datasets import DatasetConfig
-from tvq_t5x.loop import Plan, TrainingLoop
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
-from tvq_t5x.run_log import TEST, VALIDATION
-from tvq_t5x.samples import SampleConfig
+from tvq_t5x.standalone import reports, run_checks
+from tvq_t5x.standalone.loop import Plan, TrainingLoop
+from tvq_t5x.standalone.run_log import TEST, VALIDATION
+from tvq_t5x.standalone.samples import SampleConfig
 from tvq_t5x.train_step import TrainState
 
 

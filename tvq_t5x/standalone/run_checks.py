@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from tvq_t5x import checkpoints, datasets
+from tvq_t5x import datasets
 from tvq_t5x.config import TransformerConfig
 from tvq_t5x.datasets import DatasetConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import StateInfo
+from tvq_t5x.standalone import checkpoints
 
 # They change speed and memory only.
 _FREE = frozenset({'block_len', 'reduction', 'remat'})
