@@ -9,17 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from tvq_t5x.cache import AttentionState, CompressedCache, caches_before_blocks, merge, summarize
 from tvq_t5x.config import Reduction, Remat, TransformerConfig
+from tvq_t5x.layers import KEEP_MARKED, keep
 from tvq_t5x.positions import relative_shift, window_mask
 
 MASKED = -1e30
-
-# Names of what `Remat.ATTENTION` keeps for the backward pass.
-PROJECTION, ATTENTION = 'projection', 'attention'
-SAVED = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
 
 
 class Queries(NamedTuple):
@@ -104,7 +100,7 @@ def vq_attention(
     return _attend(x, distances, codebook, c)
 
   if c.remat == Remat.ATTENTION:
-    attend = jax.checkpoint(attend, policy=SAVED)
+    attend = jax.checkpoint(attend, policy=KEEP_MARKED)
   if c.reduction == Reduction.SERIAL:
     out, cache = _scan_blocks(attend, blocks, state.cache)
   else:
@@ -160,12 +156,12 @@ def _attend(x: _Blocks, distances: jax.Array, codebook: jax.Array, c: Transforme
 
   nearness = jnp.einsum('BRNGLK,CNK->BRNGLC', x.queries.position, distances[::-1], **f32)
   nearness = relative_shift(nearness, window_len + block_len)
-  keep = window_mask(block_len, window_len, x.num_empty, within_window=not c.compressed_cache)
-  keep = keep[:, :, None, None]  # [B, R, N, G, L, M + L]
+  visible = window_mask(block_len, window_len, x.num_empty, within_window=not c.compressed_cache)
+  visible = visible[:, :, None, None]  # [B, R, N, G, L, M + L]
 
   def key_scores(keys, part):
     scores = jnp.einsum('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, **f32)
-    return jnp.where(keep[..., part], scores + nearness[..., part], MASKED)
+    return jnp.where(visible[..., part], scores + nearness[..., part], MASKED)
 
   scores = [
     key_scores(x.window_keys, slice(window_len)),
@@ -180,13 +176,13 @@ def _attend(x: _Blocks, distances: jax.Array, codebook: jax.Array, c: Transforme
 
   peaks = [jnp.max(group, axis=-1, keepdims=True) for group in scores]
   peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
-  peak = checkpoint_name(peak, ATTENTION)
+  peak = keep(peak)
   weights = [jnp.exp(group - peak) for group in scores]
   mass = sum(jnp.sum(group, axis=-1, keepdims=True) for group in weights)
   total = sum(
     jnp.einsum('BRNGLJ,BRNJV->BRNGLV', group.astype(dtype), group_values, **f32)
     for group, group_values in zip(weights, values, strict=True)
   )
-  mass = checkpoint_name(mass, ATTENTION)
-  total = checkpoint_name(total, ATTENTION)
+  mass = keep(mass)
+  total = keep(total)
   return (total / mass).astype(dtype)

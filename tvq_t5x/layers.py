@@ -8,12 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from tvq_t5x.config import TransformerConfig
 
 with_sharding_constraint = nn_partitioning.with_sharding_constraint
 NORM_EPSILON = 1e-6
+
+_KEPT = 'kept'
+# What `Remat.ATTENTION` keeps for the backward pass: the arrays that went through `keep`.
+KEEP_MARKED = jax.checkpoint_policies.save_only_these_names(_KEPT)
+
+
+def keep(x: jax.Array) -> jax.Array:
+  """Identity that marks x as cheaper to keep for the backward pass than to compute again."""
+  return checkpoint_name(x, _KEPT)
 
 
 def rms_normalize(x: jax.Array) -> jax.Array:

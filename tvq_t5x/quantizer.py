@@ -14,6 +14,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
 
 from tvq_t5x.config import TransformerConfig
+from tvq_t5x.layers import keep
 
 MIN_COUNT = 0.01
 # A code used less than this share of its fair part of the keys counts as dead.
@@ -84,7 +85,7 @@ class VectorQuantizer(nn.Module):
       codebook(c_sum, c_count), (axes[0], None, None)
     )
     float_keys = keys.astype(jnp.float32)
-    codes = nearest_codes(jax.lax.stop_gradient(float_keys), table)
+    codes = keep(nearest_codes(jax.lax.stop_gradient(float_keys), table))
     nearest = table[jnp.arange(heads), codes]
     quantized = nearest.astype(keys.dtype) + (keys - jax.lax.stop_gradient(keys))
 
@@ -92,9 +93,8 @@ class VectorQuantizer(nn.Module):
     commit = jnp.sum(mask * jnp.square(float_keys - nearest))
     masked = jnp.where(loss_mask[:, :, None] > 0, codes, c.num_codes)
     one_hot = jax.nn.one_hot(masked, c.num_codes, dtype=jnp.float32)
-    batch_count = jnp.sum(one_hot, axis=(0, 1))
-    batch_sum = jnp.einsum('btns,btnk->nsk', one_hot, float_keys)
-    batch_count, batch_sum = jax.lax.stop_gradient((batch_count, batch_sum))
+    batch_count = keep(jnp.sum(one_hot, axis=(0, 1)))
+    batch_sum = keep(jnp.einsum('btns,btnk->nsk', one_hot, jax.lax.stop_gradient(float_keys)))
     aux = QuantizerAux(
       commit=commit,
       statistics=-jnp.sum(batch_count * _zero(c_count)) - jnp.sum(batch_sum * _zero(c_sum)),

@@ -6,19 +6,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
-from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
-from tvq_t5x.attention import PROJECTION, SAVED, Keys, Queries, vq_attention
+from tvq_t5x.attention import Keys, Queries, vq_attention
 from tvq_t5x.cache import AttentionState, init_attention_state
 from tvq_t5x.config import AttentionType, HeadType, Remat, TransformerConfig
 from tvq_t5x.layers import (
+  KEEP_MARKED,
   Einsum,
   Embedding,
   Logits,
   Mlp,
   RMSNorm,
   example_dropout,
+  keep,
   rms_normalize,
   with_sharding_constraint,
 )
@@ -84,7 +85,7 @@ class Attention(nn.Module):
     def project(name, width, num_heads, heads_axis, width_axis):
       axes = ('embed', heads_axis, width_axis)
       einsum = Einsum('BTD,DHK->BTHK', (d, num_heads, width), axes, dtype=c.dtype, name=name)
-      return lambda x: checkpoint_name(einsum(x), PROJECTION)
+      return lambda x: keep(einsum(x))
 
     x = RMSNorm(name='norm')(x)
     q = scale * rms_normalize(project('query', k, h, heads, 'kv')(x))
@@ -155,7 +156,9 @@ class Layer(nn.Module):
     new_states, aux = [], []
     attention_cls = Attention
     if c.remat == Remat.ATTENTION:
-      attention_cls = nn_partitioning.remat(Attention, policy=SAVED, prevent_cse=not c.scan_layers)
+      attention_cls = nn_partitioning.remat(
+        Attention, policy=KEEP_MARKED, prevent_cse=not c.scan_layers
+      )
     for i in range(c.num_attention_sublayers):
       attention = attention_cls(c, self.deterministic, name=f'attention_{i}')
       branch, new_state, sublayer_aux = attention(x, state[i] if vq else None, call)
