@@ -321,9 +321,11 @@ def test_accepts_a_right_or_an_unclear_type(setting):
 
 
 def test_constants_are_looked_up():
-  if 'checks.STEPS' not in gin.config._CONSTANTS:
-    gin.constant('checks.STEPS', 'ten')
-  assert "accepts int, not str 'ten'" in _problem(_SET, 'lib.Model.block_len = %checks.STEPS')
+  gin.constant('checks.STEPS', 'ten')
+  try:
+    assert "accepts int, not str 'ten'" in _problem(_SET, 'lib.Model.block_len = %checks.STEPS')
+  finally:
+    gin.clear_config(clear_constants=True)
 
 
 def test_circular_macros_end():

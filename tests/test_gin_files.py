@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import gin
+import jax
 import pytest
 
 from tvq_t5x import gin_utils, train
@@ -53,9 +54,14 @@ def test_run_files_say_what_they_are(name):
     assert part in header
 
 
+def _bindings(tmp_path):
+  # The tests' virtual devices share the batch.
+  return [f"MODEL_DIR = '{tmp_path / 'run'}'", f'BATCH_SIZE = {jax.device_count()}']
+
+
 @pytest.mark.parametrize('name', _RUNS)
 def test_parameter_count_is_the_one_written_down(name, tmp_path, capsys):
-  assert train.run([f'gin/{name}'], [f"MODEL_DIR = '{tmp_path / 'run'}'"], dry_run=True) == 0
+  assert train.run([f'gin/{name}'], _bindings(tmp_path), dry_run=True) == 0
   written = re.search(r'Parameters: ([\d,]+)', (_ROOT / name).read_text())
   assert written and f'parameters: {written[1]}\n' in capsys.readouterr().out
 
@@ -78,7 +84,7 @@ def test_parts_can_be_read_alone(name):
 @pytest.mark.parametrize('part', [n for n in _SHARED if n.startswith(('mesh/', 'optimizers/'))])
 def test_parts_can_be_exchanged(part, tmp_path):
   files = ['gin/kjv_tiny.gin', f'gin/{part}']
-  assert train.run(files, [f"MODEL_DIR = '{tmp_path / 'run'}'"], dry_run=True) == 0
+  assert train.run(files, _bindings(tmp_path), dry_run=True) == 0
 
 
 def test_both_pretrain_files_set_the_same_macros():

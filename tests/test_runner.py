@@ -508,7 +508,13 @@ def test_the_command_line(tmp_path):
 
 def test_a_run_on_the_kjv(tmp_path, caplog):
   """The quick start, made small: its model, task and files."""
-  macros = {'TRAIN_STEPS': 8, 'WARMUP_STEPS': 2, 'LOG_PERIOD': 4, 'UPDATE_LEN': 128}
+  macros = {
+    'TRAIN_STEPS': 8,
+    'WARMUP_STEPS': 2,
+    'LOG_PERIOD': 4,
+    'UPDATE_LEN': 128,
+    'BATCH_SIZE': 8,
+  }
   macros['TASK_FEATURE_LENGTHS'] = {'targets': 256}
   sizes = [
     "remat = 'none'",
