@@ -374,7 +374,7 @@ def _refused(capsys, model_dir, *bindings, **macros):
     (['EVAL_PERIOD = 0'], ['train.eval_period = 0', 'or None']),
     (['CHECKPOINT_PERIOD = 5'], ['train.checkpoint_period = 5', '4 or 6']),
     (['BATCH_SIZE = 12'], ['BATCH_SIZE = 12', 'multiple of', '8 devices']),
-    (['train_eval/DatasetConfig.batch_size = 3'], ['BATCH_SIZE = 3', 'multiple of']),
+    (['train_eval/datasets.DatasetConfig.batch_size = 3'], ['BATCH_SIZE = 3', 'multiple of']),
     (['NUM_MICROBATCHES = 3'], ['num_microbatches']),
     (['NUM_PARTITIONS = 3'], ['Partitioner.num_partitions = 3', '1, 2, 4, 8']),
     (["MIXTURE_OR_TASK_NAME = 'tiny_byte'"], ['tiny_byte', 'tiny_bytes']),
@@ -384,7 +384,7 @@ def _refused(capsys, model_dir, *bindings, **macros):
     (['TransformerConfig.emb_dim = 15'], ['TransformerConfig.emb_dim = 15', 'even']),
     (["MODEL_DIR = 'gs://bucket/run'"], ['gs://bucket/run', 'local folder']),
     (['BATCH_SZIE = 8'], ['BATCH_SZIE', 'BATCH_SIZE']),
-    (['trian/DatasetConfig.split = "train"'], ['trian', 'did you mean train']),
+    (['trian/datasets.DatasetConfig.split = "train"'], ['trian', 'did you mean train']),
     (["BATCH_SIZE = '8'"], ['BATCH_SIZE', 'int']),
     (["SampleConfig.prompt = 'in the beginning it was'"], ['SampleConfig.prompt', '16']),
     (['SampleConfig.top_p = 0.0'], ['top_p']),
@@ -441,7 +441,7 @@ def test_changed_training_settings_are_told(copied, caplog):
 
 
 def test_other_data_is_refused(copied, capsys):
-  assert _run(copied, 'train/DatasetConfig.seed = 99') == 2
+  assert _run(copied, 'train/datasets.DatasetConfig.seed = 99') == 2
   assert 'DatasetConfig.seed = 99' in capsys.readouterr().err
 
 
@@ -525,7 +525,7 @@ def test_a_run_on_the_kjv(tmp_path, caplog):
     'num_codes = 8',
   ]
   bindings = [f'config.TransformerConfig.{size}' for size in sizes]
-  bindings += ['train_eval/DatasetConfig.batch_size = 256', 'SampleConfig.length = 32']
+  bindings += ['train_eval/datasets.DatasetConfig.batch_size = 256', 'SampleConfig.length = 32']
   folder = tmp_path / 'runs' / 'kjv'
   assert train.run(['gin/kjv_tiny.gin'], [*_bindings(folder, **macros), *bindings]) == 0
   splits = [r['split'] for r in _records(folder)]
