@@ -18,7 +18,6 @@ Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
 
 # The ids of `seqio.ByteVocabulary` below this one are padding, EOS and unknown.
-_FIRST_BYTE_ID = 3
 
 
 @dataclasses.dataclass
@@ -220,15 +219,6 @@ def vocabulary(
     ConfigError: if no task has this name.
   """
   return _provider(mixture_or_task_name, module).output_features['targets'].vocabulary
-
-
-def count_bytes(targets: Any) -> Any:
-  """Returns how many bytes of text the targets of a byte-level task hold (NumPy or JAX).
-
-  The denominator of bits per byte. The numerator, the nats of all targets divided by ln 2, counts
-  the EOS after each document as well.
-  """
-  return (targets >= _FIRST_BYTE_ID).sum()
 
 
 def _read(

@@ -77,7 +77,7 @@ class TransformerVQModel:
     self.module = module
     self.input_vocabulary = self.output_vocabulary = vocabulary
     self.optimizer = optimizers.with_codebook_ema(optimizer, module.config.ema_decay)
-    self.bytes_per_token = _bytes_per_token(vocabulary, module.config.vocab_size)
+    self.bytes_per_token = bytes_per_token(vocabulary, module.config.vocab_size)
     self._loss_normalizing_factor = loss_normalizing_factor
 
   @property
@@ -224,7 +224,7 @@ class TransformerVQModel:
     return tokens, {'scores': scores}
 
 
-def _bytes_per_token(vocabulary: seqio.Vocabulary, vocab_size: int) -> np.ndarray | None:
+def bytes_per_token(vocabulary: seqio.Vocabulary, vocab_size: int) -> np.ndarray | None:
   """Bytes of text that each id stands for, [W]; None for vocabularies that do not say."""
   if not isinstance(vocabulary, seqio.ByteVocabulary):
     return None
