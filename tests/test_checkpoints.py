@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tvq_t5x.datasets import TrainingIterator
+from tvq_t5x import checkpoint_layout as layout
+from tvq_t5x.datasets import POSITION, TrainingIterator
 from tvq_t5x.errors import CheckpointError, ConfigError
 from tvq_t5x.standalone import checkpoints
 from tvq_t5x.standalone.checkpoints import Checkpoints
@@ -34,7 +35,7 @@ def _abstract():
 
 
 def _open(folder, keep=None, best=None):
-  return Checkpoints(folder / 'checkpoints', keep, lambda: best)
+  return Checkpoints(folder, keep, lambda: best)
 
 
 def _write(folder, steps, **kwargs):
@@ -73,12 +74,12 @@ def test_nothing_to_restore(tmp_path):
 
 def test_the_best_is_kept_besides_the_latest(tmp_path):
   _write(tmp_path, [10, 20, 30, 40, 50], keep=2, best=20)
-  assert checkpoints.steps_in(tmp_path / 'checkpoints') == [20, 40, 50]
+  assert layout.steps_in(tmp_path) == [20, 40, 50]
 
 
 def test_without_a_score_the_latest_are_kept(tmp_path):
   _write(tmp_path, [10, 20, 30], keep=1)
-  assert checkpoints.steps_in(tmp_path / 'checkpoints') == [30]
+  assert layout.steps_in(tmp_path) == [30]
 
 
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
@@ -119,10 +120,12 @@ _DAMAGE = {
   'no description of the arrays': lambda d: _truncate(d / 'state' / '_METADATA'),
   'no arrays': lambda d: _remove_tree(d / 'state'),
   'half of the metadata': lambda d: _truncate(d / 'metadata' / 'metadata'),
-  'half of the position': lambda d: _truncate(d / 'batches' / 'iterator.data-00000-of-00001'),
-  'no index of the position': lambda d: _truncate(d / 'batches' / 'iterator.index', 0),
-  'half of the settings of the position': lambda d: _truncate(d / 'batches' / 'config.json'),
-  'no position': lambda d: _remove_tree(d / 'batches'),
+  'half of the position': lambda d: _truncate(
+    d / 'dataset' / 'train_ds-000-of-001.data-00000-of-00001'
+  ),
+  'no index of the position': lambda d: _truncate(d / 'dataset' / f'{POSITION}.index', 0),
+  'half of the settings of the position': lambda d: _truncate(d / 'dataset' / 'config.json'),
+  'no position': lambda d: _remove_tree(d / 'dataset'),
   'half of what Orbax says': lambda d: _truncate(d / '_CHECKPOINT_METADATA'),
   'every file empty': lambda d: [_truncate(p, 0) for p in d.rglob('*') if p.is_file()],
 }
@@ -133,8 +136,7 @@ _HARMLESS = {'a few bytes of the arrays less', 'half of what Orbax says'}
 @pytest.mark.parametrize('damage', _DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage):
   _write(tmp_path, [10, 20])
-  folder = tmp_path / 'checkpoints'
-  _DAMAGE[damage](folder / '20')
+  _DAMAGE[damage](tmp_path / 'checkpoint_20')
   batches = _batches()
   with _open(tmp_path) as opened:
     state, metadata = opened.restore(_abstract(), batches)
@@ -146,8 +148,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage)
     assert next(batches)['i'] == 1
     message = caplog.text
     assert 'step 20 is damaged' in message and 'from the checkpoint of step 10' in message
-    assert str(tmp_path / 'damaged' / '20') in message
-    assert (tmp_path / 'damaged' / '20').is_dir()
+    assert str(tmp_path / 'damaged' / 'checkpoint_20') in message
+    assert (tmp_path / 'damaged' / 'checkpoint_20').is_dir()
     opened.save(20, _state(20), batches, {'note': 'again'})
   (state, metadata), position = _restore(tmp_path)
   _assert_equal(state, 20)
@@ -156,16 +158,19 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage)
 
 def test_damage_twice_keeps_both(tmp_path):
   for _ in range(2):
-    _write(tmp_path, [20] if (tmp_path / 'checkpoints' / '10').exists() else [10, 20])
-    _truncate(tmp_path / 'checkpoints' / '20' / 'metadata' / 'metadata')
+    _write(tmp_path, [20] if (tmp_path / 'checkpoint_10').exists() else [10, 20])
+    _truncate(tmp_path / 'checkpoint_20' / 'metadata' / 'metadata')
     _restore(tmp_path)
-  assert sorted(p.name for p in (tmp_path / 'damaged').iterdir()) == ['20', '20.1']
+  assert sorted(p.name for p in (tmp_path / 'damaged').iterdir()) == [
+    'checkpoint_20',
+    'checkpoint_20.1',
+  ]
 
 
 def test_two_damaged_checkpoints(tmp_path, caplog):
   _write(tmp_path, [10, 20, 30])
   for step in ('20', '30'):
-    _truncate(_largest(tmp_path / 'checkpoints' / step / 'state'))
+    _truncate(_largest(tmp_path / f'checkpoint_{step}' / 'state'))
   _assert_equal(_restore(tmp_path)[0].state, 10)
   assert 'step 20 is damaged' in caplog.text and 'step 30 is damaged' in caplog.text
 
@@ -173,24 +178,24 @@ def test_two_damaged_checkpoints(tmp_path, caplog):
 def test_if_none_can_be_read_nothing_is_moved(tmp_path):
   _write(tmp_path, [10, 20])
   for step in ('10', '20'):
-    _truncate(_largest(tmp_path / 'checkpoints' / step / 'state'))
+    _truncate(_largest(tmp_path / f'checkpoint_{step}' / 'state'))
   with pytest.raises(CheckpointError, match='No checkpoint in .* can be read .*MODEL_DIR'):
     _restore(tmp_path)
-  assert checkpoints.steps_in(tmp_path / 'checkpoints') == [10, 20]
+  assert layout.steps_in(tmp_path) == [10, 20]
 
 
 def test_other_data_is_no_damage(tmp_path):
   _write(tmp_path, [10])
   with pytest.raises(ConfigError, match='split'):
     _restore(tmp_path, _batches('another'))
-  assert checkpoints.steps_in(tmp_path / 'checkpoints') == [10]
+  assert layout.steps_in(tmp_path) == [10]
 
 
 def test_what_an_interrupted_save_left_is_cleared(tmp_path):
   _write(tmp_path, [10])
-  leftover = tmp_path / 'checkpoints' / '20.orbax-checkpoint-tmp-1' / 'state'
+  leftover = tmp_path / 'checkpoint_20.orbax-checkpoint-tmp-1' / 'state'
   leftover.mkdir(parents=True)
-  assert checkpoints.steps_in(tmp_path / 'checkpoints') == [10]
+  assert layout.steps_in(tmp_path) == [10]
   _write(tmp_path, [20])
   assert not leftover.exists()
   _assert_equal(_restore(tmp_path)[0].state, 20)
@@ -217,14 +222,14 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch, part):
   assert 'step 20' in message and 'No space left on device' in message
   assert 'step 10 is complete' in message and '\n' not in message
   monkeypatch.undo()
-  assert checkpoints.steps_in(tmp_path / 'checkpoints') == [10]
+  assert layout.steps_in(tmp_path) == [10]
   _write(tmp_path, [20])
   _assert_equal(_restore(tmp_path)[0].state, 20)
 
 
 def test_newest_metadata_needs_no_readable_newest_checkpoint(tmp_path):
-  assert checkpoints.newest_metadata(tmp_path / 'checkpoints') is None
+  assert checkpoints.newest_metadata(tmp_path) is None
   _write(tmp_path, [10, 20])
-  _truncate(tmp_path / 'checkpoints' / '20' / 'metadata' / 'metadata')
-  step, metadata = checkpoints.newest_metadata(tmp_path / 'checkpoints')
+  _truncate(tmp_path / 'checkpoint_20' / 'metadata' / 'metadata')
+  step, metadata = checkpoints.newest_metadata(tmp_path)
   assert (step, metadata['note']) == (10, 10)

@@ -21,9 +21,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing import event_accumulator
 
+from tvq_t5x import checkpoint_layout as layout
 from tvq_t5x import datasets, gin_utils, train
 from tvq_t5x.optimizers import warmup_cosine
-from tvq_t5x.standalone import checkpoints, loop, run_checks, run_log
+from tvq_t5x.standalone import loop, run_checks, run_log
 from tvq_t5x.standalone.signals import StopSignals
 
 _TESTS = pathlib.Path(__file__).parent
@@ -102,14 +103,14 @@ def _comparable(folder):
 
 
 def _arrays(folder, step):
-  path = folder / 'checkpoints' / str(step) / 'state'
+  path = folder / f'checkpoint_{step}' / 'state'
   return ocp.StandardCheckpointer().restore(path)
 
 
 def _assert_same_end(folder, expected):
   """Bit for bit the parameters, optimizer state, codebooks, data position, metrics, samples."""
-  steps = checkpoints.steps_in(expected / 'checkpoints')
-  assert checkpoints.steps_in(folder / 'checkpoints')[-1] == steps[-1]
+  steps = layout.steps_in(expected)
+  assert layout.steps_in(folder)[-1] == steps[-1]
   jax.tree.map(
     np.testing.assert_array_equal, _arrays(folder, steps[-1]), _arrays(expected, steps[-1])
   )
@@ -121,7 +122,7 @@ def _assert_same_end(folder, expected):
 
 def _next_batch(folder, step):
   # Whatever the checkpoint says that it was for.
-  position = folder / 'checkpoints' / str(step) / 'batches'
+  position = folder / f'checkpoint_{step}' / 'dataset'
   saved = json.loads((position / 'config.json').read_text())
   cfg = datasets.DatasetConfig(**saved)
   from tvq_t5x.feature_converters import TransformerVQFeatureConverter
@@ -133,7 +134,7 @@ def _next_batch(folder, step):
 
 def test_everything_is_written(whole):
   names = {path.name for path in whole.iterdir()}
-  assert {'checkpoints', 'config.gin', 'curve.png', 'metrics.jsonl', 'samples'} <= names
+  assert {'checkpoint_40', 'config.gin', 'curve.png', 'metrics.jsonl', 'samples'} <= names
   assert (whole / 'curve.png').read_bytes().startswith(b'\x89PNG')
   samples = sorted(path.name for path in whole.glob('samples/*'))
   assert samples == ['00000020.txt', '00000040.txt']
@@ -183,7 +184,7 @@ def tf_value(event):
 
 def test_the_latest_checkpoints_and_the_best_are_kept(whole):
   # When the last one was saved, step 20 was the only one that had been evaluated.
-  assert checkpoints.steps_in(whole / 'checkpoints') == [20, 36, 40]
+  assert layout.steps_in(whole) == [20, 36, 40]
 
 
 def test_the_best_step_is_that_of_the_lowest_validation_loss(tmp_path):
@@ -260,7 +261,7 @@ def killed(tmp_path_factory, cache, whole):
 def _wait_for_step(folder, step, process):
   end = time.monotonic() + 120
   while process.poll() is None and time.monotonic() < end:
-    if (checkpoints.steps_in(folder / 'checkpoints') or [-1])[-1] >= step:
+    if (layout.steps_in(folder) or [-1])[-1] >= step:
       return
     time.sleep(0.01)
   raise AssertionError(f'no checkpoint of step {step}: {process.stderr.read()}')
@@ -269,12 +270,12 @@ def _wait_for_step(folder, step, process):
 @pytest.mark.parametrize('when', ['random', 'in_save'])
 def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(killed, whole, when, caplog):
   folder = killed[when]
-  last = checkpoints.steps_in(folder / 'checkpoints')[-1]
+  last = layout.steps_in(folder)[-1]
   assert 0 < last < _STEPS
   if when == 'in_save':
     # The killed save has left a part of itself, which does not count.
     assert last == 12
-    assert any('tmp' in path.name for path in (folder / 'checkpoints').iterdir())
+    assert any('tmp' in path.name for path in folder.iterdir())
   assert _run(folder) == 0
   assert f'Continuing from the checkpoint of step {last}.' in caplog.text
   _assert_same_end(folder, whole)
@@ -294,7 +295,7 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
   with monkeypatch.context() as patch:
     patch.setattr(datasets.TrainingIterator, '__next__', in_training)
     assert _run(folder) == 0
-  assert checkpoints.steps_in(folder / 'checkpoints')[-1] == 10
+  assert layout.steps_in(folder)[-1] == 10
   assert f'Stopped by SIGTERM after step 10 of {_STEPS}' in caplog.text
   assert 'The same command continues' in caplog.text
 
@@ -310,7 +311,7 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
     patch.setattr(loop.datasets, 'evaluation_batches', in_evaluation)
     assert _run(folder) == 0
   assert len(count) == 1
-  assert checkpoints.steps_in(folder / 'checkpoints')[-1] == 20
+  assert layout.steps_in(folder)[-1] == 20
   assert {r['split'] for r in _records(folder)} == {'train'}
 
   assert _run(folder) == 0
@@ -326,7 +327,7 @@ def test_a_second_interrupt_interrupts():
 
 
 def test_a_truncated_newest_checkpoint_is_named(copied, whole, caplog):
-  state = copied / 'checkpoints' / str(_STEPS) / 'state'
+  state = copied / f'checkpoint_{_STEPS}' / 'state'
   for path in state.rglob('d/*'):
     os.truncate(path, path.stat().st_size // 2)
   assert _run(copied) == 0
@@ -344,7 +345,7 @@ def test_a_run_that_diverges_stops_after_its_metrics(tmp_path, capsys):
   assert 'lower learning rate' in message and str(folder / 'metrics.jsonl') in message
   last = _records(folder)[-1]
   assert last['step'] == step and last['split'] == 'train'
-  steps = checkpoints.steps_in(folder / 'checkpoints')
+  steps = layout.steps_in(folder)
   assert all(s < step for s in steps)
   for saved in steps:
     finite = jax.tree.map(lambda x: np.isfinite(x).all(), _arrays(folder, saved)['params'])
@@ -457,7 +458,7 @@ def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_unreadable_checkpoints_are_one_error(copied, capsys):
-  for path in copied.glob('checkpoints/*/state/manifest.ocdbt'):
+  for path in copied.glob('checkpoint_*/state/manifest.ocdbt'):
     os.truncate(path, 0)
   assert _run(copied) == 1
   assert capsys.readouterr().err.startswith('error: No checkpoint in ')

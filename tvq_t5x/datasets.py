@@ -5,19 +5,23 @@ import difflib
 import importlib
 import json
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
+from clu.data import dataset_iterator
 
 from tvq_t5x import errors
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
 
-# The ids of `seqio.ByteVocabulary` below this one are padding, EOS and unknown.
+# Files of a saved position: T5X's name for that of a single host, and the settings it belongs to.
+POSITION = 'train_ds-000-of-001'
+_IDENTITY = 'config.json'
 
 
 @dataclasses.dataclass
@@ -102,7 +106,7 @@ class InMemoryTask(seqio.Task):
 
 
 class TrainingIterator(Iterator[Batch]):
-  """Endless training batches whose position can be saved and restored."""
+  """Endless training batches whose position can be saved and restored, in the files of T5X."""
 
   def __init__(self, dataset: tf.data.Dataset, identity: Mapping[str, Any]):
     """Starts at the first batch.
@@ -111,40 +115,45 @@ class TrainingIterator(Iterator[Batch]):
       dataset: batches.
       identity: the settings that a saved position depends on, by `DatasetConfig` field.
     """
-    self._iterator = iter(dataset)
-    self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+    self._iterator = dataset_iterator.TfDatasetIterator(dataset, checkpoint=True)
     self._identity = dict(identity)
 
   def __next__(self) -> Batch:
-    return {name: value.numpy() for name, value in next(self._iterator).items()}
+    return next(self._iterator)
+
+  def skip(self, num_batches: int) -> None:
+    """Reads batches without giving them out."""
+    for _ in range(num_batches):
+      next(self._iterator)
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes the position: after `restore`, the next batch is the one that now comes next."""
-    directory = os.fspath(directory)
-    tf.io.gfile.makedirs(directory)
-    self._checkpoint.write(os.path.join(directory, 'iterator'))
-    with tf.io.gfile.GFile(os.path.join(directory, 'config.json'), 'w') as f:
-      json.dump(self._identity, f, indent=2, sort_keys=True)
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    self._iterator.save(directory / POSITION)
+    text = json.dumps(self._identity, indent=2, sort_keys=True)
+    (directory / _IDENTITY).write_text(text, encoding='utf-8')
 
   def restore(self, directory: str | os.PathLike[str]) -> None:
-    """Continues from a saved position.
+    """Continues from a saved position, which T5X may have saved.
 
     Raises:
       ConfigError: if nothing was saved there, or the position belongs to other settings.
     """
-    directory = os.fspath(directory)
-    path = os.path.join(directory, 'config.json')
-    if not tf.io.gfile.exists(path):
+    directory = pathlib.Path(directory)
+    position = directory / POSITION
+    if not position.with_name(f'{position.name}.index').exists():
       raise errors.ConfigError(f'{directory} holds no saved position of a TrainingIterator.')
-    with tf.io.gfile.GFile(path) as f:
-      saved = json.load(f)
+    path = directory / _IDENTITY
+    # T5X does not say what settings the position is for.
+    saved = json.loads(path.read_text(encoding='utf-8')) if path.exists() else self._identity
     for name, value in self._identity.items():
       if saved.get(name) != value:
         raise errors.ConfigError(
           f'DatasetConfig.{name} = {value!r}, but the position saved in {directory} belongs to '
           f'{saved.get(name)!r}: set that to continue, or start from an empty directory.'
         )
-    self._checkpoint.read(os.path.join(directory, 'iterator')).assert_consumed()
+    self._iterator.restore(position)
 
 
 def training_batches(
@@ -199,11 +208,25 @@ def evaluation_batches(
     ConfigError: if a setting is refused; nothing is read before.
   """
   provider = _validate(cfg, feature_converter_cls)
+  return evaluation_dataset(cfg, provider, feature_converter_cls).as_numpy_iterator()
+
+
+def evaluation_dataset(
+  cfg: DatasetConfig,
+  provider: seqio.Task | seqio.Mixture,
+  feature_converter_cls: FeatureConverterFactory,
+) -> tf.data.Dataset:
+  """Returns what `evaluation_batches` iterates over; `provider` stands for the task of `cfg`."""
+
+  def fill_rows(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def fill(x: tf.Tensor) -> tf.Tensor:
+      rows = [[0, cfg.batch_size - tf.shape(x)[0]]] + [[0, 0]] * (x.shape.rank - 1)
+      return tf.ensure_shape(tf.pad(x, rows), (cfg.batch_size, *x.shape[1:]))
+
+    return {name: fill(x) for name, x in batch.items()}
+
   dataset = _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
-  batches = dataset.batch(cfg.batch_size).as_numpy_iterator()
-  return (
-    {name: _fill_rows(array, cfg.batch_size) for name, array in batch.items()} for batch in batches
-  )
+  return dataset.batch(cfg.batch_size).map(fill_rows)
 
 
 def vocabulary(
@@ -239,10 +262,6 @@ def _read(
     seed=cfg.seed,
     verbose=False,
   )
-
-
-def _fill_rows(array: np.ndarray, rows: int) -> np.ndarray:
-  return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
 
 
 def _is_count(value: Any) -> bool:

@@ -3,6 +3,7 @@
 It has the interface of `t5x.models.BaseModel` by duck typing and imports no T5X.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,6 +85,13 @@ class TransformerVQModel:
   def config(self) -> TransformerConfig:
     """The network's hyperparameters."""
     return self.module.config
+
+  @functools.cached_property
+  def optimizer_def(self) -> Any:
+    """The optimizer as T5X takes it. Needs T5X."""
+    from tvq_t5x.t5x_adapter import optimizer
+
+    return optimizer.OptaxWrapper(self.optimizer)
 
   def get_initial_variables(
     self,

@@ -7,7 +7,7 @@ mesh. Names and meaning are those of T5X's partitioner, without importing it.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -314,6 +314,26 @@ def _abstract_train_state(model: TransformerVQModel) -> tuple[TrainState, TrainS
   shapes, axes = _abstract_variables(
     lambda rng: model.get_initial_variables(rng, {'decoder_input_tokens': (1, 1)})
   )
+  params = traverse_util.unflatten_dict(shapes, sep='/')
+  opt_state = jax.eval_shape(model.optimizer.init, params)
+  state = TrainState(jax.ShapeDtypeStruct([], jnp.int32), params, opt_state)
+  params_axes = traverse_util.unflatten_dict(axes, sep='/')
+  return state, TrainState((), params_axes, optimizer_axes(opt_state, shapes, axes))
+
+
+def optimizer_axes(
+  opt_state: Any, shapes: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]
+) -> Any:
+  """Logical axes of the arrays in an optimizer's state: those of the parameter each belongs to.
+
+  Args:
+    opt_state: of any optax transformation; leaves have a shape.
+    shapes: the parameters by name ('layers/attention_0/key/kernel').
+    axes: their logical axes, by name.
+
+  Returns:
+    A tuple of logical axes in the place of each array, (None, ...) where it belongs to none.
+  """
 
   def axes_of(path, x):
     # Optimizers keep trees like that of the parameters, deep inside their own state.
@@ -322,10 +342,7 @@ def _abstract_train_state(model: TransformerVQModel) -> tuple[TrainState, TrainS
     name = next((suffix for suffix in suffixes if suffix in axes), None)
     return (None,) * x.ndim if name is None else _reduced(axes[name], shapes[name].shape, x.shape)
 
-  params = traverse_util.unflatten_dict(shapes, sep='/')
-  opt_state = jax.eval_shape(model.optimizer.init, params)
-  state = TrainState(jax.ShapeDtypeStruct([], jnp.int32), params, opt_state)
-  return state, jax.tree_util.tree_map_with_path(axes_of, state)
+  return jax.tree_util.tree_map_with_path(axes_of, opt_state)
 
 
 def _reduced(

@@ -36,6 +36,7 @@ def train_on_sequences(
   rng: jax.Array,
   update_len: int,
   num_microbatches: int = 1,
+  num_shards: int = 1,
 ) -> tuple[TrainState, metrics_lib.Metrics]:
   """Trains on B sequences in T / update_len updates (truncated backpropagation).
 
@@ -49,6 +50,8 @@ def train_on_sequences(
     update_len: tokens of each sequence that an update sees.
     num_microbatches: parts of the batch whose gradients are computed one after the other; divides
       B and changes no number.
+    num_shards: readers of the data that took turns: the rows of the batch are those of the first,
+      then those of the second, ... It changes which mask a row gets: that of its turn.
 
   Returns:
     The new state, and the metrics of each update, [T / update_len] each.
@@ -72,7 +75,8 @@ def train_on_sequences(
       x.transpose(2, 1, 0, 3), (None, None, 'batch', 'length')
     )
 
-  example_ids = jnp.arange(num_sequences).reshape(-1, num_microbatches).T
+  turns = jnp.arange(num_sequences).reshape(-1, num_shards).T.reshape(-1)
+  example_ids = turns.reshape(-1, num_microbatches).T
 
   def update(carry, segment):
     train_state, states = carry

@@ -12,12 +12,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tvq_t5x.datasets import TrainingIterator
+from tvq_t5x import checkpoint_layout as layout
+from tvq_t5x.datasets import POSITION, TrainingIterator
 from tvq_t5x.errors import CheckpointError, ConfigError
 from tvq_t5x.train_step import TrainState
 
-# The items of a checkpoint, each a folder.
-_STATE, _BATCHES, _METADATA = 'state', 'batches', 'metadata'
 _METADATA_FILE = 'metadata'  # Where Orbax puts an item of JSON.
 _DAMAGED = 'damaged'
 
@@ -29,19 +28,19 @@ class Restored(NamedTuple):
   metadata: dict[str, Any]
 
 
-class _BatchesHandler(ocp.CheckpointHandler):
+class _DatasetHandler(ocp.CheckpointHandler):
   """Saves the position of a `TrainingIterator`: at once, as training goes on meanwhile."""
 
-  def save(self, directory: Any, args: '_Batches') -> None:
+  def save(self, directory: Any, args: '_Dataset') -> None:
     args.iterator.save(directory)
 
-  def restore(self, directory: Any, args: '_Batches') -> None:
+  def restore(self, directory: Any, args: '_Dataset') -> None:
     args.iterator.restore(directory)
 
 
-@ocp.args.register_with_handler(_BatchesHandler, for_save=True, for_restore=True)
+@ocp.args.register_with_handler(_DatasetHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class _Batches(ocp.args.CheckpointArgs):
+class _Dataset(ocp.args.CheckpointArgs):
   iterator: TrainingIterator
 
 
@@ -58,7 +57,7 @@ class _Best:
 
 
 class Checkpoints:
-  """The checkpoints in a folder, one numbered folder each; use it as a context."""
+  """The checkpoints in a MODEL_DIR; use it as a context."""
 
   def __init__(
     self, directory: pathlib.Path, keep: int | None, best_step: Callable[[], int | None]
@@ -76,6 +75,7 @@ class Checkpoints:
       directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        step_prefix=layout.PREFIX,
         cleanup_tmp_directories=True,
         # The data position is written before the other items' folders would be there.
         async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
@@ -100,7 +100,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The steps of complete checkpoints."""
-    return steps_in(self._directory)
+    return layout.steps_in(self._directory)
 
   def save(
     self, step: int, state: TrainState, batches: TrainingIterator, metadata: Mapping[str, Any]
@@ -121,9 +121,9 @@ class Checkpoints:
     self._saved.append(step)
     items = ocp.args.Composite(
       **{
-        _STATE: ocp.args.StandardSave(state),
-        _BATCHES: _Batches(batches),
-        _METADATA: ocp.args.JsonSave({**metadata, 'checksums': checksums}),
+        layout.STATE: ocp.args.StandardSave(layout.state_dict(state)),
+        layout.DATASET: _Dataset(batches),
+        layout.METADATA: ocp.args.JsonSave({**metadata, 'checksums': checksums}),
       }
     )
     try:
@@ -153,15 +153,16 @@ class Checkpoints:
       'again to continue from there.'
     )
 
-  def restore(self, abstract: TrainState, batches: TrainingIterator) -> Restored:
+  def restore(self, abstract: TrainState, batches: TrainingIterator, updates: int = 1) -> Restored:
     """The newest checkpoint that can be read; damaged ones after it are moved away.
 
     Args:
       abstract: shapes, dtypes and shardings.
       batches: gets the position.
+      updates: steps that a batch gives, to find the position where T5X has not saved it.
 
     Returns:
-      The state and what `save` got as metadata.
+      The state, and what `save` got as metadata; T5X's checkpoints have none.
 
     Raises:
       ConfigError: if the data position belongs to other settings.
@@ -170,7 +171,7 @@ class Checkpoints:
     damaged: dict[int, str] = {}
     for step in reversed(self.steps()):
       try:
-        restored = self._read(step, abstract, batches)
+        restored = self._read(step, abstract, batches, updates)
       except ConfigError:
         raise
       except Exception as e:  # Whatever a reader of broken files may raise.
@@ -190,46 +191,56 @@ class Checkpoints:
       'from step 0, give another MODEL_DIR or remove that folder.'
     )
 
-  def _read(self, step: int, abstract: TrainState, batches: TrainingIterator) -> Restored:
-    metadata = read_metadata(self._directory, step)
-    if not (self._directory / str(step) / _BATCHES / 'config.json').exists():
-      raise FileNotFoundError(f'no {_BATCHES}/config.json')
-    items = ocp.args.Composite(
-      **{_STATE: ocp.args.StandardRestore(abstract), _BATCHES: _Batches(batches)}
-    )
-    state = self._manager.restore(step, args=items)[_STATE]
+  def _read(
+    self, step: int, abstract: TrainState, batches: TrainingIterator, updates: int
+  ) -> Restored:
+    path = layout.folder(self._directory, step)
+    ours = is_standalone(path)
+    metadata = read_metadata(self._directory, step) if ours else {}
+    items: dict[str, Any] = {layout.STATE: ocp.args.StandardRestore(layout.state_dict(abstract))}
+    position = (path / layout.DATASET / f'{POSITION}.index').exists()
+    if ours and not position:
+      raise FileNotFoundError(f'no {layout.DATASET}/{POSITION}')
+    if position:
+      items[layout.DATASET] = _Dataset(batches)
+    arrays = self._manager.restore(step, args=ocp.args.Composite(**items))[layout.STATE]
+    state = layout.from_state_dict(abstract, arrays)
     found = {k: int(v) for k, v in jax.device_get(_checksums(state)).items()}
-    wrong = [name for name, value in metadata['checksums'].items() if found.get(name) != value]
+    expected = metadata.get('checksums', {})
+    wrong = [name for name, value in expected.items() if found.get(name) != value]
     if wrong or int(state.step) != step:
       raise ValueError(f'wrong values in {", ".join(wrong[:3]) or "step"}')
+    if not position:
+      # T5X saves none by default, and one for each host where there are several.
+      batches.skip(step // updates)
     return Restored(state, metadata)
 
   def _move_away(self, step: int) -> pathlib.Path:
-    folder = self._directory.parent / _DAMAGED
+    source = layout.folder(self._directory, step)
+    folder = self._directory / _DAMAGED
     folder.mkdir(exist_ok=True)
-    target, i = folder / str(step), 0
+    target, i = folder / source.name, 0
     while target.exists():
-      target, i = folder / f'{step}.{i + 1}', i + 1
-    (self._directory / str(step)).rename(target)
+      target, i = folder / f'{source.name}.{i + 1}', i + 1
+    source.rename(target)
     return target
 
 
-def steps_in(directory: pathlib.Path) -> list[int]:
-  """Steps of the complete checkpoints in a folder, which need not exist."""
-  if not directory.is_dir():
-    return []
-  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+def is_standalone(checkpoint: pathlib.Path) -> bool:
+  """Whether the standalone runner wrote a checkpoint, not T5X."""
+  return (checkpoint / layout.METADATA).exists()
 
 
 def read_metadata(directory: pathlib.Path, step: int) -> dict[str, Any]:
   """What was saved as metadata with a checkpoint."""
-  text = (directory / str(step) / _METADATA / _METADATA_FILE).read_text(encoding='utf-8')
+  path = layout.folder(directory, step) / layout.METADATA / _METADATA_FILE
+  text = path.read_text(encoding='utf-8')
   return json.loads(text)
 
 
 def newest_metadata(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
   """Step and metadata of the newest checkpoint that has any."""
-  for step in reversed(steps_in(directory)):
+  for step in reversed(layout.steps_in(directory)):
     try:
       return step, read_metadata(directory, step)
     except (OSError, ValueError):

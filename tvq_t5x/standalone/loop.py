@@ -69,6 +69,8 @@ class TrainingLoop:
     self._sampler = None
     if plan.sample_cfg:
       self._sampler = Sampler(model, partitioner, params, plan.sample_cfg, plan.random_seed)
+    # As T5X splits its seed: both engines start from the same parameters and drop the same.
+    self._init_rng, self._rng = jax.random.split(jax.random.key(plan.random_seed))
     self._step = 0
     self._saved_step: int | None = None
     # Metrics of updates that are perhaps still being computed, by the step before them.
@@ -79,9 +81,7 @@ class TrainingLoop:
   def run(self) -> TrainState:
     """Trains to the end, or until a signal says stop; returns the last state."""
     plan = self._plan
-    checkpoints = Checkpoints(
-      plan.directory / 'checkpoints', plan.keep_checkpoints, lambda: self._log.best_step()
-    )
+    checkpoints = Checkpoints(plan.directory, plan.keep_checkpoints, lambda: self._log.best_step())
     with StopSignals() as self._stop, checkpoints as self._checkpoints:
       self._restore()
       with RunLog(plan.directory, self._step) as self._log:
@@ -110,7 +110,7 @@ class TrainingLoop:
   def _restore(self) -> None:
     plan = self._plan
     if not self._checkpoints.steps():
-      self._state = plan.partitioner.init_state(plan.model, jax.random.key(plan.random_seed))
+      self._state = plan.partitioner.init_state(plan.model, self._init_rng)
       return
     shapes = jax.eval_shape(lambda: init_train_state(plan.model, jax.random.key(0)))
     abstract = jax.tree.map(
@@ -118,10 +118,10 @@ class TrainingLoop:
       shapes,
       self._shardings,
     )
-    restored = self._checkpoints.restore(abstract, plan.batches)
+    restored = self._checkpoints.restore(abstract, plan.batches, plan.updates)
     self._state = restored.state
     self._step = self._saved_step = int(restored.state.step)
-    self._window = Sums(restored.metadata['window'])
+    self._window = Sums(restored.metadata.get('window'))
     logging.info('Continuing from the checkpoint of step %d.', self._step)
 
   def _compile(self) -> None:
@@ -139,7 +139,6 @@ class TrainingLoop:
       out_shardings=(self._shardings, plan.partitioner.replicated()),
       donate_argnums=0,
     )
-    self._rng = jax.random.key(plan.random_seed)
     shape = (plan.batch_size, plan.update_len * plan.updates)
     batch = {
       name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -1,4 +1,4 @@
-"""What is wrong with the settings of a run, said before anything is compiled."""
+"""What is wrong with where a standalone run is to write, said before anything is compiled."""
 
 import contextlib
 import dataclasses
@@ -10,9 +10,6 @@ from typing import Any
 
 import jax
 
-from tvq_t5x import datasets
-from tvq_t5x.config import TransformerConfig
-from tvq_t5x.datasets import DatasetConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import StateInfo
@@ -50,71 +47,6 @@ def missing_data() -> Iterator[None]:
     yield
   except ModuleNotFoundError as e:
     raise ConfigError(str(e)) from e
-
-
-def check_vocabulary(cfg: DatasetConfig, model: TransformerVQModel) -> None:
-  """Refuses a task with another vocabulary than the model's."""
-  vocabulary = datasets.vocabulary(cfg.mixture_or_task_name, cfg.module)
-  if vocabulary != model.output_vocabulary:
-    raise ConfigError(
-      f'TransformerVQModel.vocabulary = {model.output_vocabulary} is not the one of the task '
-      f'{cfg.mixture_or_task_name} (macro MIXTURE_OR_TASK_NAME): give {vocabulary}.'
-    )
-
-
-def updates_in_batch(cfg: DatasetConfig, config: TransformerConfig, update_len: int | None) -> int:
-  """Parameter updates that a batch gives, T / update_len.
-
-  Raises:
-    ConfigError: if blocks, updates and sequences are no multiples of each other.
-  """
-  length = cfg.task_feature_lengths['targets']
-  name = f"task_feature_lengths['targets'] = {length} (macro TASK_FEATURE_LENGTHS)"
-  if update_len is not None and not _is_count(update_len):
-    raise ConfigError(
-      f'train.update_len = {update_len!r} (macro UPDATE_LEN): give a whole number of tokens, or '
-      'None for whole sequences.'
-    )
-  segment = length if update_len is None else update_len
-  block = config.block_len
-  if segment > block and segment % block:
-    raise ConfigError(
-      f'{name if update_len is None else f"train.update_len = {segment} (macro UPDATE_LEN)"} is '
-      f'not a whole number of blocks: give a multiple of TransformerConfig.block_len = {block}, '
-      f'such as {_multiples_near(segment, block)}, or a block_len that divides {segment}.'
-    )
-  if length % segment:
-    accepted = [
-      n for n in range(1, length + 1) if length % n == 0 and (n % block == 0 or n < block)
-    ]
-    raise ConfigError(
-      f'train.update_len = {segment} (macro UPDATE_LEN) does not divide {name}: give one of '
-      f'{", ".join(map(str, accepted))}.'
-    )
-  return length // segment
-
-
-def check_steps(updates: int, total_steps: int, **periods: int | None) -> None:
-  """Refuses numbers of steps that do not end with a batch; periods may be None.
-
-  Args:
-    updates: steps that a batch gives.
-    total_steps: of the run.
-    **periods: by name.
-  """
-  names = {'total_steps': 'train.total_steps (macro TRAIN_STEPS)'}
-  for name, value in {'total_steps': total_steps, **periods}.items():
-    if value is None and name in periods:
-      continue
-    shown = names.get(name, f'train.{name}')
-    if value is None or not _is_count(value):
-      accepted = ' or None' if name in periods else ''
-      raise ConfigError(f'{shown} = {value!r}: give a whole number of at least 1{accepted}.')
-    if value % updates:
-      raise ConfigError(
-        f'{shown} = {value}: give a multiple of {updates}, the updates that a batch of sequences '
-        f'gives (sequence length / update_len), such as {_multiples_near(value, updates)}.'
-      )
 
 
 def resolve_model_dir(model_dir: str) -> pathlib.Path:
@@ -180,7 +112,7 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
   Raises:
     ConfigError: if the checkpoints are of another model or optimizer.
   """
-  found = checkpoints.newest_metadata(model_dir / 'checkpoints')
+  found = checkpoints.newest_metadata(model_dir)
   if found is None:
     return []
   step, saved = found
@@ -219,12 +151,3 @@ def _different_arrays(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _shape(array: list[Any] | None) -> str:
   return 'missing' if array is None else f'{array[1]}{array[0]}'
-
-
-def _multiples_near(value: int, unit: int) -> str:
-  low = max(value // unit, 1) * unit
-  return ' or '.join(map(str, dict.fromkeys([low, -(-value // unit) * unit])))
-
-
-def _is_count(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -5,7 +5,7 @@ import dataclasses
 import optax
 from absl import logging
 
-from tvq_t5x import datasets, gin_utils
+from tvq_t5x import checks, datasets, gin_utils
 from tvq_t5x.datasets import DatasetConfig
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
@@ -82,17 +82,17 @@ def train(
     batches = datasets.training_batches(train_dataset_cfg, make_converter)
     for cfg in evaluated.values():
       datasets.evaluation_batches(cfg, make_converter)
-  updates = run_checks.updates_in_batch(train_dataset_cfg, model.config, update_len)
+  updates = checks.updates_in_batch(_length(train_dataset_cfg), model.config, update_len)
   for cfg in (train_dataset_cfg, *evaluated.values()):
-    run_checks.check_vocabulary(cfg, model)
-    run_checks.updates_in_batch(cfg, model.config, update_len)
+    checks.check_vocabulary(cfg, model)
+    checks.updates_in_batch(_length(cfg), model.config, update_len)
   periods = {
     'log_period': log_period,
     'eval_period': eval_period,
     'sample_period': sample_period,
     'checkpoint_period': checkpoint_period,
   }
-  run_checks.check_steps(updates, total_steps, **periods)
+  checks.check_steps(updates, total_steps, **periods)
   partitioner.validate(model.config, train_dataset_cfg.batch_size, num_microbatches)
   if eval_dataset_cfg.batch_size != train_dataset_cfg.batch_size:
     partitioner.validate(model.config, eval_dataset_cfg.batch_size)
@@ -119,7 +119,7 @@ def train(
       total_steps=total_steps,
       random_seed=random_seed,
       updates=updates,
-      update_len=train_dataset_cfg.task_feature_lengths['targets'] // updates,
+      update_len=_length(train_dataset_cfg) // updates,
       num_microbatches=num_microbatches,
       learning_rate=learning_rate,
       **periods,
@@ -132,3 +132,7 @@ def train(
       f'{info.num_parameters:,}', reports.mesh(partitioner.mesh), directory,
     )  # fmt: skip
     return TrainingLoop(plan).run()
+
+
+def _length(cfg: DatasetConfig) -> int:
+  return cfg.task_feature_lengths['targets']

@@ -1,0 +1,149 @@
+"""T5X's Trainer with our parameter updates."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import optax
+from t5x import metrics as t5x_metrics
+from t5x import optimizers as t5x_optimizers
+from t5x import trainer as t5x_trainer
+
+from tvq_t5x import checks
+from tvq_t5x.metrics import Metrics
+from tvq_t5x.models import TransformerVQModel
+from tvq_t5x.train_step import TrainState, train_on_sequences
+
+
+def checked_trainer(
+  model: TransformerVQModel,
+  task_feature_lengths: Mapping[str, int],
+  total_steps: int,
+  learning_rate: optax.ScalarOrSchedule,
+  update_len: int | None = None,
+  num_microbatches: int = 1,
+  log_period: int | None = None,
+  eval_period: int | None = None,
+  checkpoint_period: int | None = None,
+) -> Callable[..., 'Trainer']:
+  """T5X's `trainer_cls`, after a look at the settings: gin calls this before T5X compiles anything.
+
+  Args:
+    model: to train.
+    task_feature_lengths: tokens of a sequence, `{'targets': T}`.
+    total_steps: parameter updates.
+    learning_rate: what the optimizer was given, to be logged.
+    update_len: tokens of each sequence that an update sees; None means all.
+    num_microbatches: parts of a batch that are computed one after the other.
+    log_period: steps between training metrics.
+    eval_period: steps between evaluations.
+    checkpoint_period: steps between checkpoints.
+
+  Returns:
+    The trainer's class with its settings.
+
+  Raises:
+    ConfigError: for settings that do not fit together.
+  """
+  updates = checks.updates_in_batch(task_feature_lengths['targets'], model.config, update_len)
+  checks.check_steps(
+    updates,
+    total_steps,
+    log_period=log_period,
+    eval_period=eval_period,
+    checkpoint_period=checkpoint_period,
+  )
+  if not callable(learning_rate):
+    learning_rate = optax.constant_schedule(learning_rate)
+  return functools.partial(
+    Trainer,
+    update_len=update_len,
+    num_microbatches=num_microbatches,
+    learning_rate_fn=learning_rate,
+  )
+
+
+class Trainer(t5x_trainer.Trainer):
+  """Trains on batches of whole sequences, each in T / update_len steps.
+
+  A step is a parameter update, here and in T5X's counts, periods and learning rate; the state of
+  the model is carried from one to the next (truncated backpropagation). Bind it with
+  `trainer_cls = @trainer.checked_trainer()`, which looks at the settings first.
+  """
+
+  def __init__(self, *args: Any, update_len: int | None = None, **kwargs: Any):
+    """Creates the trainer.
+
+    Args:
+      *args: as T5X's.
+      update_len: tokens of each sequence that an update sees; None means all.
+      **kwargs: as T5X's.
+    """
+    super().__init__(*args, **kwargs)
+    self._update_len = update_len
+
+  def train(self, batch_iter: Any, num_steps: int, start_step: int | None = None) -> Any:
+    """Trains for `num_steps` updates, a multiple of those that a batch gives."""
+    train_step = self._compiled_train_step or self._partitioned_train_step
+    metrics: Metrics = {}
+    with self._train_state_mutex:
+      train_state = self.train_state
+      start_step = int(train_state.step) if start_step is None else int(start_step)
+      self.train_metrics_manager.start_duration_timer(block_on=train_state)
+      step = start_step
+      while step < start_step + num_steps:
+        with jax.profiler.StepTraceAnnotation('train', step_num=step):
+          batch = next(batch_iter)
+          train_state, batch_metrics = train_step(train_state, batch)
+        metrics = (
+          t5x_trainer.merge_metrics(metrics, batch_metrics) if metrics else dict(batch_metrics)
+        )
+        step += self._updates(batch)
+      self.train_state = train_state
+    return self.train_metrics_manager.write_metrics_summary(metrics, step, step - start_step)
+
+  def _updates(self, batch: Mapping[str, jax.Array]) -> int:
+    length = batch['decoder_target_tokens'].shape[1]
+    return length // (self._update_len or length)
+
+  @functools.cached_property
+  def _partitioned_train_step(self) -> Any:
+    state_axes, batch_axes = self._train_state_axes, self._partitioner.data_partition_spec
+
+    def train_step(train_state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Metrics]:
+      num_sequences, length = batch['decoder_target_tokens'].shape
+      state, metrics = train_on_sequences(
+        self._model,
+        TrainState(train_state.step, train_state.params, train_state.param_states),
+        batch,
+        self._base_rng,
+        self._update_len or length,
+        self._num_microbatches or 1,
+        num_shards=self._partitioner.get_data_layout(num_sequences).num_shards,
+      )
+      optimizer_state = t5x_optimizers.OptimizerState(state.step, state.opt_state)
+      train_state = train_state.restore_state(
+        self._model.optimizer_def.state_dict(state.params, optimizer_state)
+      )
+      return train_state, self._summed(metrics, state.step, num_sequences * length)
+
+    return self._partitioner.partition(
+      train_step,
+      in_axis_resources=(state_axes, batch_axes),
+      out_axis_resources=(state_axes, None),
+      donate_argnums=(0,),
+    )
+
+  def _summed(self, metrics: Metrics, step: jax.Array, num_tokens: int) -> Any:
+    """Metrics of a batch from those of its updates, with what T5X's own trainer adds."""
+    updates = metrics['loss'].count.shape[0]
+    learning_rate = jnp.asarray(self._learning_rate_fn(step - 1))
+    return {
+      **jax.tree.map(jnp.sum, metrics),
+      'learning_rate': clu.metrics.LastValue.from_model_output(learning_rate[None]),
+      'timing/steps_per_second': t5x_metrics.StepsPerTime.from_model_output(steps=updates),
+      'timing/tokens_per_second': t5x_metrics.TimeRate.from_model_output(numerator=num_tokens),
+    }
