@@ -50,12 +50,17 @@ def loop_caches(codes, values, num_old, block_len):
   return jax.tree.map(lambda x: x[:, :-1], caches), jax.tree.map(lambda x: x[:, -1], caches)
 
 
+def summary(codes, values):
+  """Of positions [..., L, N]."""
+  return summarize(jnp.swapaxes(codes, -1, -2), jnp.swapaxes(values, -2, -3), CODES)
+
+
 def reduce_blocks(codes, values, num_old, block_len, reduction):
   def to_blocks(x):
     return x.reshape(x.shape[0], -1, block_len, *x.shape[2:])
 
-  initial = summarize(codes[:, :num_old], values[:, :num_old], CODES)
-  blocks = summarize(to_blocks(codes[:, num_old:]), to_blocks(values[:, num_old:]), CODES)
+  initial = summary(codes[:, :num_old], values[:, :num_old])
+  blocks = summary(to_blocks(codes[:, num_old:]), to_blocks(values[:, num_old:]))
   return caches_before_blocks(initial, blocks, reduction)
 
 
@@ -119,7 +124,7 @@ def test_codes_without_keys():
 def test_merge_is_associative_with_the_empty_cache_as_identity():
   rng = np.random.default_rng(0)
   codes, values = positions(rng, 3, 5, 2)
-  a, b, c = (summarize(codes[i], values[i], CODES) for i in range(3))
+  a, b, c = (summary(codes[i], values[i]) for i in range(3))
   assert_close(merge(merge(a, b), c), merge(a, merge(b, c)))
   union = loop_summary(
     np.asarray(codes[:2]).reshape(10, 2), np.asarray(values[:2]).reshape(10, 2, 3)
@@ -132,8 +137,8 @@ def test_merge_is_associative_with_the_empty_cache_as_identity():
 
 def test_bfloat16_values_are_counted_and_averaged_in_float32():
   # One code with 301 keys: bfloat16 has no odd numbers past 256.
-  values = jnp.ones([301, 1, 2], jnp.bfloat16)
-  cache = summarize(jnp.zeros([301, 1], jnp.int32), values, 2)
+  values = jnp.ones([1, 301, 2], jnp.bfloat16)
+  cache = summarize(jnp.zeros([1, 301], jnp.int32), values, 2)
   assert cache.counts.dtype == cache.means.dtype == jnp.float32
   np.testing.assert_array_equal(cache.counts, [[301, 0]])
   np.testing.assert_array_equal(cache.means, [[[1, 1], [0, 0]]])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from tvq_t5x.cache import AttentionState, CompressedCache, caches_before_blocks, merge, summarize
 from tvq_t5x.config import Reduction, Remat, TransformerConfig
-from tvq_t5x.layers import KEEP_MARKED, keep
+from tvq_t5x.layers import KEEP_MARKED, keep, product
 from tvq_t5x.positions import relative_shift, window_mask
 
 MASKED = -1e30
@@ -42,7 +42,7 @@ class _Blocks(NamedTuple):
   window_keys: jax.Array  # [B, R, N, M, K]
   window_values: jax.Array  # [B, R, N, M, V]
   num_empty: jax.Array  # [B, R] int32, window slots never filled
-  cache: CompressedCache  # [B, R, N, S], [B, R, N, S, V]
+  leaving_codes: jax.Array  # [B, R, N, L] int32, of the positions that leave the window next
 
 
 def vq_attention(
@@ -83,9 +83,6 @@ def vq_attention(
   all_codes = jnp.concatenate([state.codes, keys.codes], axis=1)
   all_keys = jnp.concatenate([state.keys, keys.quantized], axis=1)
   all_values = jnp.concatenate([state.values, keys.values], axis=1)
-  evicted = summarize(
-    to_blocks(all_codes[:, :length]), to_blocks(hold(all_values[:, :length])), c.num_codes
-  )
   blocks = _Blocks(
     queries=jax.tree.map(lambda x: jnp.moveaxis(to_blocks(x), 2, 4), queries),
     present_keys=_heads_first(to_blocks(keys.quantized)),
@@ -93,19 +90,26 @@ def vq_attention(
     window_keys=_heads_first(hold(_windows(all_keys, num_blocks, block_len))),
     window_values=_heads_first(hold(_windows(all_values, num_blocks, block_len))),
     num_empty=jnp.maximum(c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0),
-    cache=evicted,
+    leaving_codes=_heads_first(to_blocks(all_codes[:, :length])),
   )
 
-  def attend(x: _Blocks) -> jax.Array:
-    return _attend(x, distances, codebook, c)
+  def leaving(x: _Blocks) -> CompressedCache:
+    values = jnp.concatenate([x.window_values, hold(x.present_values)], axis=-2)
+    return summarize(x.leaving_codes, values[..., :block_len, :], c.num_codes)
 
-  if c.remat == Remat.ATTENTION:
-    attend = jax.checkpoint(attend, policy=KEEP_MARKED)
+  def attend(x: _Blocks, cache: CompressedCache) -> jax.Array:
+    return _attend(x, cache, distances, codebook, c)
+
+  def step(cache, x):
+    return merge(cache, leaving(x)), attend(x, cache)
+
   if c.reduction == Reduction.SERIAL:
-    out, cache = _scan_blocks(attend, blocks, state.cache)
+    step = jax.checkpoint(step, policy=KEEP_MARKED) if c.remat == Remat.ATTENTION else step
+    out, cache = _scan_blocks(step, blocks, state.cache)
   else:
-    before, cache = caches_before_blocks(state.cache, evicted, c.reduction)
-    out = attend(blocks._replace(cache=before))
+    attend = jax.checkpoint(attend, policy=KEEP_MARKED) if c.remat == Remat.ATTENTION else attend
+    before, cache = caches_before_blocks(state.cache, leaving(blocks), c.reduction)
+    out = attend(blocks, before)
   out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
   new_state = hold(
     AttentionState(all_codes[:, length:], all_keys[:, length:], all_values[:, length:], cache)
@@ -135,32 +139,37 @@ def _windows(x: jax.Array, num_blocks: int, block_len: int) -> jax.Array:
   return jnp.concatenate(windows, axis=2)[:, :, :window_len]
 
 
-def _scan_blocks(attend, blocks: _Blocks, cache: CompressedCache):
-  """Attends block after block; returns the outputs [B, R, L, N, G, V] and the last cache."""
+def _scan_blocks(step, blocks: _Blocks, cache: CompressedCache):
+  """Attends block after block; returns the outputs [B, R, N, G, L, V] and the last cache."""
 
-  def step(cache, block):
-    evicted = jax.tree.map(lambda x: x[:, 0], block.cache)
-    seen = block._replace(cache=jax.tree.map(lambda x: x[:, None], cache))
-    return merge(cache, evicted), attend(seen)[:, 0]
+  def one_block(cache, block):
+    after, out = step(jax.tree.map(lambda x: x[:, None], cache), block)
+    return jax.tree.map(lambda x: x[:, 0], after), out[:, 0]
 
   by_block = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], blocks)
-  cache, out = jax.lax.scan(step, cache, by_block)
+  cache, out = jax.lax.scan(one_block, cache, by_block)
   return jnp.moveaxis(out, 0, 1), cache
 
 
-def _attend(x: _Blocks, distances: jax.Array, codebook: jax.Array, c: TransformerConfig):
+def _attend(
+  x: _Blocks,
+  cache: CompressedCache,
+  distances: jax.Array,
+  codebook: jax.Array,
+  c: TransformerConfig,
+) -> jax.Array:
   """One softmax over window, present block and cache: [B, R, N, G, L, V]."""
   dtype = x.present_values.dtype
   block_len, window_len = x.present_keys.shape[-2], x.window_keys.shape[-2]
   f32 = {'preferred_element_type': jnp.float32}
 
-  nearness = jnp.einsum('BRNGLK,CNK->BRNGLC', x.queries.position, distances[::-1], **f32)
+  nearness = product('BRNGLK,CNK->BRNGLC', x.queries.position, distances[::-1], jnp.float32)
   nearness = relative_shift(nearness, window_len + block_len)
   visible = window_mask(block_len, window_len, x.num_empty, within_window=not c.compressed_cache)
   visible = visible[:, :, None, None]  # [B, R, N, G, L, M + L]
 
   def key_scores(keys, part):
-    scores = jnp.einsum('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, **f32)
+    scores = product('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
     return jnp.where(visible[..., part], scores + nearness[..., part], MASKED)
 
   scores = [
@@ -171,8 +180,8 @@ def _attend(x: _Blocks, distances: jax.Array, codebook: jax.Array, c: Transforme
   if c.compressed_cache:
     codes = codebook.astype(x.present_keys.dtype)
     codes = jnp.einsum('BRNGLK,NSK->BRNGLS', x.queries.content, codes, **f32)
-    scores.append(codes + log_counts(x.cache.counts)[..., None, None, :])
-    values.append(x.cache.means.astype(dtype))
+    scores.append(codes + log_counts(cache.counts)[..., None, None, :])
+    values.append(cache.means.astype(dtype))
 
   peaks = [jnp.max(group, axis=-1, keepdims=True) for group in scores]
   peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))

@@ -47,16 +47,16 @@ def summarize(codes: jax.Array, values: jax.Array, num_codes: int) -> Compressed
   """Compresses the positions of each block.
 
   Args:
-    codes: [..., L, N] int32; a code outside [0, S) adds nothing.
-    values: [..., L, N, V].
+    codes: [..., N, L] int32; a code outside [0, S) adds nothing.
+    values: [..., N, L, V].
     num_codes: S.
 
   Returns:
     The cache of just these positions, [..., N, S] and [..., N, S, V].
   """
-  one_hot = jax.nn.one_hot(codes, num_codes, dtype=values.dtype)  # [..., L, N, S]
-  counts = jnp.sum(one_hot, axis=-3, dtype=jnp.float32)
-  sums = jnp.einsum('...lns,...lnv->...nsv', one_hot, values, preferred_element_type=jnp.float32)
+  one_hot = jax.nn.one_hot(codes, num_codes, dtype=values.dtype)  # [..., N, L, S]
+  counts = jnp.sum(one_hot, axis=-2, dtype=jnp.float32)
+  sums = jnp.einsum('...ls,...lv->...sv', one_hot, values, preferred_element_type=jnp.float32)
   return CompressedCache(counts, sums / jnp.maximum(counts, 1.0)[..., None])
 
 

@@ -46,36 +46,71 @@ class RMSNorm(nn.Module):
     bias = nn_partitioning.param_with_axes(
       'bias', initializers.zeros, shape, jnp.float32, axes=('embed',)
     )
-    return rms_normalize(x) * scale.astype(x.dtype) + bias.astype(x.dtype)
+    return _scale_and_shift(rms_normalize(x), scale.astype(x.dtype), bias.astype(x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """`einsum(equation, x, kernel)`; on CPU its gradients take half the time of einsum's own."""
-  return jnp.einsum(equation, x, kernel)
+@jax.custom_vjp
+def _scale_and_shift(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+  """`x * scale + bias`; on CPU the sums of its gradients take a tenth of XLA's own time."""
+  return x * scale + bias
 
 
-def _project_fwd(equation, x, kernel):
-  return _project(equation, x, kernel), (x, kernel)
+def _scale_and_shift_fwd(x, scale, bias):
+  return _scale_and_shift(x, scale, bias), (x, scale)
 
 
-def _project_bwd(equation, residuals, g):
-  x, kernel = residuals
+def _scale_and_shift_bwd(residuals, g):
+  x, scale = residuals
+
+  def sum_positions(y):  # As a product, which XLA splits among cores.
+    y = y.reshape(-1, y.shape[-1])
+    ones = jnp.ones(y.shape[:1], y.dtype)
+    return jnp.einsum('P,PD->D', ones, y, preferred_element_type=jnp.float32).astype(y.dtype)
+
+  return g * scale, sum_positions(g * x), sum_positions(g)
+
+
+_scale_and_shift.defvjp(_scale_and_shift_fwd, _scale_and_shift_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+  """`einsum(equation, x, y)`; on CPU its gradients take half the time of einsum's own.
+
+  Args:
+    equation: einsum's, of two operands.
+    x: first operand.
+    y: second operand, of the same dtype.
+    dtype: of the result; None means that of the operands.
+
+  Returns:
+    The product, whose gradients have the dtype of the operands.
+  """
+  return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+
+
+def _product_fwd(equation, x, y, dtype):
+  return product(equation, x, y, dtype), (x, y)
+
+
+def _product_bwd(equation, dtype, residuals, g):
+  del dtype
+  x, y = residuals
   inputs, out = equation.split('->')
   left, right = inputs.split(',')
   # Both products below read g: without the barrier XLA computes it again inside each of them.
-  g = jax.lax.optimization_barrier(g)
-  x_gradient = jnp.einsum(f'{out},{right}->{left}', g, kernel)
+  g = jax.lax.optimization_barrier(g.astype(x.dtype))
+  x_gradient = jnp.einsum(f'{out},{right}->{left}', g, y)
   # A product that contracts positions transposes its first operand: let that be the smaller one.
   # Einsum takes them in the order in which the result names their axes.
   (first, a), (second, b) = sorted([(left, x), (out, g)], key=lambda pair: pair[1].size)
-  axes = [*(c for c in right if c in first), *(c for c in right if c in second)]
-  kernel_gradient = jnp.einsum(f'{first},{second}->{"".join(axes)}', a, b)
-  kernel_gradient = kernel_gradient.transpose([axes.index(c) for c in right])
-  return x_gradient, kernel_gradient
+  axes = [c for c in right if c in first]
+  axes += [c for c in right if c in second and c not in axes]
+  y_gradient = jnp.einsum(f'{first},{second}->{"".join(axes)}', a, b)
+  return x_gradient, y_gradient.transpose([axes.index(c) for c in right])
 
 
-_project.defvjp(_project_fwd, _project_bwd)
+product.defvjp(_product_fwd, _product_bwd)
 
 
 class Einsum(nn.Module):
@@ -105,7 +140,7 @@ class Einsum(nn.Module):
     kernel = nn_partitioning.param_with_axes(
       'kernel', kernel_init, tuple(self.shape), jnp.float32, axes=tuple(self.axes)
     )
-    return _project(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+    return product(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 def example_dropout(
