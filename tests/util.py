@@ -1,10 +1,13 @@
-"""A small model with random parameters and data, shared by tests."""
+"""A small model with random parameters and data, and helpers, shared by tests."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import seqio
+from jax.experimental.compilation_cache import compilation_cache
 
 from tvq_t5x.config import TransformerConfig
 from tvq_t5x.models import TransformerVQModel
@@ -90,3 +93,20 @@ def assert_close(ours, expected, atol=1e-5, rtol=1e-5):
     assert jnp.shape(a) == jnp.shape(b), jax.tree_util.keystr(path)
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     np.testing.assert_allclose(a, b, atol=atol, rtol=rtol, err_msg=jax.tree_util.keystr(path))
+
+
+@contextlib.contextmanager
+def programs_kept_in(folder):
+  """Compiles each program once; yields the environment for subprocesses to share in it."""
+  settings = {
+    'jax_compilation_cache_dir': str(folder),
+    'jax_persistent_cache_min_compile_time_secs': 0,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield {name.upper(): str(value) for name, value in settings.items()}
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()

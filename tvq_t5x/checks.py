@@ -3,7 +3,7 @@
 from typing import Any
 
 from tvq_t5x import datasets
-from tvq_t5x.config import TransformerConfig
+from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.datasets import DatasetConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import TransformerVQModel
@@ -51,6 +51,12 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
     raise ConfigError(
       f'train.update_len = {segment} (macro UPDATE_LEN) does not divide {name}: give one of '
       f'{", ".join(map(str, accepted))}.'
+    )
+  if segment < length and config.attention_type == AttentionType.QUADRATIC:
+    raise ConfigError(
+      f'train.update_len = {segment} (macro UPDATE_LEN): the quadratic baseline '
+      '(TransformerConfig.attention_type) keeps no state from one update to the next; give None or '
+      f'{length}, the whole sequence.'
     )
   return length // segment
 

@@ -266,8 +266,8 @@ class TrainingLoop:
       values = ', '.join(f'{k} {v:.4f}' for k, v in metrics.items())
       logging.info('Finished, step %d, %s: %s', step, split, values)
     logging.info(
-      'In %s: curve.png, metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints/ of steps '
-      '%s (lowest validation loss: %s).',
+      'In %s: curve.png, metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints of steps %s '
+      '(lowest validation loss: %s).',
       plan.directory, self._checkpoints.steps(), self._log.best_step(),
     )  # fmt: skip
 

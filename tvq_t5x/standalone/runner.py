@@ -6,6 +6,7 @@ import optax
 from absl import logging
 
 from tvq_t5x import checks, datasets, gin_utils
+from tvq_t5x.config import AttentionType
 from tvq_t5x.datasets import DatasetConfig
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
@@ -98,6 +99,9 @@ def train(
     partitioner.validate(model.config, eval_dataset_cfg.batch_size)
   if sample_cfg:
     sample_cfg.encoded_prompt(model.output_vocabulary)
+  if sample_cfg and model.config.attention_type == AttentionType.QUADRATIC:
+    logging.warning('The quadratic baseline keeps no state to sample with: there are no samples.')
+    sample_cfg = None
   directory = run_checks.resolve_model_dir(model_dir)
   info = partitioner.describe(model)
   record = run_checks.record_of(model, info, updates, random_seed)
