@@ -3,11 +3,13 @@
 import os
 import pathlib
 
+import pytest
+
 # Before JAX starts: devices to place arrays on, and quick compilation, as tests run little.
 os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-  ' --xla_llvm_disable_expensive_passes=true',
+  ' --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false',
 )
 
 
@@ -17,3 +19,19 @@ def pytest_addoption(parser):
     default=str(pathlib.Path(__file__).parent / 'golden'),
     help='Folder of .npz files from the reference implementation to check against.',
   )
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+  """MODEL_DIR of a short run of tiny.gin by the standalone runner, with checkpoints 8 and 16."""
+  import gin
+
+  from tvq_t5x import train
+
+  folder = tmp_path_factory.mktemp('tiny_run') / 'run'
+  settings = {'TRAIN_STEPS': 16, 'CHECKPOINT_PERIOD': 8, 'MODEL_DIR': str(folder)}
+  bindings = [f'{name} = {value!r}' for name, value in settings.items()]
+  tiny = pathlib.Path(__file__).parent / 'tiny.gin'
+  assert train.run([str(tiny)], [*bindings, 'runner.train.sample_cfg = None']) == 0
+  gin.clear_config()
+  return folder
