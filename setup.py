@@ -58,6 +58,8 @@ setuptools.setup(
     'tensorflow-datasets>=4.9.10',
   ],
   extras_require={
+    'photos': ['scikit-image==0.26.0'],  # The photographs of the task photos64.
+    'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
     'test': [
       'hypothesis>=6.170',
       'pyright>=1.1.400',
@@ -65,6 +67,7 @@ setuptools.setup(
       'pytest-cov>=7.1',
       'pytest-xdist>=3.8',
       'ruff>=0.14',
+      'scikit-image==0.26.0',
     ],
   },
 )

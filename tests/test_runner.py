@@ -311,11 +311,13 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
 
 
 def test_a_second_interrupt_interrupts():
+  # A shell's background jobs start with SIGINT ignored.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.received == 'SIGINT'
     os.kill(os.getpid(), signal.SIGINT)
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_truncated_newest_checkpoint_is_named(copied, whole, caplog):
@@ -370,3 +372,15 @@ def test_a_run_on_the_kjv(tmp_path, caplog):
   assert splits == ['train', 'train', 'validation', 'test']
   assert (folder / 'curve.png').exists() and len(list(folder.glob('samples/*'))) == 1
   assert 'Finished, step 8, test: bits_per_byte' in caplog.text
+
+
+def test_images_are_a_grid_in_a_file(tmp_path, caplog):
+  images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+  with run_log.RunLog(tmp_path, 0) as log:
+    assert not log.has_samples(5)
+    log.write_samples(5, images)
+    assert log.has_samples(5)
+  path = tmp_path / 'samples' / '00000005.png'
+  assert path.read_bytes().startswith(b'\x89PNG') and str(path) in caplog.text
+  with run_log.RunLog(tmp_path, 4) as log:
+    assert not log.has_samples(5)

@@ -51,60 +51,6 @@ class DatasetConfig:
   module: str | None = None
 
 
-class InMemoryTask(seqio.Task):
-  """A task whose preprocessed split fits in memory, shuffled by index.
-
-  Every epoch holds each sequence once, in an order of its own that follows from the seed and the
-  epoch's number. A checkpoint of an iterator holds a position, not a buffer of text as with
-  `tf.data.Dataset.shuffle`: a few kilobytes. Hosts share out sequences, not documents, so even a
-  split of a few long documents reaches every host.
-  """
-
-  def get_dataset(
-    self,
-    sequence_length: Mapping[str, int] | None = None,
-    split: str = 'train',
-    use_cached: bool = False,
-    shuffle: bool = True,
-    shuffle_buffer_size: int | None = None,
-    seed: int | None = None,
-    shard_info: seqio.ShardInfo | None = None,
-    num_epochs: int | None = 1,
-    trim_output_features: bool = True,
-    try_in_mem_cache: bool = True,
-  ) -> tf.data.Dataset:
-    """See the base class; `shuffle_buffer_size` and `try_in_mem_cache` have no effect."""
-    del shuffle_buffer_size, try_in_mem_cache
-    sequences = super().get_dataset(
-      sequence_length=sequence_length,
-      split=split,
-      use_cached=use_cached,
-      shuffle=False,
-      seed=seed,
-      trim_output_features=trim_output_features,
-      try_in_mem_cache=False,
-    )
-    if shard_info:
-      sequences = sequences.shard(shard_info.num_shards, shard_info.index)
-    # One batch of them all: ragged, because the last sequence may be short.
-    in_memory = sequences.ragged_batch(np.iinfo(np.int64).max).get_single_element()
-    size = next(iter(in_memory.values())).nrows()
-    if seed is None:
-      seed = int(np.random.default_rng().integers(2**31))
-
-    def epoch_order(epoch: tf.Tensor) -> tf.data.Dataset:
-      order = tf.range(size)
-      if shuffle:
-        order = tf.random.experimental.stateless_shuffle(order, seed=tf.stack([seed, epoch]))
-      return tf.data.Dataset.from_tensor_slices(order)
-
-    epochs = tf.data.Dataset.counter() if num_epochs is None else tf.data.Dataset.range(num_epochs)
-    return epochs.flat_map(epoch_order).map(
-      lambda i: {name: values[i] for name, values in in_memory.items()},
-      num_parallel_calls=tf.data.AUTOTUNE,
-    )
-
-
 class TrainingIterator(Iterator[Batch]):
   """Endless training batches whose position can be saved and restored, in the files of T5X."""
 
@@ -119,7 +65,7 @@ class TrainingIterator(Iterator[Batch]):
     self._identity = dict(identity)
 
   def __next__(self) -> Batch:
-    return next(self._iterator)
+    return next(self._iterator)  # pyright: ignore[reportReturnType]
 
   def skip(self, num_batches: int) -> None:
     """Reads batches without giving them out."""
@@ -162,7 +108,7 @@ def training_batches(
   """Returns endless batches, the same ones as T5X's `utils.get_dataset` with `num_epochs=None`.
 
   The epochs follow each other before batching: every batch is full, a batch may hold the end of one
-  epoch and the start of the next, and no sequence is ever dropped. With an `InMemoryTask`, such as
+  epoch and the start of the next, and no sequence is ever dropped. With an `IndexedTask`, such as
   those of this package, each epoch holds every sequence once and has an order of its own; other
   tasks shuffle with SeqIO's buffer, and the saved position then contains that buffer.
 
@@ -208,7 +154,8 @@ def evaluation_batches(
     ConfigError: if a setting is refused; nothing is read before.
   """
   provider = _validate(cfg, feature_converter_cls)
-  return evaluation_dataset(cfg, provider, feature_converter_cls).as_numpy_iterator()
+  dataset = evaluation_dataset(cfg, provider, feature_converter_cls)
+  return dataset.as_numpy_iterator()  # pyright: ignore[reportReturnType]
 
 
 def evaluation_dataset(
@@ -241,7 +188,7 @@ def vocabulary(
   Raises:
     ConfigError: if no task has this name.
   """
-  return _provider(mixture_or_task_name, module).output_features['targets'].vocabulary
+  return task_or_mixture(mixture_or_task_name, module).output_features['targets'].vocabulary
 
 
 def _read(
@@ -268,10 +215,10 @@ def _is_count(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _provider(
+def task_or_mixture(
   name: str | seqio.Task | seqio.Mixture, module: str | None
 ) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture, once `module` is imported."""
+  """Returns the task or mixture of this name, once `module` is imported; see `vocabulary`."""
   if module:
     try:
       importlib.import_module(module)
@@ -300,7 +247,7 @@ def _validate(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> seqio.Task | seqio.Mixture:
   """Returns the task or mixture, or raises a `ConfigError` that names the binding to change."""
-  provider = _provider(cfg.mixture_or_task_name, cfg.module)
+  provider = task_or_mixture(cfg.mixture_or_task_name, cfg.module)
   if cfg.split not in provider.splits:
     raise errors.ConfigError(
       f'DatasetConfig.split = {cfg.split!r}: {provider.name} has the splits '

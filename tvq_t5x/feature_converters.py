@@ -16,7 +16,7 @@ class TransformerVQFeatureConverter(seqio.LMFeatureConverter):
       decoder_input_tokens  = [1, 3, 9, 1, 4]
       decoder_loss_weights  = [1, 1, 1, 1, 0]
 
-  The tasks of this package lay documents end to end (`preprocessors.pack_documents`), so there is
+  The tasks of this package lay documents end to end (`indexed.IndexedTask`), so there is
   nothing left to pack, and the model does not mask attention between documents. `pack`, which
   T5X sets to True by default, is therefore accepted and has no effect.
   """

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import seqio
 
@@ -26,6 +25,7 @@ from tvq_t5x.transformer import (
   Transformer,
   init_decoder_state,
 )
+from tvq_t5x.vocabularies import bytes_per_token
 
 Batch = Mapping[str, jax.Array]
 Params = Any
@@ -173,17 +173,31 @@ class TransformerVQModel:
 
   def score_batch(
     self, params: Params, batch: Batch, return_intermediates: bool = False
-  ) -> jax.Array | tuple[jax.Array, Mapping[str, Any]]:
-    """Log-likelihood [B] of each sequence's unpadded targets, in nats."""
-    (logits, _, _), variables = self.module.apply(
+  ) -> tuple[jax.Array, Mapping[str, Any]]:
+    """Log-likelihoods of sequences, in nats.
+
+    Args:
+      params: of the module.
+      batch: sequences, [B, T] each.
+      return_intermediates: whether to return what the network keeps for inspection.
+
+    Returns:
+      Log-likelihood [B] of each sequence's unpadded targets, and what to divide it by:
+      `num_tokens` [B] and, for vocabularies that tell, the `num_bytes` [B] of text that they stand
+      for. Besides, the collection `intermediates`, where it was asked for.
+    """
+    targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
+    (logits, _, _), intermediates = self.module.apply(
       {'params': params},
       batch['decoder_input_tokens'],
-      loss_mask=batch['decoder_loss_weights'],
+      loss_mask=weights,
       mutable=['intermediates'] if return_intermediates else [],
     )
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch['decoder_target_tokens'])
-    scores = -jnp.sum(nats * batch['decoder_loss_weights'], axis=-1)
-    return (scores, variables) if return_intermediates else scores
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    aux: dict[str, Any] = {'num_tokens': jnp.sum(weights, axis=-1), **intermediates}
+    if self.bytes_per_token is not None:
+      aux['num_bytes'] = jnp.sum(weights * jnp.asarray(self.bytes_per_token)[targets], axis=-1)
+    return -jnp.sum(nats * weights, axis=-1), aux
 
   def predict_batch(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Tokens [B, T] of `predict_batch_with_aux`."""
@@ -230,12 +244,3 @@ class TransformerVQModel:
     state = self.init_state(prompts.shape[0])
     tokens, scores = sampling.sample(next_logits, state, start, prompts, rng, settings)
     return tokens, {'scores': scores}
-
-
-def bytes_per_token(vocabulary: seqio.Vocabulary, vocab_size: int) -> np.ndarray | None:
-  """Bytes of text that each id stands for, [W]; None for vocabularies that do not say."""
-  if not isinstance(vocabulary, seqio.ByteVocabulary):
-    return None
-  ids = np.arange(vocab_size)
-  # Ids past 256 bytes are the vocabulary's extra ids, which stand for no text.
-  return ((ids >= 3) & (ids < 3 + 256)).astype(np.float32)

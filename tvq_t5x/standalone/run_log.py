@@ -7,8 +7,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 from clu import metric_writers
+
+from tvq_t5x import images
 
 Record = dict[str, Any]
 
@@ -31,9 +34,9 @@ class RunLog:
     self._path = model_dir / 'metrics.jsonl'
     self._records = [r for r in read_records(self._path) if r['step'] <= last_step]
     unfinished = self._path.with_suffix('.tmp')
-    unfinished.write_text(''.join(map(_line, self._records)), encoding='utf-8')
+    unfinished.write_text(''.join(map(json_line, self._records)), encoding='utf-8')
     os.replace(unfinished, self._path)
-    for path in self._dir.glob('samples/*.txt'):
+    for path in self._dir.glob('samples/*'):
       if path.stem.isdecimal() and int(path.stem) > last_step:
         path.unlink()
     self._writers: dict[str, metric_writers.SummaryWriter] = {}
@@ -60,16 +63,26 @@ class RunLog:
     record = {'step': step, 'split': split, **extra, **metrics}
     self._records.append(record)
     with self._path.open('a', encoding='utf-8') as f:
-      f.write(_line(record))
+      f.write(json_line(record))
     writer = self._writer(split)
     writer.write_scalars(step, {**extra, **metrics})
     writer.flush()
     logging.info('%s%s', where, _summary(metrics))
 
-  def write_samples(self, step: int, texts: Sequence[str]) -> None:
-    """Writes sampled texts to the log, TensorBoard and a file."""
+  def write_samples(self, step: int, samples: Sequence[str] | np.ndarray) -> None:
+    """Writes samples, texts or images [N, height, width, 3] uint8, to a file and TensorBoard."""
     path = self._samples(step)
     path.parent.mkdir(exist_ok=True)
+    if isinstance(samples, np.ndarray):
+      path = path.with_suffix('.png')
+      images.write_grid(path, samples)
+      self._writer(VALIDATION).write_images(step, {'samples': samples})
+      logging.info('Samples after step %d are in %s.', step, path)
+    else:
+      self._write_texts(step, samples, path)
+    self._writer(VALIDATION).flush()
+
+  def _write_texts(self, step: int, texts: Sequence[str], path: pathlib.Path) -> None:
     rule = '-' * 80
     content = f'\n{rule}\n'.join(texts)
     path.write_text(f'{content}\n', encoding='utf-8')
@@ -77,12 +90,12 @@ class RunLog:
     # Indented by four, text is verbatim in Markdown.
     quoted = {str(i): '    ' + text.replace('\n', '\n    ') for i, text in enumerate(texts)}
     writer.write_texts(step, {f'sample/{i}': text for i, text in quoted.items()})
-    writer.flush()
     logging.info('Samples after step %d:\n%s\n%s\n%s', step, rule, content, rule)
 
   def has_samples(self, step: int) -> bool:
     """Whether the samples of a step have been written."""
-    return self._samples(step).exists()
+    path = self._samples(step)
+    return path.exists() or path.with_suffix('.png').exists()
 
   def record(self, split: str, step: int) -> Record | None:
     """The record of a step, if there is one."""
@@ -123,7 +136,8 @@ def read_records(path: pathlib.Path) -> list[Record]:
   return records
 
 
-def _line(record: Record) -> str:
+def json_line(record: Record) -> str:
+  """A record as a line of JSON, which has null for what is no finite number."""
   finite = {
     k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
   }

@@ -1,4 +1,4 @@
-"""Texts that a model writes during training."""
+"""Texts or images that a model makes during training."""
 
 import dataclasses
 from typing import Any
@@ -12,6 +12,7 @@ from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import Params, TransformerVQModel
 from tvq_t5x.partitioning import DATA, Partitioner
 from tvq_t5x.sampling import SamplingConfig
+from tvq_t5x.vocabularies import ImageVocabulary
 
 # What the feature converter puts before the first token: EOS.
 _START = 1
@@ -58,7 +59,7 @@ class SampleConfig:
 
 
 class Sampler:
-  """Writes texts from parameters, compiled once."""
+  """Makes texts or images from parameters, compiled once."""
 
   def __init__(
     self,
@@ -100,8 +101,11 @@ class Sampler:
     shardings = params_shardings, partitioner.batch_sharding(), None
     self._sample = partitioner.jit(sample, shardings, partitioner.replicated())
 
-  def __call__(self, params: Params, step: int) -> list[str]:
-    """The texts after `step` updates."""
+  def __call__(self, params: Params, step: int) -> list[str] | np.ndarray:
+    """The texts, or the images [N, height, width, 3] uint8, after `step` updates."""
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), 2), jnp.int32(step))
     tokens = np.asarray(self._sample(params, self._batch, rng))
-    return [self._vocabulary.decode(row.tolist()) for row in tokens[: self._config.num_samples]]
+    tokens = tokens[: self._config.num_samples]
+    if isinstance(self._vocabulary, ImageVocabulary):
+      return self._vocabulary.images(tokens)
+    return [self._vocabulary.decode(row.tolist()) for row in tokens]

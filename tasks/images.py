@@ -1,0 +1,41 @@
+"""What tasks of images have in common."""
+
+from collections.abc import Callable
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from tvq_t5x import indexed, vocabularies
+
+SHAPE = (64, 64, 3)
+
+
+@seqio.map_over_dataset
+def flatten_pixels(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+  """An image [height, width, channels] uint8 as tokens in raster order, value + 3."""
+  values = tf.reshape(example['targets'], [-1])
+  return {'targets': tf.cast(values, tf.int32) + vocabularies.FIRST_BYTE}
+
+
+def image_task(
+  name: str, source: seqio.DataSource, task_cls: Callable[..., indexed.IndexedTask], **kwargs: Any
+) -> seqio.Task:
+  """Registers a task whose sequences are images, value by value, without EOS.
+
+  Args:
+    name: of the task.
+    source: of {'targets': image} with images of `SHAPE`, uint8.
+    task_cls: an `indexed.IndexedTask`.
+    **kwargs: what `task_cls` needs.
+  """
+  vocabulary = vocabularies.ImageVocabulary(SHAPE)
+  return seqio.TaskRegistry.add(
+    name,
+    source=source,
+    preprocessors=[flatten_pixels],
+    output_features={'targets': seqio.Feature(vocabulary, add_eos=False)},
+    task_cls=task_cls,
+    sequence_len=SHAPE[0] * SHAPE[1] * SHAPE[2],
+    **kwargs,
+  )

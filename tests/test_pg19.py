@@ -1,0 +1,199 @@
+"""PG-19 from TFDS's files and from files as published: the same tokens, every word counted."""
+
+import os
+
+import gin
+import numpy as np
+import pytest
+import seqio
+import tensorflow_datasets as tfds
+from data_util import BOOKS, processor, sentencepiece_model, sequences, store_as_tfds
+
+from tvq_t5x import datasets, errors, gin_utils, indexed
+from tvq_t5x.tasks import pg19
+
+SPLITS = {'train': BOOKS[:2], 'validation': BOOKS[2:3], 'test': BOOKS[1:]}
+IDS = {'train': [702, 11], 'validation': [5000], 'test': [33, 9, 120]}
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  return sentencepiece_model(tmp_path_factory.mktemp('model'))
+
+
+@pytest.fixture(autouse=True)
+def _settings(model, monkeypatch):
+  for name in ('PG19_PATH', 'TOKEN_CACHE_DIR'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv('SENTENCEPIECE_MODEL', model)
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def as_tfds(folder):
+  texts = ('book_text', 'book_title', 'publication_date', 'book_link')
+  features = {'book_id': np.int32, **{name: tfds.features.Text() for name in texts}}
+  splits = {
+    split: [
+      {
+        'book_text': text.strip(),
+        'book_id': i,
+        'book_title': f'Title {i}',
+        'publication_date': '1850',
+        'book_link': f'http://www.gutenberg.org/ebooks/{i}',
+      }
+      for i, text in zip(IDS[split], SPLITS[split], strict=True)
+    ]
+    for split in SPLITS
+  }
+  store_as_tfds(folder, 'pg19:0.1.1', features, splits)
+
+
+def as_published(folder):
+  rows = []
+  for split, texts in SPLITS.items():
+    (folder / split).mkdir()
+    for i, text in zip(IDS[split], texts, strict=True):
+      (folder / split / f'{i}.txt').write_bytes(text.encode())
+      rows.append(f'{i},"Title, {i}",1850,http://www.gutenberg.org/ebooks/{i}\n')
+  (folder / 'metadata.csv').write_text(''.join(rows))
+
+
+@pytest.fixture(params=[as_tfds, as_published])
+def folder(request, tmp_path, monkeypatch):
+  request.param(tmp_path)
+  monkeypatch.setenv('PG19_PATH', str(tmp_path))
+  return tmp_path
+
+
+def expected_tokens(model, split):
+  pieces = processor(model)
+  return [token for text in SPLITS[split] for token in [*pieces.encode(text.strip()), 1]]
+
+
+@pytest.mark.parametrize(('split', 'length'), [('train', 16), ('validation', 7), ('test', 64)])
+def test_every_token_once(folder, model, split, length):
+  found = sequences('pg19', length, split)
+  assert all(len(tokens) == length for tokens in found[:-1])
+  assert np.concatenate(found).tolist() == expected_tokens(model, split)
+  assert (folder / 'token_cache').is_dir()
+
+
+def test_counts(folder, model):
+  texts = [text.strip() for text in SPLITS['test']]
+  task = seqio.get_mixture_or_task('pg19')
+  assert indexed.counts(task, 'test') == indexed.Counts(
+    documents=3,
+    tokens=len(expected_tokens(model, 'test')),
+    text_bytes=sum(len(text.encode()) for text in texts),
+    words=sum(len(text.split()) for text in texts),
+  )
+
+
+def test_settings_in_gin(tmp_path, model, monkeypatch):
+  monkeypatch.delenv('SENTENCEPIECE_MODEL')
+  data = tmp_path / 'data'
+  data.mkdir()
+  as_published(data)
+  gin.parse_config_file(f'{gin_utils.gin_root()}/tasks/pg19.gin')
+  for name, value in (
+    ('PG19_PATH', data),
+    ('SENTENCEPIECE_MODEL', model),
+    ('TOKEN_CACHE_DIR', tmp_path / 'cache'),
+  ):
+    gin.bind_parameter(f'{name}/gin.macro.value', str(value))
+  assert np.concatenate(sequences('pg19', 9, 'train')).tolist() == expected_tokens(model, 'train')
+  assert datasets.vocabulary('pg19').vocab_size == 300
+  assert list((tmp_path / 'cache').glob('pg19-train-*.bin'))
+  assert not (data / 'token_cache').exists()
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    # The real corpus is known by the number of books, and of words but for a few.
+    ({}, 3_007_061),
+    ({'words': 3_020_000}, 3_007_061),
+    ({'words': 3_100_000}, 3_100_000),
+    ({'documents': 49}, 3_007_062),
+  ],
+)
+def test_words_are_the_published_ones_of_the_real_corpus(monkeypatch, change, words):
+  counts = {'documents': 50, 'tokens': 9, 'text_bytes': 9, 'words': 3_007_062, **change}
+  split = indexed.IndexedSplit(np.zeros([9]), indexed.Counts(**counts))
+  monkeypatch.setattr(pg19.token_cache.CachedTask, 'read', lambda self, name: split)
+  task = seqio.get_mixture_or_task('pg19')
+  assert indexed.counts(task, 'validation').words == words
+
+
+def test_a_changed_book_is_read_again(tmp_path, model, monkeypatch):
+  as_published(tmp_path)
+  monkeypatch.setenv('PG19_PATH', str(tmp_path))
+  sequences('pg19', 9, 'validation')
+  book = tmp_path / 'validation' / '5000.txt'
+  text = book.read_text().replace('x', 'y')  # Of the same size.
+  book.write_text(text)
+  os.utime(book, (1, 1))
+  found = np.concatenate(sequences('pg19', 9, 'validation')).tolist()
+  assert found == [*processor(model).encode(text), 1]
+
+
+def _remove(folder):
+  (folder / 'test' / '9.txt').unlink()
+
+
+def _add(folder):
+  (folder / 'test' / '7.txt').write_text('unknown')
+
+
+def _only_training(folder):
+  for split in ('validation', 'test'):
+    for path in (folder / split).iterdir():
+      path.unlink()
+    (folder / split).rmdir()
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    (_remove, '1 books of metadata.csv have no file, such as 9.txt'),
+    (_add, '1 files in test/ are not in metadata.csv, such as 7.txt'),
+    (_only_training, "no folder 'test'"),
+  ],
+)
+def test_files_that_are_not_pg19(tmp_path, monkeypatch, change, words):
+  as_published(tmp_path)
+  change(tmp_path)
+  monkeypatch.setenv('PG19_PATH', str(tmp_path))
+  with pytest.raises(errors.ConfigError, match='PG19_PATH = .*') as e:
+    sequences('pg19', 9, 'test')
+  assert words in str(e.value)
+
+
+def test_one_split_is_enough_to_read_it(tmp_path, model, monkeypatch):
+  as_published(tmp_path)
+  _only_training(tmp_path)
+  monkeypatch.setenv('PG19_PATH', str(tmp_path))
+  assert np.concatenate(sequences('pg19', 9, 'train')).tolist() == expected_tokens(model, 'train')
+
+
+def test_a_damaged_book_is_named(tmp_path, monkeypatch):
+  as_published(tmp_path)
+  book = tmp_path / 'test' / '33.txt'
+  book.write_bytes(book.read_bytes()[:6])  # Within a character.
+  monkeypatch.setenv('PG19_PATH', str(tmp_path))
+  with pytest.raises(errors.ConfigError, match=f'^{book} is damaged: it is no text in UTF-8'):
+    sequences('pg19', 9, 'test')
+
+
+def test_without_data(tmp_path, monkeypatch):
+  monkeypatch.setenv('PG19_PATH', str(tmp_path / 'nothing'))
+  with pytest.raises(errors.ConfigError, match=r'no dataset pg19:0\.1\.1 in .*nothing.*PG19_PATH'):
+    sequences('pg19', 9, 'train')
+
+
+def test_without_a_vocabulary(folder, monkeypatch):
+  monkeypatch.delenv('SENTENCEPIECE_MODEL')
+  with pytest.raises(errors.ConfigError, match='SENTENCEPIECE_MODEL is not set'):
+    sequences('pg19', 9, 'train')
