@@ -1,22 +1,120 @@
-"""Every gin file that is shipped can be read; nothing that both engines read names an engine."""
+"""Every gin file that is shipped can be read, and every run fits together on every mesh."""
 
+import importlib
 import importlib.util
+import inspect
 import pathlib
 import re
+import sys
 
 import gin
 import jax
 import pytest
+from flax.linen import partitioning as nn_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tvq_t5x import gin_utils, train
 from tvq_t5x.errors import ConfigError
+from tvq_t5x.optimizers import adafactor, adamw, warmup_cosine
+from tvq_t5x.planning.step import configured_step
 
 _ROOT = pathlib.Path(gin_utils.gin_root())
 _FILES = sorted(str(path.relative_to(_ROOT)) for path in _ROOT.rglob('*.gin'))
 _RUNS = [name for name in _FILES if '/' not in name]
 _OF_T5X = 'runs/pretrain.gin'
 _OF_RUNNER = 'standalone/gin/runs/pretrain.gin'
-_SHARED = [name for name in _FILES if name not in (_OF_T5X, _OF_RUNNER)]
+_SHARED = [name for name in _FILES if not name.startswith(('runs/', 'standalone/'))]
+
+# Devices, as JAX counts them: cores of a v3, chips of the others.
+_MESHES = {
+  'data_parallel': 8,
+  'model_parallel_2': 8,
+  'one_device': 1,
+  'v3_8': 8,
+  'v3_32': 32,
+  'v3_128': 128,
+  'v4_64': 32,
+  'v5e_64': 64,
+  'v5p_128': 64,
+}
+# The others differ from one of these in lengths and steps only.
+_NETWORKS = ['enwik8_base', 'imagenet64_large', 'kjv_tiny', 'pg19_large']
+
+# The paper's Table 10 and released scripts.
+_SHARED_FIELDS = {
+  'key_dim': 128,
+  'num_heads': 1,
+  'num_layers': 24,
+  'num_codes': 512,
+  'block_len': 512,
+  'window_len': 512,
+  'max_wavelength': 1e5,
+  'commit_weight': 1e-4,
+  'ema_decay': 0.99,
+  'head_type': 'gated',
+  'attention_type': 'vq',
+}
+_LARGE = {'emb_dim': 2048, 'value_dim': 4096, 'tied_embeddings': True, 'final_norm': True}
+_RATES = ('sinusoid_dropout_rate', 'residual_dropout_rate', 'layer_drop_rate')
+_ADAFACTOR = {'update_clip': 1.0, 'weight_decay': 0.0, 'clip_norm': None}
+_PAPER = {
+  'enwik8_base': {
+    'billions': 0.190,
+    'fields': {
+      'emb_dim': 768,
+      'value_dim': 1536,
+      'absolute_positions': False,
+      'tied_embeddings': False,
+      'final_norm': False,
+      'logit_scale': 1.0,
+      **dict(zip(_RATES, (0.2, 0.5, 0.3), strict=True)),
+    },
+    'step': (128, 8192, 2048),
+    'optimizer': (
+      adamw,
+      {'b1': 0.9, 'b2': 0.98, 'eps': 1e-9, 'weight_decay': 2e-4, 'clip_norm': 0.1},
+    ),
+    'schedule': (4e-4, 10000, 125000),
+    'top_p': 0.9,
+  },
+  'pg19_large': {
+    'billions': 1.3,
+    'fields': {
+      **_LARGE,
+      'vocab_size': 32000,
+      'absolute_positions': False,
+      'logit_scale': 0.005,
+      **dict.fromkeys(_RATES, 0.1),
+    },
+    'step': (128, 8192, 2048),
+    'optimizer': (adafactor, _ADAFACTOR),
+    'schedule': (0.01, 10000, 500000),
+    'top_p': 0.8,
+  },
+  'imagenet64_large': {
+    'billions': 1.2,
+    'fields': {
+      **_LARGE,
+      'absolute_positions': True,
+      'logit_scale': 0.005,
+      **dict(zip(_RATES, (0.1, 0.0, 0.0), strict=True)),
+    },
+    'step': (128, 12288, 1536),
+    'optimizer': (adafactor, _ADAFACTOR),
+    'schedule': (0.01, 10000, 500000),
+    'top_p': 0.999,
+  },
+}
+
+
+class _Device:
+  """What a mesh asks of a device that is not there."""
+
+  platform = device_kind = 'cpu'
+  process_index = 0
+
+  def __init__(self, number: int):
+    self.id = number
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +123,24 @@ def _clear():
   gin.clear_config()
 
 
+def _parse(run, mesh=None, *bindings):
+  files = [f'gin/{run}.gin', *([f'gin/mesh/{mesh}.gin'] if mesh else [])]
+  if run == 'kjv_tiny':
+    bindings = (
+      'BATCH_SIZE = 128',
+      *bindings,
+    )  # A quick start has fewer sequences than a pod cores.
+  gin_utils.parse_gin(files, ["MODEL_DIR = 'runs/x'", *bindings])
+
+
+def _step(run, mesh, *bindings):
+  _parse(run, mesh, *bindings)
+  return configured_step([_Device(i) for i in range(_MESHES[mesh])])
+
+
 def test_there_are_files():
   assert {'kjv_tiny.gin', _OF_T5X, _OF_RUNNER} <= set(_FILES)
+  assert {f'mesh/{name}.gin' for name in _MESHES} == {n for n in _FILES if n.startswith('mesh/')}
 
 
 def test_no_folder_is_a_package():
@@ -47,44 +161,30 @@ def test_run_files_need_nothing_but_a_model_dir(name):
     gin_utils.parse_gin([f'gin/{name}'], [])
 
 
+def _header(name):
+  return (_ROOT / name).read_text().split('from __gin__')[0]
+
+
 @pytest.mark.parametrize('name', _RUNS)
 def test_run_files_say_what_they_are(name):
-  header = (_ROOT / name).read_text().split('from __gin__')[0]
   for part in ('Parameters:', 'Tokens:', 'Hardware:', f'--gin_file=gin/{name}'):
-    assert part in header
-
-
-def _bindings(tmp_path):
-  # The tests' virtual devices share the batch.
-  return [f"MODEL_DIR = '{tmp_path / 'run'}'", f'BATCH_SIZE = {jax.device_count()}']
-
-
-@pytest.mark.parametrize('name', _RUNS)
-def test_parameter_count_is_the_one_written_down(name, tmp_path, capsys):
-  assert train.run([f'gin/{name}'], _bindings(tmp_path), dry_run=True) == 0
-  written = re.search(r'Parameters: ([\d,]+)', (_ROOT / name).read_text())
-  assert written and f'parameters: {written[1]}\n' in capsys.readouterr().out
+    assert part in _header(name)
 
 
 @pytest.mark.parametrize('name', _SHARED)
 def test_shared_files_name_neither_engine(name):
-  text = (_ROOT / name).read_text()
+  text = (_ROOT / name).read_text().removeprefix(_header(name))
   imported = re.findall(r'^(?:from|import) +(\S+)', text, re.MULTILINE)
   assert {module.split('.')[0] for module in imported} <= {'__gin__', 'tvq_t5x'}
-  assert 'runner' not in text and 't5x.train' not in text.replace('tvq_t5x.train', '')
+  assert 'standalone' not in text and 't5x_adapter' not in text
 
 
 @pytest.mark.parametrize('name', [name for name in _SHARED if '/' in name])
-def test_parts_can_be_read_alone(name):
+def test_parts_can_be_read_alone(name, monkeypatch):
+  monkeypatch.chdir(_ROOT.parent)  # Some include others.
   gin.clear_config()
   with gin.unlock_config():
     gin.parse_config_file(str(_ROOT / name))
-
-
-@pytest.mark.parametrize('part', [n for n in _SHARED if n.startswith(('mesh/', 'optimizers/'))])
-def test_parts_can_be_exchanged(part, tmp_path):
-  files = ['gin/kjv_tiny.gin', f'gin/{part}']
-  assert train.run(files, _bindings(tmp_path), dry_run=True) == 0
 
 
 def test_both_pretrain_files_set_the_same_macros():
@@ -96,8 +196,146 @@ def test_both_pretrain_files_set_the_same_macros():
   assert macros(_OF_T5X) <= macros(_OF_RUNNER)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec('t5x'), reason='T5X is not installed')
-def test_t5x_run_file_can_be_read():
+@pytest.mark.parametrize('mesh', _MESHES)
+@pytest.mark.parametrize('run', _NETWORKS)
+def test_every_array_of_every_run_divides_on_every_mesh(run, mesh):
+  step = _step(run, mesh)
+  assert step.partitioner.mesh.size == _MESHES[mesh]
+  info = step.partitioner.describe(step.model)  # Raises if an array does not divide.
+  written = re.search(r'Parameters: ([\d,]+)', _header(f'{run}.gin'))
+  assert written and written[1] == f'{info.num_parameters:,}'
+  if run in _PAPER:
+    billions = info.num_parameters / 1e9
+    # Both large networks are the same but for the vocabulary of PG-19: 1.31 and 1.25 billion.
+    rounded = round(billions, 1) == _PAPER[run]['billions']
+    assert rounded or billions == pytest.approx(_PAPER[run]['billions'], rel=0.02)
+
+
+@pytest.mark.parametrize(
+  ('run', 'length'), [(r, n) for r in ('enwik8_base', 'pg19_large') for n in (32768, 131072)]
+)
+def test_long_contexts_change_the_length_only(run, length):
+  plain = _step(run, 'v3_128')
+  long = _step(f'{run}_{length // 1024}k', 'v3_128')
+  assert long.length == length
+  assert long.model.config == plain.model.config
+  assert long[2:] == plain._replace(length=length)[2:]
+  for macro in ('TRAIN_STEPS', 'LOG_PERIOD', 'EVAL_PERIOD', 'CHECKPOINT_PERIOD'):
+    assert gin.query_parameter(f'{macro}/gin.macro.value') % long.num_updates == 0
+  updates = gin.query_parameter('TRAIN_STEPS/gin.macro.value')
+  assert updates == pytest.approx(_PAPER[run]['schedule'][2], rel=1e-3)
+
+
+@pytest.mark.parametrize('run', _PAPER)
+def test_the_papers_runs_have_its_settings(run):
+  expected, step = _PAPER[run], _step(run, 'v3_128')
+  config = step.model.config
+  for name, value in {**_SHARED_FIELDS, **expected['fields']}.items():
+    assert getattr(config, name) == value, name
+  assert (step.batch_size, step.length, step.update_len) == expected['step']
+  optimizer, settings = expected['optimizer']
+  found = gin.get_bindings(optimizer)
+  assert {name: found.get(name, _default(optimizer, name)) for name in settings} == settings
+  schedule = gin.get_bindings(warmup_cosine)
+  assert (schedule['peak'], schedule['warmup_steps'], schedule['total_steps']) == (
+    expected['schedule']
+  )
+  assert schedule.get('final_share', _default(warmup_cosine, 'final_share')) == 0.1
+  assert gin.query_parameter('TOP_P/gin.macro.value') == expected['top_p']
+
+
+def _default(function, name):
+  return inspect.signature(function).parameters[name].default
+
+
+@pytest.mark.parametrize('part', [n for n in _SHARED if n.startswith('optimizers/')])
+def test_optimizers_can_be_exchanged(part, tmp_path):
+  bindings = [f"MODEL_DIR = '{tmp_path / 'run'}'", f'BATCH_SIZE = {jax.device_count()}']
+  assert train.run(['gin/kjv_tiny.gin', f'gin/{part}'], bindings, dry_run=True) == 0
+
+
+def test_a_mesh_on_the_command_line_replaces_the_one_of_the_run():
+  assert dict(_step('pg19_large', 'model_parallel_2').partitioner.mesh.shape) == {
+    'data': 4,
+    'model': 2,
+  }
+
+
+# T5X's way: its programs, as __main__, and its own run files under ours.
+
+_t5x = importlib.util.find_spec('t5x')
+# The tests' own folder of that name has no origin.
+_needs_t5x = pytest.mark.skipif(not (_t5x and _t5x.origin), reason='T5X is not installed')
+
+
+def _parse_as(program, monkeypatch, files, *bindings):
   gin.clear_config()
-  gin.add_config_file_search_path(str(_ROOT.parent))
-  gin.parse_config_file(str(_ROOT / _OF_T5X))
+  from t5x import gin_utils as t5x_gin_utils
+
+  monkeypatch.setitem(sys.modules, '__main__', importlib.import_module(f't5x.{program}'))
+  monkeypatch.chdir(_ROOT.parent)
+  t5x_gin_utils.parse_gin_flags(['.'], files, bindings, finalize_config=False)
+
+
+@_needs_t5x
+@pytest.mark.parametrize('mesh', _MESHES)
+@pytest.mark.parametrize('run', _NETWORKS)
+def test_t5x_places_the_arrays_of_every_run_like_the_runner(run, mesh, monkeypatch):
+  step = _step(run, mesh)
+  files = [f'gin/{run}.gin', f'gin/mesh/{mesh}.gin']
+  _parse_as('train', monkeypatch, files, "MODEL_DIR = 'runs/x'")
+  rules = gin.get_configurable('t5x.partitioning.standard_logical_axis_rules')()
+  assert (
+    gin.get_bindings('t5x.partitioning.PjitPartitioner')['num_partitions']
+    == (step.partitioner.mesh.shape['model'])
+  )
+  for row in step.partitioner.describe(step.model).rows:
+    spec = nn_partitioning.logical_to_mesh_axes(row.logical_axes, rules) or PartitionSpec()
+    assert spec == row.spec, row.name
+    NamedSharding(step.partitioner.mesh, spec).shard_shape(row.shape)
+
+
+@_needs_t5x
+@pytest.mark.parametrize('run', [name.removesuffix('.gin') for name in _RUNS])
+def test_t5x_trains_what_the_runner_trains(run, monkeypatch):
+  step = _step(run, 'v3_128') if run != 'kjv_tiny' else _step(run, 'data_parallel')
+  _parse_as('train', monkeypatch, [f'gin/{run}.gin'], "MODEL_DIR = 'runs/x'", 'BATCH_SIZE = 128')
+  trainer = gin.get_bindings('tvq_t5x.t5x_adapter.trainer.checked_trainer', False)
+  assert gin.query_parameter('UPDATE_LEN/gin.macro.value') == step.update_len
+  lengths = gin.query_parameter('TASK_FEATURE_LENGTHS/gin.macro.value')
+  assert lengths['targets'] == step.length
+  assert str(trainer['update_len']) == '%UPDATE_LEN'
+
+
+@_needs_t5x
+@pytest.mark.parametrize(
+  ('program', 'files', 'required'),
+  [
+    (
+      'train',
+      ['gin/pg19_large.gin', 'gin/runs/finetune.gin'],
+      ('INITIAL_CHECKPOINT_PATH', 'TRAIN_STEPS', 'MODEL_DIR'),
+    ),
+    (
+      'eval',
+      ['gin/runs/eval.gin', 'gin/models/pg19_large.gin', 'gin/tasks/pg19.gin', 'gin/mesh/v3_8.gin'],
+      ('CHECKPOINT_PATH', 'EVAL_OUTPUT_DIR'),
+    ),
+    (
+      'infer',
+      [
+        'gin/runs/infer.gin',
+        'gin/models/pg19_large.gin',
+        'gin/tasks/pg19.gin',
+        'gin/mesh/v3_8.gin',
+      ],
+      ('CHECKPOINT_PATH', 'INFER_OUTPUT_DIR'),
+    ),
+  ],
+)
+def test_t5x_programs_read_their_run_files(program, files, required, monkeypatch):
+  _parse_as(program, monkeypatch, files)
+  missing = {
+    name for name in re.findall(r'^([A-Z_]+) = %gin.REQUIRED', gin.config_str(), re.MULTILINE)
+  }
+  assert missing == set(required)

@@ -164,8 +164,8 @@ def test_parameters_that_do_not_divide_are_refused(num_partitions, dims, fields,
   found = set(str(error.value).split('\n'))
   assert found == {
     f'TransformerConfig.{name} = {getattr(config, name)} is not accepted: give a multiple of '
-    f'{unit}, or another Partitioner.num_partitions '
-    f'(data axis {8 // num_partitions} x model axis {num_partitions} = 8 devices).'
+    f'{unit}, or another num_partitions (macro NUM_PARTITIONS; '
+    f'data axis {8 // num_partitions} x model axis {num_partitions} = 8 devices).'
     for name, unit in wrong.items()
   }
 

@@ -4,6 +4,7 @@ Parameters and activations carry logical axis names; rules map these to the axes
 mesh. Names and meaning are those of T5X's partitioner, without importing it.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 from flax.linen import partitioning as nn_partitioning
@@ -23,7 +23,7 @@ from tvq_t5x.config import TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.train_step import TrainState, init_train_state
-from tvq_t5x.transformer import Transformer
+from tvq_t5x.transformer import DecoderState, Transformer
 
 DATA = 'data'
 MODEL = 'model'
@@ -176,8 +176,7 @@ class Partitioner:
     raise ConfigError(f'{message} ({self._mesh_in_words()}).')
 
   def _validate_parameters(self, config: TransformerConfig) -> None:
-    tokens = np.zeros([1, 1], np.int32)
-    shapes, axes = _abstract_variables(lambda rng: Transformer(config).init(rng, tokens))
+    shapes, axes = _abstract_variables(Transformer(config))
     units = {}  # The field's value has to be a multiple of this.
     for name, names in axes.items():
       for size, axis, mesh_axis in zip(shapes[name].shape, names, self._spec(names), strict=True):
@@ -190,7 +189,7 @@ class Partitioner:
     if units:
       lines = [
         f'TransformerConfig.{field} = {getattr(config, field)} is not accepted: give a multiple '
-        f'of {unit}, or another Partitioner.num_partitions ({self._mesh_in_words()}).'
+        f'of {unit}, or another num_partitions (macro NUM_PARTITIONS; {self._mesh_in_words()}).'
         for field, unit in units.items()
       ]
       raise ConfigError('\n'.join(lines))
@@ -200,9 +199,31 @@ class Partitioner:
     state, axes = _abstract_train_state(model)
     return jax.tree.map(lambda _, axes: self._sharding(axes), state, axes)
 
+  def abstract_params(self, model: TransformerVQModel) -> Any:
+    """Shape, dtype and sharding of each parameter, as a tree of `jax.ShapeDtypeStruct`."""
+    shapes, axes = _abstract_variables(model.module)
+    params = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding(axes[name]))
+      for name, x in shapes.items()
+    }
+    return traverse_util.unflatten_dict(params, sep='/')
+
+  def for_batch(self, batch_size: int) -> 'Partitioner':
+    """This one, or one whose devices all have the batch, if they can't share it evenly."""
+    if batch_size % self.mesh.shape[DATA] == 0:
+      return self
+    whole = copy.copy(self)
+    whole.logical_axis_rules = (('batch', None), *self.logical_axis_rules)
+    return whole
+
   def batch_sharding(self) -> NamedSharding:
     """Sharding of arrays whose leading axis is the batch."""
-    return NamedSharding(self.mesh, PartitionSpec(DATA))
+    return self._sharding(('batch',))
+
+  def decoder_state_shardings(self, config: TransformerConfig) -> DecoderState:
+    """Shardings of what a model remembers of a batch, as a prefix of that tree."""
+    layers = ('layers', 'batch') if config.scan_layers else ('batch',)
+    return DecoderState(self.batch_sharding(), self._sharding(layers))
 
   def replicated(self) -> NamedSharding:
     """Sharding of arrays that every device has as a whole."""
@@ -302,18 +323,18 @@ class MeshFunction:
       return self.jitted.lower(*args, **kwargs)
 
 
-def _abstract_variables(init: Callable[[jax.Array], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Shapes and logical axes of the parameters that `init` creates, each by name."""
-  variables = jax.eval_shape(lambda: init(jax.random.key(0)))
+@functools.lru_cache(maxsize=8)  # Tracing takes a second and more.
+def _abstract_variables(module: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Shapes and logical axes of a module's parameters, each by name."""
+  tokens = jax.ShapeDtypeStruct([1, 1], jnp.int32)
+  variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
   axes = nn_partitioning.get_axis_names(variables['params_axes'])
   return _by_name(variables['params']), {name: tuple(x) for name, x in _by_name(axes).items()}
 
 
 def _abstract_train_state(model: TransformerVQModel) -> tuple[TrainState, TrainState]:
   """The TrainState's shapes and, in the same structure, the logical axes of each array."""
-  shapes, axes = _abstract_variables(
-    lambda rng: model.get_initial_variables(rng, {'decoder_input_tokens': (1, 1)})
-  )
+  shapes, axes = _abstract_variables(model.module)
   params = traverse_util.unflatten_dict(shapes, sep='/')
   opt_state = jax.eval_shape(model.optimizer.init, params)
   state = TrainState(jax.ShapeDtypeStruct([], jnp.int32), params, opt_state)

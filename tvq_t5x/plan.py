@@ -1,0 +1,79 @@
+"""Compiles a training step for TPUs that are not there, and says what it takes.
+
+Example: python -m tvq_t5x.plan --gin_file=gin/pg19_large.gin --topology=v3:8x8
+
+Needs libtpu, and no TPU.
+"""
+
+import os
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+from tvq_t5x import command_line
+from tvq_t5x.errors import ConfigError
+
+_EXAMPLE = 'python -m tvq_t5x.plan --gin_file=gin/pg19_large.gin --topology=v3:8x8'
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+  """Adds T5X's flags, and --topology."""
+  command_line.define_gin_flags(flag_values)
+  flags.DEFINE_string(
+    'topology', '', 'TPUs, such as v3:8x8: a kind, and the chips along each axis.', flag_values
+  )
+
+
+def run(
+  gin_files: Sequence[str],
+  gin_bindings: Sequence[str],
+  search_paths: Sequence[str],
+  topology: str,
+) -> int:
+  """Prints a table of what the training step takes.
+
+  Returns:
+    Exit code: 0 if it fits, 1 if it does not, 2 for a wrong setting.
+  """
+  # There may be libtpu, but there is no TPU.
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  with command_line.quiet():
+    import jax
+
+    from tvq_t5x import gin_utils
+    from tvq_t5x.planning import report, topologies
+    from tvq_t5x.planning import step as step_lib
+
+  try:
+    if not gin_files or not topology:
+      raise ConfigError(f'--gin_file and --topology have to be given: try\n{_EXAMPLE}')
+    chip = topologies.chip_of(topology)
+    # Nothing is written, so a run without a folder is complete.
+    gin_utils.parse_gin(gin_files, ["MODEL_DIR = ''", *gin_bindings], search_paths)
+    with command_line.quiet():
+      devices = topologies.devices_of(topology)
+    step = step_lib.configured_step(devices)
+    logging.info('Compiling; the large models take minutes.')
+    try:
+      with command_line.quiet():
+        compiled = step_lib.compile_step(step)
+      estimate = report.estimate(step, topology, chip, compiled)
+    except jax.errors.JaxRuntimeError as e:
+      estimate = report.refused(step, topology, chip, e)
+  except ConfigError as e:
+    return command_line.fail(gin_utils.message(e), 2)
+  print(report.table(estimate))
+  if estimate.fits:
+    return 0
+  return command_line.fail(report.advice(estimate), 1)
+
+
+def _main(args: Sequence[str]) -> int:
+  command_line.prepare(args)
+  values = flags.FLAGS
+  return run(values.gin_file, values.gin_bindings, values.gin_search_paths, values.topology)
+
+
+if __name__ == '__main__':
+  define_flags(flags.FLAGS)
+  app.run(_main, flags_parser=command_line.parse_flags)

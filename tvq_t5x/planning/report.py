@@ -1,0 +1,178 @@
+"""What a compiled training step takes, and what would take less, in words."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from tvq_t5x.config import AttentionType, Reduction, Remat
+from tvq_t5x.partitioning import DATA, MODEL, StateInfo
+from tvq_t5x.planning import hlo
+from tvq_t5x.planning.step import Step
+from tvq_t5x.planning.topologies import Chip
+from tvq_t5x.standalone import reports
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device's memory."""
+
+  arguments: int  # Parameters, optimizer state, batch.
+  results: int  # Those that take no argument's place.
+  temporaries: int
+  code: int
+
+  @property
+  def total(self) -> int:
+    """Bytes that the step needs."""
+    return self.arguments + self.results + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What the compiler says of a training step.
+
+  Attributes:
+    step: what was compiled.
+    topology: for which devices, such as 'v3:8x8'.
+    chip: facts about them.
+    state: what parameters and optimizer state take.
+    memory: of a device.
+    work: of a device; None for a step that the compiler refused because of its temporaries.
+  """
+
+  step: Step
+  topology: str
+  chip: Chip
+  state: StateInfo
+  memory: Memory
+  work: hlo.Work | None
+
+  @property
+  def fits(self) -> bool:
+    """Whether the step can run on these devices."""
+    return self.work is not None and self.memory.total <= self.chip.hbm_bytes
+
+
+def estimate(step: Step, topology: str, chip: Chip, compiled: jax.stages.Compiled) -> Estimate:
+  """The estimate of a step that was compiled."""
+  stats: Any = compiled.memory_analysis()
+  memory = Memory(
+    arguments=stats.argument_size_in_bytes,
+    results=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    temporaries=stats.temp_size_in_bytes,
+    code=stats.generated_code_size_in_bytes,
+  )
+  state = step.partitioner.describe(step.model)
+  return Estimate(step, topology, chip, state, memory, hlo.work_of(compiled.as_text()))
+
+
+def refused(step: Step, topology: str, chip: Chip, error: Exception) -> Estimate:
+  """The estimate of a step whose temporaries the compiler found too large.
+
+  Raises:
+    Exception: `error`, if it says something else.
+  """
+  found = re.search(r'temporaries \(([\d.]+)([KMG])\) exceeds available HBM', str(error))
+  if not found:
+    raise error
+  temporaries = float(found[1]) * 2 ** {'K': 10, 'M': 20, 'G': 30}[found[2]]
+  state = step.partitioner.describe(step.model)
+  memory = Memory(state.num_bytes_per_device, 0, int(temporaries), 0)
+  return Estimate(step, topology, chip, state, memory, None)
+
+
+def table(x: Estimate) -> str:
+  """A Markdown table."""
+  step, memory, chip = x.step, x.memory, x.chip
+  mesh = step.partitioner.mesh
+  kind = mesh.devices.flat[0].device_kind
+  rows = [
+    (
+      'devices',
+      f'{mesh.size} ({kind} {chip.device}s), data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}',
+    ),
+    ('parameters', f'{x.state.num_parameters:,}'),
+    (
+      'a step',
+      f'{step.batch_size} sequences of {step.length:,} tokens, {_count(step.num_updates, "update")}'
+      f' of {_count(step.num_microbatches, "microbatch")}',
+    ),
+    (f'memory of a {chip.device}', f'{reports.size(chip.hbm_bytes)} for programs'),
+    ('arguments', reports.size(memory.arguments)),
+    ('temporaries', reports.size(memory.temporaries)),
+    ('program and other results', reports.size(memory.code + memory.results)),
+    ('headroom', _headroom(x)),
+  ]
+  if x.work is not None:
+    rows += _work_rows(x, x.work)
+  lines = [f'| {x.topology} | |', '| --- | ---: |', *(f'| {a} | {b} |' for a, b in rows)]
+  return '\n'.join(lines)
+
+
+def _work_rows(x: Estimate, work: hlo.Work) -> Iterator[tuple[str, str]]:
+  each = f'of a {x.chip.device} in a step'
+  yield f'FLOPs {each}', _short(work.flops)
+  yield f'bytes moved {each}', reports.size(work.num_bytes)
+  for kind, found in work.collectives.items():
+    yield f'{kind} {each}', f'{reports.size(found.num_bytes)} in {found.count:,}'
+  if work.unknown_loops:
+    yield 'loops of unknown length, counted once', f'{work.unknown_loops}'
+  if work.cycles:
+    seconds = work.cycles / x.chip.hertz
+    yield (
+      "compiler's estimate of a step, collectives not counted",
+      f'{work.cycles / 1e6:,.0f} M cycles, {seconds:.3g} s',
+    )
+    yield 'so, estimated, tokens/s', f'{x.step.num_tokens / seconds:,.0f}'
+
+
+def advice(x: Estimate) -> str:
+  """Flags that make a step take less memory; for a step that does not fit."""
+  step, config = x.step, x.step.model.config
+  mesh = step.partitioner.mesh
+  lines = []
+  rows = step.batch_size // mesh.shape[DATA]
+  more = [n for n in range(step.num_microbatches + 1, rows + 1) if rows % n == 0]
+  if more:
+    lines.append(
+      f'--gin.NUM_MICROBATCHES={more[0]}: {_count(rows // more[0], "sequence")} at a time on each '
+      'of the data axis'
+    )
+  if config.remat != Remat.LAYER:
+    lines.append(
+      '--gin.config.TransformerConfig.remat=\\"layer\\": keeps less for the backward pass'
+    )
+  if config.attention_type == AttentionType.VQ and config.reduction != Reduction.SERIAL:
+    lines.append(
+      '--gin.config.TransformerConfig.reduction=\\"serial\\": one block of a sequence at a time'
+    )
+  partitions = 2 * mesh.shape[MODEL]
+  if mesh.size % partitions == 0:
+    lines.append(f'--gin.NUM_PARTITIONS={partitions}: less of the model on each {x.chip.device}')
+  lines.append('a topology with more devices or more memory')
+  need = reports.size(x.memory.total)
+  need = need if x.work is not None else f'at least {need}'
+  what = '\n'.join(f'  {line}' for line in lines)
+  return f'It does not fit: {need} on each {x.chip.device}. What takes less:\n{what}'
+
+
+def _headroom(x: Estimate) -> str:
+  left = x.chip.hbm_bytes - x.memory.total
+  return reports.size(left) if left >= 0 else f'none, {reports.size(-left)} too much'
+
+
+def _short(value: float) -> str:
+  """A number with an SI prefix, such as '84.6 T'."""
+  for prefix in ('', ' k', ' M', ' G', ' T'):
+    if value < 1000:
+      return f'{value:.3g}{prefix}'
+    value /= 1000
+  return f'{value:.3g} P'
+
+
+def _count(n: int, what: str) -> str:
+  plural = what if n == 1 else what + ('es' if what.endswith('ch') else 's')
+  return f'{n} {plural}'

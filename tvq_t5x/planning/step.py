@@ -1,0 +1,72 @@
+"""The training step of a gin configuration, without its data."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import gin
+import jax
+import seqio
+
+from tvq_t5x import checks, compilation
+from tvq_t5x.models import TransformerVQModel
+from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.standalone import runner
+from tvq_t5x.transformer import Transformer
+
+
+class Step(NamedTuple):
+  """What one call of the training step is given."""
+
+  model: TransformerVQModel
+  partitioner: Partitioner
+  batch_size: int
+  length: int  # Tokens of a sequence.
+  update_len: int
+  num_microbatches: int
+
+  @property
+  def num_updates(self) -> int:
+    """Parameter updates of a step."""
+    return self.length // self.update_len
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens of a step, of all devices."""
+    return self.batch_size * self.length
+
+
+def configured_step(devices: Sequence[jax.Device]) -> Step:
+  """What the parsed gin configuration trains, on these devices.
+
+  Reads neither text nor vocabulary.
+
+  Raises:
+    ConfigError: for settings that do not fit together.
+  """
+  module = gin.get_configurable(Transformer)()
+  model = gin.get_configurable(TransformerVQModel)(
+    module=module, vocabulary=seqio.PassThroughVocabulary(module.config.vocab_size)
+  )
+  partitioner = gin.get_configurable(Partitioner)(devices=devices)
+  data = _setting('train_dataset_cfg')
+  length, update_len = data.task_feature_lengths['targets'], _setting('update_len')
+  updates = checks.updates_in_batch(length, module.config, update_len)
+  num_microbatches = _setting('num_microbatches')
+  partitioner.validate(module.config, data.batch_size, num_microbatches)
+  return Step(model, partitioner, data.batch_size, length, length // updates, num_microbatches)
+
+
+def _setting(name: str) -> Any:
+  """A setting of the training run."""
+  # gin.get_bindings would build all of them; gin builds what a reference stands for as it copies.
+  return copy.deepcopy(gin.get_bindings(runner.train, resolve_references=False)[name])
+
+
+def compile_step(step: Step) -> jax.stages.Compiled:
+  """Compiles what the training loop runs.
+
+  Raises:
+    jax.errors.JaxRuntimeError: if the temporaries alone do not fit into the devices' memory.
+  """
+  return compilation.lower_train_step(**step._asdict()).compile()

@@ -1,0 +1,90 @@
+"""TPUs that a program can be compiled for without having them."""
+
+import importlib.util
+import os
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from tvq_t5x.errors import ConfigError
+
+
+class Chip(NamedTuple):
+  """Facts about the devices of one kind of TPU."""
+
+  device: str  # What JAX calls a device: one of a chip's two cores, or a chip.
+  hbm_bytes: int  # That the program of a device may take.
+  hertz: float  # Of the core's clock, which the compiler's cycles are of.
+  config: str = 'default'  # libtpu's name: 'megacore' has a chip's two cores work as one device.
+
+
+def _gib(value: float) -> int:
+  return int(value * 2**30)
+
+
+# Memory: what libtpu 0.0.42 names as available when it refuses a program that takes more. Clocks:
+# those at which the chip's matrix units make the peak that Google publishes (docs.cloud.google.com/
+# tpu/docs/v2 to v6e), such as 4 units of 128 x 128 on a v5e for 197 TFLOP/s.
+CHIPS = {
+  'v2': Chip('core', _gib(7.48), 0.70e9),
+  'v3': Chip('core', _gib(15.48), 0.94e9),
+  'v4': Chip('chip', _gib(30.75), 1.05e9, 'megacore'),
+  'v5e': Chip('chip', _gib(15.75), 1.50e9),
+  'v5p': Chip('chip', _gib(95.74), 1.75e9),
+  'v6e': Chip('chip', _gib(31.25), 1.75e9),
+}
+
+_EXAMPLES = 'v3:8x8 (a v3-128), v4:4x4x2 (a v4-64), v5e:8x8 (64 chips) or v5p:4x4x4 (a v5p-128)'
+
+
+def chip_of(topology: str) -> Chip:
+  """The chip that a topology such as 'v3:8x8' is made of.
+
+  Raises:
+    ConfigError: for another name.
+  """
+  kind = topology.partition(':')[0]
+  if kind not in CHIPS:
+    raise ConfigError(
+      f'--topology={topology}: give one of {", ".join(CHIPS)} and the chips along each axis of the '
+      f'torus, such as {_EXAMPLES}.'
+    )
+  return CHIPS[kind]
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+  """Devices to compile for; they can't run anything.
+
+  Args:
+    topology: such as 'v3:8x8'.
+
+  Raises:
+    ConfigError: without libtpu, or if it knows no such topology.
+  """
+  chip = chip_of(topology)
+  shape = re.fullmatch(r'\w+:(\d+(?:x\d+)*)', topology)
+  if not shape:
+    raise ConfigError(f'--topology={topology}: give such as {_EXAMPLES}.')
+  if importlib.util.find_spec('libtpu') is None:
+    raise ConfigError(
+      'The compiler for TPUs is missing: pip install libtpu (no TPU is needed; the version that '
+      f'goes with this JAX comes with pip install "jax[tpu]=={jax.__version__}").'
+    )
+  # libtpu would else ask a metadata server for its machine and refuse a second process.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  # The chips of a host: 2 x 2, or fewer.
+  hosts = [min(2, int(n)) for n in shape[1].split('x')][:2]
+  try:
+    return topologies.get_topology_desc(
+      topology,
+      platform='tpu',
+      chip_config_name=chip.config,
+      chips_per_host_bounds=[*hosts, *[1] * (3 - len(hosts))],
+    ).devices
+  except jax.errors.JaxRuntimeError as e:
+    reason = str(e).split('\n')[0]
+    raise ConfigError(f'--topology={topology}: {reason}; give such as {_EXAMPLES}.') from e
