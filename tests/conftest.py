@@ -22,9 +22,16 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope='session')
+def programs(tmp_path_factory):
+  """A folder for `util.programs_kept_in`, for test files that compile the same programs."""
+  return tmp_path_factory.mktemp('programs')
+
+
+@pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
   """MODEL_DIR of a short run of tiny.gin by the standalone runner, with checkpoints 8 and 16."""
   import gin
+  from util import one_device
 
   from tvq_t5x import train
 
@@ -32,6 +39,7 @@ def tiny_run(tmp_path_factory):
   settings = {'TRAIN_STEPS': 16, 'CHECKPOINT_PERIOD': 8, 'MODEL_DIR': str(folder)}
   bindings = [f'{name} = {value!r}' for name, value in settings.items()]
   tiny = pathlib.Path(__file__).parent / 'tiny.gin'
-  assert train.run([str(tiny)], [*bindings, 'runner.train.sample_cfg = None']) == 0
+  with one_device():
+    assert train.run([str(tiny)], [*bindings, 'runner.train.sample_cfg = None']) == 0
   gin.clear_config()
   return folder

@@ -1,5 +1,7 @@
 """Evaluation counts every token once, whatever the batch size and the segments."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -11,6 +13,7 @@ from util import small_config
 from tvq_t5x import datasets, metrics
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.standalone import stretches
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.train_step import init_train_state
 from tvq_t5x.transformer import Transformer
@@ -41,10 +44,12 @@ def params(model):
   return init_train_state(model, jax.random.key(0)).params
 
 
-def _evaluator(model, segment_len, devices=1):
+def _evaluator(model, segment_len, devices=1, carry_for=None):
   partitioner = Partitioner(devices=jax.devices()[:devices])
   shardings = partitioner.train_state_shardings(model).params
-  return Evaluator(model, partitioner, shardings, segment_len)
+  if carry_for:
+    partitioner = partitioner.for_batch(carry_for)
+  return Evaluator(model, partitioner, shardings, segment_len, carry_state=bool(carry_for))
 
 
 def _evaluate(model, params, batch_size, segment_len, devices=1):
@@ -93,6 +98,60 @@ def test_devices_change_nothing(model, params, expected):
     np.testing.assert_allclose(found[name], value, **_EXACT, err_msg=name)
 
 
+def _stretches(batch_size, length=_LENGTH):
+  cfg = dataclasses.replace(_cfg(batch_size), task_feature_lengths={'targets': length})
+  return list(stretches.stretch_batches(cfg))
+
+
+@pytest.mark.parametrize(('batch_size', 'length'), [(1, 32), (3, 8), (7, 24), (600, 8)])
+def test_stretches_lie_end_to_end(batch_size, length):
+  batches = _stretches(batch_size, length)
+  whole = {name: np.concatenate([b[name] for b in batches], axis=1) for name in batches[0]}
+  weights = whole['decoder_loss_weights']
+  # Padding comes at the ends of rows only.
+  assert (np.diff(weights, axis=1) <= 0).all()
+  expected = np.frombuffer(tiny_task.text('test') + b'\xfe', np.uint8) + 3
+  expected[-1] = 1
+  np.testing.assert_array_equal(whole['decoder_target_tokens'][weights > 0], expected)
+  for inputs, targets, real in zip(
+    whole['decoder_input_tokens'], whole['decoder_target_tokens'], weights, strict=True
+  ):
+    size = int(real.sum())
+    np.testing.assert_array_equal(inputs[:size], [1, *targets][:size])
+
+
+@pytest.fixture(scope='module')
+def expected_of_one_text(model, params):
+  """The split as one sequence, in one forward pass."""
+  (batch,) = _stretches(1, 504)
+  logits = model.module.apply({'params': params}, batch['decoder_input_tokens'])[0]
+  nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch['decoder_target_tokens'])
+  return float((nats * batch['decoder_loss_weights']).sum() / (tiny_task.SIZES['test'] + 1))
+
+
+@pytest.mark.parametrize(('length', 'segment_len', 'devices'), [(32, 32, 1), (64, 16, 4)])
+def test_carried_state_makes_one_text_of_the_split(
+  model, params, expected, expected_of_one_text, length, segment_len, devices
+):
+  evaluator = _evaluator(model, segment_len, devices, carry_for=1)
+  sums = evaluator.sums(params, _stretches(1, length))
+  assert sums.count('cross_entropy') == tiny_task.SIZES['test'] + 1
+  assert sums.count('bits_per_byte') == tiny_task.SIZES['test']
+  found = sums.ratios()['cross_entropy']
+  np.testing.assert_allclose(found, expected_of_one_text, rtol=1e-5)
+  assert (
+    abs(found - expected['cross_entropy']) > 1e-3
+  )  # Each sequence for itself is another number.
+
+
+def test_devices_that_share_stretches_change_nothing(model, params):
+  one, many = (
+    _evaluator(model, 16, devices, carry_for=8)(params, _stretches(8, 16)) for devices in (1, 4)
+  )
+  for name, value in one.items():
+    np.testing.assert_allclose(many[name], value, rtol=1e-5, err_msg=name)
+
+
 def test_a_stop_ends_it_without_a_result(model, params):
   evaluator = _evaluator(model, 32)
   batches = datasets.evaluation_batches(_cfg(8), model.FEATURE_CONVERTER_CLS)
@@ -114,7 +173,7 @@ def test_training_memory_holds_evaluation_of_long_sequences(model, params):
         ('decoder_loss_weights', np.float32),
       )
     }
-    return evaluator._sums.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+    return evaluator._step.lower(params, None, batch).compile().memory_analysis().temp_size_in_bytes
 
   short = peak(64, 64)
   assert peak(512, 64) < 1.5 * short

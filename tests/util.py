@@ -1,6 +1,7 @@
 """A small model with random parameters and data, and helpers, shared by tests."""
 
 import contextlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,14 @@ def assert_close(ours, expected, atol=1e-5, rtol=1e-5):
     assert jnp.shape(a) == jnp.shape(b), jax.tree_util.keystr(path)
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     np.testing.assert_allclose(a, b, atol=atol, rtol=rtol, err_msg=jax.tree_util.keystr(path))
+
+
+@contextlib.contextmanager
+def one_device():
+  """JAX as it is on a machine with one device, for which programs are compiled most quickly."""
+  one = jax.devices()[:1]
+  with mock.patch.object(jax, 'devices', lambda *args: one):
+    yield
 
 
 @contextlib.contextmanager

@@ -3,16 +3,13 @@
 Example: python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"
 """
 
-import contextlib
 import errno
-import logging as std_logging
 import os
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from tvq_t5x import command_line
 from tvq_t5x.errors import CheckpointError, ConfigError, TrainingDiverged
 
 _EXAMPLE = 'python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"'
@@ -20,15 +17,7 @@ _EXAMPLE = 'python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=
 
 def define_flags(flag_values: flags.FlagValues) -> None:
   """Adds T5X's flags, and --dry_run."""
-  flags.DEFINE_multi_string(
-    'gin_file', [], 'Gin file; repeat it for more, where a later one holds.', flag_values
-  )
-  flags.DEFINE_multi_string(
-    'gin_bindings', [], 'A setting NAME=VALUE; --gin.NAME=VALUE is the same.', flag_values
-  )
-  flags.DEFINE_list(
-    'gin_search_paths', [], 'More folders to look for gin files in, with commas.', flag_values
-  )
+  command_line.define_gin_flags(flag_values)
   flags.DEFINE_bool(
     'dry_run',
     False,
@@ -50,7 +39,7 @@ def run(
     setting.
   """
   # Slow to import: --help should not wait for it.
-  with _quiet_imports():
+  with command_line.quiet():
     import gin
     import tensorflow as tf
 
@@ -68,67 +57,25 @@ def run(
       )
     gin.get_configurable(runner.train)(dry_run=dry_run)
   except ConfigError as e:
-    return _fail(gin_utils.message(e), 2)
+    return command_line.fail(gin_utils.message(e), 2)
   except (CheckpointError, TrainingDiverged) as e:
-    return _fail(gin_utils.message(e), 1)
+    return command_line.fail(gin_utils.message(e), 1)
   except OSError as e:
     # gin's copy of the error has no errno.
     if not any(os.strerror(number) in str(e) for number in (errno.ENOSPC, errno.EDQUOT)):
       raise
-    return _fail(f'{gin_utils.message(e)}; make room, the same command then continues', 1)
+    return command_line.fail(
+      f'{gin_utils.message(e)}; make room, the same command then continues', 1
+    )
   return 0
 
 
-@contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
-  """Holds back what TensorFlow's libraries print while they load, unless something is wrong."""
-  if logging.get_verbosity() > logging.INFO:
-    yield
-    return
-  sys.stderr.flush()
-  terminal = os.dup(2)
-  with tempfile.TemporaryFile() as held:
-    os.dup2(held.fileno(), 2)
-    try:
-      yield
-    except BaseException:
-      held.seek(0)
-      os.write(terminal, held.read())
-      raise
-    finally:
-      os.dup2(terminal, 2)
-      os.close(terminal)
-
-
-def _fail(message: str, code: int) -> int:
-  logging.flush()
-  print('error: ' + message.replace('\n', '\n  '), file=sys.stderr, flush=True)
-  return code
-
-
-def _parse_flags(args: Sequence[str]) -> list[str]:
-  from tvq_t5x import gin_utils
-
-  try:
-    args = gin_utils.rewrite_gin_args(args)
-  except ConfigError as e:
-    sys.exit(_fail(str(e), 2))
-  return app.parse_flags_with_usage(list(args))
-
-
 def _main(args: Sequence[str]) -> int:
-  if len(args) > 1:
-    raise app.UsageError(f'Not a flag: {args[1]}')
-  handler = logging.get_absl_handler()
-  handler.setFormatter(std_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  if logging.get_verbosity() <= logging.INFO:
-    # Orbax has several lines to say of each step of a save, and JAX of devices that are not there.
-    ours = os.path.dirname(__file__)
-    handler.addFilter(lambda r: r.levelno > std_logging.INFO or r.pathname.startswith(ours))
+  command_line.prepare(args)
   values = flags.FLAGS
   return run(values.gin_file, values.gin_bindings, values.gin_search_paths, values.dry_run)
 
 
 if __name__ == '__main__':
   define_flags(flags.FLAGS)
-  app.run(_main, flags_parser=_parse_flags)
+  app.run(_main, flags_parser=command_line.parse_flags)

@@ -117,13 +117,12 @@ class Checkpoints:
       CheckpointError: if this save or the one before failed.
     """
     self.wait()
-    checksums = {k: int(v) for k, v in jax.device_get(_checksums(state)).items()}
     self._saved.append(step)
     items = ocp.args.Composite(
       **{
         layout.STATE: ocp.args.StandardSave(layout.state_dict(state)),
         layout.DATASET: _Dataset(batches),
-        layout.METADATA: ocp.args.JsonSave({**metadata, 'checksums': checksums}),
+        layout.METADATA: ocp.args.JsonSave({**metadata, 'checksums': checksums(state)}),
       }
     )
     try:
@@ -148,7 +147,7 @@ class Checkpoints:
     complete = [s for s in self.steps() if s != step]
     rest = f'that of step {complete[-1]} is complete and unharmed' if complete else 'there is none'
     return CheckpointError(
-      f'The checkpoint of step {step} could not be saved in {self._directory}: {_reason(error)} '
+      f'The checkpoint of step {step} could not be saved in {self._directory}: {reason(error)} '
       f'Of earlier checkpoints, {rest}. Make room or mend the folder, then run the same command '
       'again to continue from there.'
     )
@@ -175,7 +174,7 @@ class Checkpoints:
       except ConfigError:
         raise
       except Exception as e:  # Whatever a reader of broken files may raise.
-        damaged[step] = _reason(e)
+        damaged[step] = reason(e)
         continue
       for broken, why in damaged.items():
         target = self._move_away(broken)
@@ -205,11 +204,9 @@ class Checkpoints:
       items[layout.DATASET] = _Dataset(batches)
     arrays = self._manager.restore(step, args=ocp.args.Composite(**items))[layout.STATE]
     state = layout.from_state_dict(abstract, arrays)
-    found = {k: int(v) for k, v in jax.device_get(_checksums(state)).items()}
-    expected = metadata.get('checksums', {})
-    wrong = [name for name, value in expected.items() if found.get(name) != value]
-    if wrong or int(state.step) != step:
-      raise ValueError(f'wrong values in {", ".join(wrong[:3]) or "step"}')
+    check_values(state, metadata)
+    if int(state.step) != step:
+      raise ValueError('wrong values in step')
     if not position:
       # T5X saves none by default, and one for each host where there are several.
       batches.skip(step // updates)
@@ -253,19 +250,38 @@ def array_name(path: Any) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-@jax.jit
-def _checksums(state: TrainState) -> dict[str, jax.Array]:
-  """Sums of the bits of each array: the same on any mesh, different if a bit flips."""
+def checksums(arrays: Any) -> dict[str, int]:
+  """Sums of the bits of each array, by name: the same on any mesh, different if a bit flips."""
+  return {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
 
+
+def check_values(arrays: Any, metadata: Mapping[str, Any]) -> None:
+  """Compares arrays with what was saved.
+
+  Args:
+    arrays: a TrainState, or a dict of its fields with some of them.
+    metadata: saved with them; T5X's checkpoints have none.
+
+  Raises:
+    ValueError: if an array is another.
+  """
+  found, expected = checksums(arrays), metadata.get('checksums', {})
+  wrong = [name for name, value in found.items() if expected.get(name, value) != value]
+  if wrong:
+    raise ValueError(f'wrong values in {", ".join(wrong[:3])}')
+
+
+@jax.jit
+def _checksums(arrays: Any) -> dict[str, jax.Array]:
   def checksum(x: jax.Array) -> jax.Array:
     unsigned = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
     return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32), dtype=jnp.uint32)
 
-  leaves = jax.tree_util.tree_leaves_with_path(state)
+  leaves = jax.tree_util.tree_leaves_with_path(arrays)
   return {array_name(path): checksum(x) for path, x in leaves}
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
   """The innermost message, on one short line."""
   while error.__cause__ is not None:
     error = error.__cause__

@@ -1,5 +1,6 @@
 """Exact evaluation: one pass over a split, every token once, in the memory of training."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from tvq_t5x import metrics as metrics_lib
 from tvq_t5x.models import Batch, Params, TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.transformer import DecoderState
 
 # Means over segments of what is no sum over tokens: they would depend on the batch size.
 _INEXACT = ('codebook_perplexity/', 'codebook_dead_codes/')
@@ -34,6 +36,10 @@ class Sums:
       for name, (total, count) in sorted(self._sums.items())
     }
 
+  def count(self, name: str) -> int:
+    """What the total of a metric is divided by: tokens of `cross_entropy`; 0 if there is none."""
+    return round(float(self._sums.get(name, np.zeros(2))[1]))
+
   def to_json(self) -> dict[str, list[float]]:
     """The sums, from which `Sums` makes an equal object."""
     return {name: pair.tolist() for name, pair in self._sums.items()}
@@ -48,6 +54,7 @@ class Evaluator:
     partitioner: Partitioner,
     params_shardings: Any,
     segment_len: int,
+    carry_state: bool = False,
   ):
     """Compiles nothing yet.
 
@@ -57,12 +64,26 @@ class Evaluator:
       params_shardings: where the parameters lie.
       segment_len: tokens of each sequence that are processed together, with the state carried
         from segment to segment; divides T. It changes memory, not numbers.
+      carry_state: whether a row of a batch continues the same row of the batch before it.
     """
+    self._model, self._partitioner = model, partitioner
     self._batch_sharding = partitioner.batch_sharding()
-    self._sums = partitioner.jit(
-      lambda params, batch: batch_metrics(model, params, batch, segment_len),
-      in_shardings=(params_shardings, self._batch_sharding),
-      out_shardings=partitioner.replicated(),
+    self._state_shardings = None
+    if carry_state:
+      self._state_shardings = partitioner.decoder_state_shardings(model.config)
+
+    def step(
+      params: Params, state: DecoderState | None, batch: Batch
+    ) -> tuple[DecoderState | None, metrics_lib.Metrics]:
+      before = model.init_state(len(batch['decoder_target_tokens'])) if state is None else state
+      after, metrics = continued_metrics(model, params, before, batch, segment_len)
+      return (after if carry_state else None), metrics
+
+    self._step = partitioner.jit(
+      step,
+      in_shardings=(params_shardings, self._state_shardings, self._batch_sharding),
+      out_shardings=(self._state_shardings, partitioner.replicated()),
+      donate_argnums=1,
     )
 
   def __call__(
@@ -81,19 +102,44 @@ class Evaluator:
     Returns:
       Values by name, or None if `should_stop` said so.
     """
-    sums = Sums()
+    sums = self.sums(params, batches, should_stop)
+    return None if sums is None else sums.ratios()
+
+  def sums(
+    self,
+    params: Params,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    should_stop: Callable[[], bool] = lambda: False,
+  ) -> Sums | None:
+    """What the metrics of `__call__` are ratios of."""
+    sums, state = Sums(), None
     for batch in batches:
       if should_stop():
         return None
-      metrics = self._sums(params, jax.device_put(batch, self._batch_sharding))
+      if state is None and self._state_shardings is not None:
+        state = self._initial_state(len(batch['decoder_target_tokens']))
+      batch = jax.device_put(batch, self._batch_sharding)
+      state, metrics = self._step(params, state, batch)
       sums.add(jax.device_get(metrics))
-    return sums.ratios()
+    return sums
+
+  def _initial_state(self, batch_size: int) -> DecoderState:
+    init = functools.partial(self._model.init_state, batch_size)
+    return self._partitioner.jit(init, (), self._state_shardings)()
 
 
 def batch_metrics(
   model: TransformerVQModel, params: Params, batch: Batch, segment_len: int
 ) -> metrics_lib.Metrics:
   """Metrics of a batch of whole sequences, summed over segments with carried state."""
+  state = model.init_state(len(batch['decoder_target_tokens']))
+  return continued_metrics(model, params, state, batch, segment_len)[1]
+
+
+def continued_metrics(
+  model: TransformerVQModel, params: Params, state: DecoderState, batch: Batch, segment_len: int
+) -> tuple[DecoderState, metrics_lib.Metrics]:
+  """The same of sequences that continue those of `state`, and the state after them."""
   num_sequences, length = batch['decoder_target_tokens'].shape
 
   def split(x: jax.Array) -> jax.Array:  # [B, T] to [T / segment_len, B, segment_len]
@@ -103,6 +149,5 @@ def batch_metrics(
     _, (state, metrics) = model.segment_loss(params, part, state, None, 1.0)
     return state, {k: v for k, v in metrics.items() if not k.startswith(_INEXACT)}
 
-  state = model.init_state(num_sequences)
-  _, metrics = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
-  return jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+  state, metrics = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
+  return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)

@@ -14,10 +14,10 @@ import numpy as np
 import optax
 from absl import logging
 
-from tvq_t5x import datasets
+from tvq_t5x import compilation, datasets
 from tvq_t5x.datasets import DatasetConfig, TrainingIterator
 from tvq_t5x.errors import TrainingDiverged
-from tvq_t5x.models import Batch, TransformerVQModel
+from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
 from tvq_t5x.standalone import reports
 from tvq_t5x.standalone.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
 from tvq_t5x.standalone.samples import SampleConfig, Sampler
 from tvq_t5x.standalone.signals import StopSignals
-from tvq_t5x.train_step import TrainState, init_train_state, train_on_sequences
+from tvq_t5x.train_step import TrainState, init_train_state
 
 # What tells first that a run has diverged.
 _WATCHED = ('loss', 'gradient_norm')
@@ -125,31 +125,16 @@ class TrainingLoop:
     logging.info('Continuing from the checkpoint of step %d.', self._step)
 
   def _compile(self) -> None:
-    plan = self._plan
-
-    def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> Any:
-      return train_on_sequences(
-        plan.model, state, batch, rng, plan.update_len, plan.num_microbatches
-      )
-
-    sharding = plan.partitioner.batch_sharding()
-    jitted = plan.partitioner.jit(
-      train_step,
-      in_shardings=(self._shardings, sharding, None),
-      out_shardings=(self._shardings, plan.partitioner.replicated()),
-      donate_argnums=0,
+    plan, start = self._plan, time.monotonic()
+    lowered = compilation.lower_train_step(
+      plan.model,
+      plan.partitioner,
+      plan.batch_size,
+      plan.update_len * plan.updates,
+      plan.update_len,
+      plan.num_microbatches,
     )
-    shape = (plan.batch_size, plan.update_len * plan.updates)
-    batch = {
-      name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-      for name, dtype in (
-        ('decoder_input_tokens', jnp.int32),
-        ('decoder_target_tokens', jnp.int32),
-        ('decoder_loss_weights', jnp.float32),
-      )
-    }
-    start = time.monotonic()
-    self._train_step = jitted.lower(self._state, batch, self._rng).compile()
+    self._train_step = lowered.compile()
     logging.info('Compiled in %s.', reports.duration(time.monotonic() - start))
 
   def _advance(self) -> None:
@@ -266,8 +251,8 @@ class TrainingLoop:
       values = ', '.join(f'{k} {v:.4f}' for k, v in metrics.items())
       logging.info('Finished, step %d, %s: %s', step, split, values)
     logging.info(
-      'In %s: curve.png, metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints of steps %s '
-      '(lowest validation loss: %s).',
+      'In %s: curve.png, metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints of steps '
+      '%s (lowest validation loss: %s).',
       plan.directory, self._checkpoints.steps(), self._log.best_step(),
     )  # fmt: skip
 

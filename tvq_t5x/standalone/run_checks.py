@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from tvq_t5x.config import TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import StateInfo
@@ -90,13 +91,34 @@ def record_of(
   model: TransformerVQModel, info: StateInfo, updates: int, random_seed: int
 ) -> dict[str, Any]:
   """What a checkpoint says of the run that wrote it."""
-  config = dataclasses.asdict(model.config)
   return {
-    'model': {k: str(v) if k == 'dtype' else v for k, v in config.items()},
+    'model': settings_of(model.config),
     'arrays': {row.name: [list(row.shape), row.dtype] for row in info.rows},
     'updates_in_batch': updates,
     'random_seed': random_seed,
   }
+
+
+def settings_of(config: TransformerConfig) -> dict[str, Any]:
+  """The hyperparameters of a model as JSON has them."""
+  return {k: str(v) if k == 'dtype' else v for k, v in dataclasses.asdict(config).items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
+  """Compares two models' `settings_of`, less what changes speed and memory only.
+
+  Returns:
+    In words, differences of what the models compute, and of how they are trained.
+  """
+  changed = {
+    k: f'TransformerConfig.{k} = {new.get(k)!r}, there {old.get(k)!r}'
+    for k in sorted(old.keys() | new.keys())
+    if old.get(k) != new.get(k) and k not in _FREE
+  }
+  return (
+    [text for k, text in changed.items() if k not in _TRAINING],
+    [text for k, text in changed.items() if k in _TRAINING],
+  )
 
 
 def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[str]:
@@ -116,13 +138,7 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
   if found is None:
     return []
   step, saved = found
-  old, new = saved['model'], record['model']
-  changed = {
-    k: f'TransformerConfig.{k} = {new.get(k)!r}, there {old.get(k)!r}'
-    for k in sorted(old.keys() | new.keys())
-    if old.get(k) != new.get(k) and k not in _FREE
-  }
-  refused = [text for k, text in changed.items() if k not in _TRAINING]
+  refused, accepted = differences(saved['model'], record['model'])
   if not refused and saved['arrays'] != record['arrays']:
     refused = _different_arrays(saved['arrays'], record['arrays'])
   if not refused and step % record['updates_in_batch']:
@@ -135,11 +151,10 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
       f'MODEL_DIR = {str(model_dir)!r} holds a checkpoint (step {step}) of another model: '
       f'{"; ".join(refused)}. Give another MODEL_DIR, or the settings of that model.'
     )
-  differences = [text for k, text in changed.items() if k in _TRAINING]
   for name in ('updates_in_batch', 'random_seed'):
     if saved[name] != record[name]:
-      differences.append(f'{name} = {record[name]}, there {saved[name]}')
-  return differences
+      accepted.append(f'{name} = {record[name]}, there {saved[name]}')
+  return accepted
 
 
 def _different_arrays(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

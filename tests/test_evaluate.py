@@ -1,0 +1,185 @@
+"""`python -m tvq_t5x.evaluate`: the run's own numbers, on any mesh, as a table and as JSON."""
+
+import json
+import math
+import pathlib
+
+import gin
+import jax
+import numpy as np
+import pytest
+import seqio
+import tiny_task
+from absl import flags
+from util import programs_kept_in
+
+from tvq_t5x import evaluate, indexed
+from tvq_t5x.standalone import run_log
+
+_TINY = str(pathlib.Path(__file__).parent / 'tiny.gin')
+_SIZE = tiny_task.SIZES['test']
+
+# A task of SeqIO's own kind, whose sequences are separate texts.
+seqio.TaskRegistry.add(
+  'plain_bytes',
+  source=indexed.text_source(lambda split: [b'text'], ['train', 'validation']),
+  preprocessors=indexed.text_preprocessors(),
+  output_features={'targets': seqio.Feature(seqio.ByteVocabulary())},
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _keep_programs(programs):
+  with programs_kept_in(programs):
+    yield
+
+
+@pytest.fixture(autouse=True)
+def _clear():
+  yield
+  gin.clear_config()
+
+
+@pytest.fixture
+def call(tiny_run, capsys):
+  """Evaluates the run with flags, as the command does; returns what it printed."""
+
+  def call(*args, expected=0):
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    values(['evaluate', *args])
+    capsys.readouterr()
+    code = evaluate.run(
+      values.gin_file,
+      values.gin_bindings,
+      values.gin_search_paths,
+      values.checkpoint,
+      values.split,
+      values.json,
+      values.carry_state,
+    )
+    out, err = capsys.readouterr()
+    assert code == expected, err
+    return err if expected else out
+
+  return call
+
+
+def _json(call, tiny_run, *args):
+  return json.loads(call(f'--checkpoint={tiny_run}', '--split=test', '--json=-', *args))
+
+
+@pytest.fixture(scope='module')
+def recorded(tiny_run):
+  """What the training run found on the test split."""
+  records = run_log.read_records(tiny_run / 'metrics.jsonl')
+  return next(r for r in records if r['split'] == 'test')
+
+
+def test_the_numbers_of_the_run(call, tiny_run, recorded, tmp_path):
+  path = tmp_path / 'result.json'
+  table = call(f'--checkpoint={tiny_run}', '--split=test', f'--json={path}')
+  found = json.loads(path.read_text())
+  for name in ('bits_per_byte', 'cross_entropy', 'accuracy', 'quantization_error/layer_0_1'):
+    np.testing.assert_allclose(found[name], recorded[name], rtol=1e-5)
+  assert (found['tokens'], found['bytes']) == (_SIZE + 1, _SIZE)
+  assert (found['task'], found['split'], found['step']) == ('tiny_bytes', 'test', 16)
+  assert found['perplexity'] == pytest.approx(math.exp(found['cross_entropy']))
+  head, *lines = table.splitlines()
+  assert head == f'tiny_bytes, test, {tiny_run / "checkpoint_16"}'
+  rows = dict(line.split() for line in lines)
+  assert list(rows) == [
+    'bits_per_byte', 'cross_entropy', 'perplexity', 'accuracy', 'tokens', 'bytes', 'seconds',
+  ]  # fmt: skip
+  assert float(rows['bits_per_byte']) == pytest.approx(recorded['bits_per_byte'], abs=1e-4)
+  assert rows['tokens'] == str(_SIZE + 1)
+
+
+def test_an_older_checkpoint_and_the_default_split(call, tiny_run):
+  args = f'--checkpoint={tiny_run / "checkpoint_8"}', f'--gin_file={_TINY}', '--json=-'
+  found = json.loads(call(*args))
+  assert (found['step'], found['split']) == (8, 'validation')
+  assert found['tokens'] == tiny_task.SIZES['validation'] + 1
+
+
+@pytest.mark.parametrize(
+  'bindings',
+  [
+    ['BATCH_SIZE = 16', 'UPDATE_LEN = 16'],
+    ['BATCH_SIZE = 4', 'NUM_PARTITIONS = 2'],
+    ['BATCH_SIZE = 8', 'NUM_PARTITIONS = 8', 'PARAMETER_PARTITIONING_DIMS = 2'],
+  ],
+)
+def test_batch_size_and_mesh_change_nothing(call, tiny_run, recorded, bindings):
+  found = _json(call, tiny_run, *(f'--gin_bindings={binding}' for binding in bindings))
+  assert found['tokens'] == _SIZE + 1
+  for name in ('bits_per_byte', 'cross_entropy', 'accuracy'):
+    np.testing.assert_allclose(found[name], recorded[name], rtol=1e-5)
+
+
+def test_carried_state_sees_all_of_the_split(call, tiny_run, recorded):
+  one = ['--gin_bindings=BATCH_SIZE = 1', '--carry_state']
+  carried = _json(call, tiny_run, *one)
+  length = "--gin_bindings=TASK_FEATURE_LENGTHS = {'targets': 504}"
+  whole = _json(call, tiny_run, length, '--gin_bindings=UPDATE_LEN = None')
+  assert carried['carry_state'] and carried['tokens'] == _SIZE + 1
+  np.testing.assert_allclose(carried['cross_entropy'], whole['cross_entropy'], rtol=1e-5)
+  assert abs(carried['cross_entropy'] - recorded['cross_entropy']) > 1e-4
+  assert ', state carried on\n' in call(f'--checkpoint={tiny_run}', '--carry_state')
+
+
+@pytest.fixture
+def compiled():
+  """Names of what has been compiled."""
+  names = []
+
+  def listen(event, duration, **labels):
+    if event.endswith('backend_compile_duration'):
+      names.append(labels['fun_name'])
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return names
+
+
+@pytest.mark.parametrize(
+  ('args', 'parts'),
+  [
+    (['--checkpoint='], ['no --checkpoint was given']),
+    (['--checkpoint=nothing'], ['--checkpoint=nothing: there is no such folder']),
+    (['--gin_file=nothing.gin'], ['--gin_file=nothing.gin: no such file']),
+    (['--split=tset'], ["'tset'", 'test, train, validation']),
+    (['--json=nowhere/result.json'], ['--json=nowhere/result.json: there is no folder']),
+    (['--json=.'], ['--json=.: give the path of a file']),
+    (['--gin_bindings=BATCH_SIZE = 3'], ['BATCH_SIZE = 3', 'multiple of']),
+    (['--gin_bindings=BATCH_SZIE = 8'], ['BATCH_SZIE', 'did you mean BATCH_SIZE']),
+    (['--gin_bindings=NUM_PARTITIONS = 3'], ['Partitioner.num_partitions = 3']),
+    (['--gin_bindings=config.TransformerConfig.emb_dim = 32'], ['there [1, 16, 1, 8]']),
+    (
+      [
+        "--gin_bindings=config.TransformerConfig.attention_type = 'quadratic'",
+        '--gin_bindings=UPDATE_LEN = None',
+        '--carry_state',
+      ],
+      ['--carry_state', 'quadratic'],
+    ),
+    (
+      ["--gin_bindings=MIXTURE_OR_TASK_NAME = 'plain_bytes'", '--carry_state'],
+      ['--carry_state', 'plain_bytes'],
+    ),
+  ],
+)
+def test_mistakes_are_one_line(call, tiny_run, compiled, args, parts):
+  message = call(f'--checkpoint={tiny_run}', *args, expected=2)
+  assert message.startswith('error: ')
+  for part in parts:
+    assert part in message
+  assert not compiled
+  assert len(message.splitlines()) <= (2 if args == ['--checkpoint='] else 1)
+
+
+def test_a_damaged_checkpoint_is_another_exit_code(call, tiny_run, tmp_path):
+  folder = tmp_path / 'checkpoint_16'
+  (folder / 'state').mkdir(parents=True)
+  (tmp_path / 'config.gin').write_text((tiny_run / 'config.gin').read_text())
+  message = call(f'--checkpoint={folder}', expected=1)
+  assert message.startswith(f'error: The checkpoint {folder} can not be read')

@@ -1,0 +1,113 @@
+"""Evaluates a checkpoint on a split of its task, exactly: every token counts once.
+
+Example: python -m tvq_t5x.evaluate --checkpoint=runs/kjv --split=test
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+
+from tvq_t5x import command_line
+from tvq_t5x.errors import ConfigError
+
+_EXAMPLE = 'python -m tvq_t5x.evaluate --checkpoint=runs/kjv --split=test'
+# Rows of the table, in this order; the codebooks' metrics are in the JSON.
+_SHOWN = (
+  'bits_per_byte',
+  'cross_entropy',
+  'perplexity',
+  'word_perplexity',
+  'accuracy',
+  'tokens',
+  'bytes',
+  'seconds',
+)
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+  """Adds T5X's flags and the command's own."""
+  command_line.define_gin_flags(flag_values)
+  command_line.define_checkpoint_flag(flag_values)
+  flags.DEFINE_string(
+    'split', None, "Split of the task to evaluate; by default the run's validation.", flag_values
+  )
+  flags.DEFINE_string(
+    'json', None, 'File to write the results to, or - to print them in place of the table.',
+    flag_values,
+  )  # fmt: skip
+  flags.DEFINE_bool(
+    'carry_state',
+    False,
+    'Read the split as BATCH_SIZE long stretches, in which each token is predicted from all before '
+    'it; else from those of its sequence.',
+    flag_values,
+  )
+
+
+def run(
+  gin_files: Sequence[str],
+  gin_bindings: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+  checkpoint: str | None = None,
+  split: str | None = None,
+  json_file: str | None = None,
+  carry_state: bool = False,
+) -> int:
+  """Evaluates a checkpoint, prints a table and writes JSON.
+
+  Returns:
+    Exit code: 0, 1 for a checkpoint that can't be read, 2 for a wrong setting.
+  """
+  # Slow to import: --help should not wait for it.
+  with command_line.quiet():
+    import tensorflow as tf
+
+    from tvq_t5x import loading
+    from tvq_t5x.standalone import checkpoint_evaluation
+
+  tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
+
+  def command() -> None:
+    if not checkpoint:
+      raise ConfigError(f'no --checkpoint was given: try\n{_EXAMPLE}')
+    command_line.check_output('--json', json_file)
+    configured = loading.configure(checkpoint, gin_files, gin_bindings, search_paths)
+    _write(checkpoint_evaluation.evaluate(configured, split, carry_state), json_file)
+
+  return command_line.exit_code(command)
+
+
+def _write(result: dict[str, Any], json_file: str | None) -> None:
+  from tvq_t5x.standalone import run_log
+
+  line = run_log.json_line(result)
+  if json_file == '-':
+    print(line, end='')
+    return
+  how = ', state carried on' if result['carry_state'] else ''
+  print(f'{result["task"]}, {result["split"]}, {result["checkpoint"]}{how}')
+  print(command_line.table({name: result[name] for name in _SHOWN if name in result}))
+  if json_file:
+    with open(os.path.expanduser(json_file), 'w', encoding='utf-8') as f:
+      f.write(line)
+
+
+def _main(args: Sequence[str]) -> int:
+  command_line.prepare(args)
+  values = flags.FLAGS
+  return run(
+    values.gin_file,
+    values.gin_bindings,
+    values.gin_search_paths,
+    values.checkpoint,
+    values.split,
+    values.json,
+    values.carry_state,
+  )
+
+
+if __name__ == '__main__':
+  define_flags(flags.FLAGS)
+  app.run(_main, flags_parser=command_line.parse_flags)

@@ -1,0 +1,93 @@
+"""Evaluation of a checkpoint on a split of its task."""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from absl import logging
+
+from tvq_t5x import checks, datasets, indexed, loading, metrics
+from tvq_t5x.config import AttentionType
+from tvq_t5x.datasets import Batch, DatasetConfig
+from tvq_t5x.errors import ConfigError
+from tvq_t5x.loading import Configured
+from tvq_t5x.standalone import run_checks, stretches
+from tvq_t5x.standalone.evaluation import Evaluator
+
+_REPORT_SECONDS = 30
+
+
+def evaluate(configured: Configured, split: str | None, carry_state: bool) -> dict[str, Any]:
+  """Evaluates a checkpoint in one pass, every token once.
+
+  Args:
+    configured: from `loading.configure`; gin is still configured in the same way.
+    split: of the task; None means the one of the run's validation.
+    carry_state: whether to read the split as BATCH_SIZE long stretches, see `stretches`.
+
+  Returns:
+    By name, as JSON has them: what was evaluated, `tokens`, `bytes` of text (where the vocabulary
+    says), `seconds`, `perplexity` (of tokens) and the metrics of `Evaluator`.
+
+  Raises:
+    ConfigError: for settings that do not fit; nothing is compiled before.
+    CheckpointError: if the checkpoint can't be read.
+  """
+  model, partitioner = configured.model, configured.partitioner
+  cfg: DatasetConfig = loading.setting('eval_dataset_cfg')
+  cfg = dataclasses.replace(cfg, split=split or cfg.split)
+  with run_checks.missing_data():
+    batches = datasets.evaluation_batches(cfg, model.FEATURE_CONVERTER_CLS)
+    if carry_state:
+      batches = stretches.stretch_batches(cfg)
+  checks.check_vocabulary(cfg, model)
+  length = cfg.task_feature_lengths['targets']
+  segments = checks.updates_in_batch(length, model.config, loading.setting('update_len'))
+  if not carry_state:
+    partitioner.validate(model.config, cfg.batch_size)
+  elif model.config.attention_type == AttentionType.QUADRATIC:
+    raise ConfigError(
+      '--carry_state: the quadratic baseline (TransformerConfig.attention_type) keeps no state to '
+      'carry on; leave it out.'
+    )
+  loaded = loading.restore(configured)
+  if carry_state:
+    # There may be fewer stretches than devices.
+    partitioner = partitioner.for_batch(cfg.batch_size)
+  evaluator = Evaluator(
+    model, partitioner, loaded.params_shardings, length // segments, carry_state
+  )
+  start = time.monotonic()
+  sums = evaluator.sums(loaded.params, _reported(batches))
+  assert sums is not None  # Nothing stops it.
+  seconds = time.monotonic() - start
+  values = sums.ratios()
+  task = datasets.task_or_mixture(cfg.mixture_or_task_name, cfg.module)
+  counts = indexed.counts(task, cfg.split)
+  return {
+    'task': task.name,
+    'split': cfg.split,
+    'checkpoint': str(loaded.checkpoint),
+    'step': loaded.step,
+    'sequence_len': length,
+    'batch_size': cfg.batch_size,
+    'carry_state': carry_state,
+    'tokens': sums.count('cross_entropy'),
+    **({'bytes': sums.count('bits_per_byte')} if 'bits_per_byte' in values else {}),
+    'seconds': seconds,
+    **values,
+    'perplexity': metrics.perplexity(values['cross_entropy']),
+    **(counts.word_metrics(values['cross_entropy']) if counts else {}),
+  }
+
+
+def _reported(batches: Iterable[Batch]) -> Iterator[Batch]:
+  """The batches, with a line in the log now and then."""
+  tokens, reported = 0, time.monotonic()
+  for batch in batches:
+    yield batch
+    tokens += int(batch['decoder_loss_weights'].sum())
+    if time.monotonic() - reported > _REPORT_SECONDS:
+      reported = time.monotonic()
+      logging.info('%s tokens evaluated.', f'{tokens:,}')
