@@ -8,14 +8,15 @@ import tensorflow as tf
 
 from tvq_t5x import datasets
 from tvq_t5x.datasets import FeatureConverterFactory
+from tvq_t5x.feature_converters import TransformerVQFeatureConverter
 
 
 def whole_split_datasets(
   cfg: Any,
   shard_id: int,
   num_shards: int,
-  eval_steps: int | None,
-  feature_converter_cls: FeatureConverterFactory,
+  eval_steps: int | None = None,
+  feature_converter_cls: FeatureConverterFactory = TransformerVQFeatureConverter,
 ) -> Mapping[str, tf.data.Dataset]:
   """T5X's `train_eval_get_dataset_fn`, with the same tokens on any batch size and host count.
 
@@ -27,7 +28,7 @@ def whole_split_datasets(
     cfg: T5X's `DatasetConfig` or ours.
     shard_id: which of the hosts' shares to return.
     num_shards: how many there are; divides `cfg.batch_size`.
-    eval_steps: has no effect.
+    eval_steps: has no effect; T5X's training gives it, its evaluation does not.
     feature_converter_cls: makes the feature converter, given `pack`.
 
   Returns:

@@ -10,21 +10,28 @@ import jax.numpy as jnp
 import optax
 from t5x import metrics as t5x_metrics
 from t5x import optimizers as t5x_optimizers
+from t5x import partitioning as t5x_partitioning
 from t5x import trainer as t5x_trainer
 
-from tvq_t5x import checks
+from tvq_t5x import checks, gin_checks, partitioning
+from tvq_t5x.datasets import DatasetConfig
+from tvq_t5x.errors import ConfigError
 from tvq_t5x.metrics import Metrics
 from tvq_t5x.models import TransformerVQModel
+from tvq_t5x.standalone.evaluation import batch_metrics
 from tvq_t5x.train_step import TrainState, train_on_sequences
 
 
 def checked_trainer(
   model: TransformerVQModel,
-  task_feature_lengths: Mapping[str, int],
+  train_dataset_cfg: DatasetConfig,
+  eval_dataset_cfg: DatasetConfig,
+  partitioner: t5x_partitioning.PjitPartitioner,
   total_steps: int,
   learning_rate: optax.ScalarOrSchedule,
   update_len: int | None = None,
   num_microbatches: int = 1,
+  relative_steps: int | None = None,
   log_period: int | None = None,
   eval_period: int | None = None,
   checkpoint_period: int | None = None,
@@ -33,11 +40,14 @@ def checked_trainer(
 
   Args:
     model: to train.
-    task_feature_lengths: tokens of a sequence, `{'targets': T}`.
+    train_dataset_cfg: training batches; T5X's class of this name has the same fields.
+    eval_dataset_cfg: of T5X's training evaluation.
+    partitioner: T5X's.
     total_steps: parameter updates.
     learning_rate: what the optimizer was given, to be logged.
     update_len: tokens of each sequence that an update sees; None means all.
     num_microbatches: parts of a batch that are computed one after the other.
+    relative_steps: parameter updates after the checkpoint, in place of total_steps.
     log_period: steps between training metrics.
     eval_period: steps between evaluations.
     checkpoint_period: steps between checkpoints.
@@ -48,14 +58,24 @@ def checked_trainer(
   Raises:
     ConfigError: for settings that do not fit together.
   """
-  updates = checks.updates_in_batch(task_feature_lengths['targets'], model.config, update_len)
+  gin_checks.check_config()
+  updates = 1
+  for cfg in (eval_dataset_cfg, train_dataset_cfg):
+    checks.check_vocabulary(cfg, model)
+    length = cfg.task_feature_lengths['targets']
+    updates = checks.updates_in_batch(length, model.config, update_len)
   checks.check_steps(
     updates,
     total_steps,
+    relative_steps=relative_steps,
     log_period=log_period,
     eval_period=eval_period,
     checkpoint_period=checkpoint_period,
   )
+  if partitioner.mesh.axis_names == (partitioning.DATA, partitioning.MODEL):
+    placement = _Placement(partitioner)
+    placement.validate(model.config, train_dataset_cfg.batch_size, num_microbatches)
+    placement.validate(model.config, eval_dataset_cfg.batch_size)
   if not callable(learning_rate):
     learning_rate = optax.constant_schedule(learning_rate)
   return functools.partial(
@@ -64,6 +84,14 @@ def checked_trainer(
     num_microbatches=num_microbatches,
     learning_rate_fn=learning_rate,
   )
+
+
+class _Placement(partitioning.Partitioner):
+  """T5X's partitioner as one of ours."""
+
+  def __init__(self, partitioner: t5x_partitioning.PjitPartitioner):
+    self.mesh = partitioner.mesh
+    self.logical_axis_rules = partitioner.logical_axis_rules
 
 
 class Trainer(t5x_trainer.Trainer):
@@ -86,7 +114,19 @@ class Trainer(t5x_trainer.Trainer):
     self._update_len = update_len
 
   def train(self, batch_iter: Any, num_steps: int, start_step: int | None = None) -> Any:
-    """Trains for `num_steps` updates, a multiple of those that a batch gives."""
+    """Trains for some updates.
+
+    Args:
+      batch_iter: batches of whole sequences.
+      num_steps: updates, a multiple of those that a batch gives.
+      start_step: updates so far; None asks the state.
+
+    Returns:
+      A future of the metrics of these updates, which are written too.
+
+    Raises:
+      ConfigError: if a batch would go on after the last update.
+    """
     train_step = self._compiled_train_step or self._partitioned_train_step
     metrics: Metrics = {}
     with self._train_state_mutex:
@@ -97,6 +137,7 @@ class Trainer(t5x_trainer.Trainer):
       while step < start_step + num_steps:
         with jax.profiler.StepTraceAnnotation('train', step_num=step):
           batch = next(batch_iter)
+          self._check_steps(batch, num_steps)
           train_state, batch_metrics = train_step(train_state, batch)
         metrics = (
           t5x_trainer.merge_metrics(metrics, batch_metrics) if metrics else dict(batch_metrics)
@@ -104,6 +145,14 @@ class Trainer(t5x_trainer.Trainer):
         step += self._updates(batch)
       self.train_state = train_state
     return self.train_metrics_manager.write_metrics_summary(metrics, step, step - start_step)
+
+  def _check_steps(self, batch: Mapping[str, jax.Array], num_steps: int) -> None:
+    if num_steps % self._updates(batch):
+      raise ConfigError(
+        f'T5X asks for {num_steps} steps, and a batch gives {self._updates(batch)}: give an '
+        'UPDATE_LEN, a TRAIN_STEPS and, if they are set, SaveCheckpointConfig.checkpoint_steps '
+        'with which steps from the checkpoint that training starts from are a multiple of that.'
+      )
 
   def _updates(self, batch: Mapping[str, jax.Array]) -> int:
     length = batch['decoder_target_tokens'].shape[1]
@@ -135,6 +184,19 @@ class Trainer(t5x_trainer.Trainer):
       in_axis_resources=(state_axes, batch_axes),
       out_axis_resources=(state_axes, None),
       donate_argnums=(0,),
+    )
+
+  @functools.cached_property
+  def _partitioned_eval_step(self) -> Any:
+    def eval_step(train_state: Any, batch: Mapping[str, jax.Array]) -> Metrics:
+      # As in training, a part at a time: whole sequences would need more memory than training.
+      length = batch['decoder_target_tokens'].shape[1]
+      return batch_metrics(self._model, train_state.params, batch, self._update_len or length)
+
+    return self._partitioner.partition(
+      eval_step,
+      in_axis_resources=(self._train_state_axes, self._partitioner.data_partition_spec),
+      out_axis_resources=None,
     )
 
   def _summed(self, metrics: Metrics, step: jax.Array, num_tokens: int) -> Any:
