@@ -48,7 +48,7 @@ Steps = typing.NewType('Steps', int)
 
 
 @dataclasses.dataclass
-class DatasetConfig:
+class DataSettings:
   mixture_or_task_name: str
   task_feature_lengths: Mapping[str, int]
   batch_size: int
@@ -93,8 +93,8 @@ def schedule(base: float = 1.0):
 def train(
   model: Model,
   model_dir: str,
-  train_dataset_cfg: DatasetConfig,
-  train_eval_dataset_cfg: Optional[DatasetConfig],
+  train_dataset_cfg: DataSettings,
+  train_eval_dataset_cfg: Optional[DataSettings],
   total_steps: int,
   random_seed: Optional[int] = None,
   learning_rate: Union[float, Callable[[int], float]] = 0.1,
@@ -122,18 +122,18 @@ RANDOM_SEED = None
 lib.train:
   model = %MODEL
   model_dir = %MODEL_DIR
-  train_dataset_cfg = @train/lib.DatasetConfig()
-  train_eval_dataset_cfg = @train_eval/lib.DatasetConfig()
+  train_dataset_cfg = @train/lib.DataSettings()
+  train_eval_dataset_cfg = @train_eval/lib.DataSettings()
   total_steps = %TRAIN_STEPS
   random_seed = %RANDOM_SEED
 
-train/lib.DatasetConfig:
+train/lib.DataSettings:
   mixture_or_task_name = %MIXTURE_OR_TASK_NAME
   task_feature_lengths = %TASK_FEATURE_LENGTHS
   batch_size = %BATCH_SIZE
   shuffle = %SHUFFLE_TRAIN_EXAMPLES
 
-train_eval/lib.DatasetConfig:
+train_eval/lib.DataSettings:
   mixture_or_task_name = %MIXTURE_OR_TASK_NAME
   task_feature_lengths = %TASK_FEATURE_LENGTHS
   split = 'validation'
@@ -181,7 +181,7 @@ def _problem(*lines):
 
 
 def test_accepts_a_t5x_like_config_and_changes_nothing():
-  _check(_SET, "train/lib.DatasetConfig.split = 'train[:90%]'")
+  _check(_SET, "train/lib.DataSettings.split = 'train[:90%]'")
   before = gin.config_str()
   check_config()
   assert gin.config_str() == before
@@ -212,8 +212,8 @@ def test_names_every_required_macro_that_is_not_set():
 
 
 def test_names_a_required_setting_that_is_not_set():
-  problem = _problem(_SET, 'train_eval/lib.DatasetConfig.split = %gin.REQUIRED')
-  assert '--gin.train_eval/DatasetConfig.split=' in problem
+  problem = _problem(_SET, 'train_eval/lib.DataSettings.split = %gin.REQUIRED')
+  assert '--gin.train_eval/DataSettings.split=' in problem
 
 
 def test_reports_all_problems_at_once():
@@ -222,8 +222,8 @@ def test_reports_all_problems_at_once():
 
 
 def test_refuses_a_scope_that_no_reference_uses():
-  problem = _problem(_SET, 'trian/lib.DatasetConfig.batch_size = 8')
-  assert 'trian/DatasetConfig.batch_size' in problem and 'did you mean train?' in problem
+  problem = _problem(_SET, 'trian/lib.DataSettings.batch_size = 8')
+  assert 'trian/DataSettings.batch_size' in problem and 'did you mean train?' in problem
   assert 'train, train_eval' in problem
 
 
@@ -243,8 +243,8 @@ def test_names_the_macro_and_the_setting_of_a_wrong_value():
 
 def test_looks_at_macros_inside_containers():
   problem = _problem(_SET, "LENGTH = '512'")
-  assert 'train/DatasetConfig.task_feature_lengths' in problem
-  assert 'train_eval/DatasetConfig.task_feature_lengths' in problem
+  assert 'train/DataSettings.task_feature_lengths' in problem
+  assert 'train_eval/DataSettings.task_feature_lengths' in problem
   assert "LENGTH = '512'" in problem and 'Mapping[str, int]' in problem
 
 
@@ -316,7 +316,7 @@ def _keep(setting):
   ],
 )
 def test_accepts_a_right_or_an_unclear_type(setting):
-  keep = 'lib.Model.anything = [@train_eval/lib.DatasetConfig(), 1]'
+  keep = 'lib.Model.anything = [@train_eval/lib.DataSettings(), 1]'
   _check(_SET, keep, f'lib.{setting}')
 
 

@@ -14,12 +14,12 @@ import dataclasses
 
 
 @dataclasses.dataclass
-class Dataset:
+class Almanac:
   batch_size: int = 1
   shuffle: bool = True
 
 
-def train(dataset: Dataset, model_dir: str = '', steps: int = 1):
+def train(dataset: Almanac, model_dir: str = '', steps: int = 1):
   del dataset, model_dir, steps
 """
 
@@ -32,11 +32,11 @@ MODEL_DIR = %gin.REQUIRED
 STEPS = 10
 
 data.train:
-  dataset = @train/data.Dataset()
+  dataset = @train/data.Almanac()
   model_dir = %MODEL_DIR
   steps = %STEPS
 
-train/data.Dataset:
+train/data.Almanac:
   batch_size = 8
 """
 
@@ -171,7 +171,7 @@ def test_later_files_and_bindings_hold(home, tmp_path):
 
 
 def test_nothing_is_left_of_the_previous_configuration(home):
-  gin_utils.parse_gin(['gin/run.gin'], [*_DIR, 'train/data.Dataset.shuffle = False'])
+  gin_utils.parse_gin(['gin/run.gin'], [*_DIR, 'train/data.Almanac.shuffle = False'])
   gin_utils.parse_gin(['gin/run.gin'], _DIR)
   assert 'shuffle' not in gin_utils.config_str()
 
@@ -201,10 +201,10 @@ def test_a_missing_include_is_named_with_its_line(home, tmp_path):
 @pytest.mark.parametrize(
   ('line', 'parts'),
   [
-    ('data.Dataset.batch_sze = 1', ['batch_sze', 'batch_size?', 'accepted: batch_size, shuffle']),
-    ('data.Datset.batch_size = 1', ['Datset', 'did you mean Dataset']),
-    ('data.train.dataset = @data.Datset()', ['Datset', 'did you mean Dataset']),
-    ('dta.Dataset.batch_size = 1', ['dta', 'did you mean data']),
+    ('data.Almanac.batch_sze = 1', ['batch_sze', 'batch_size?', 'accepted: batch_size, shuffle']),
+    ('data.Almnac.batch_size = 1', ['Almnac', 'did you mean Almanac']),
+    ('data.train.dataset = @data.Almnac()', ['Almnac', 'did you mean Almanac']),
+    ('dta.Almanac.batch_size = 1', ['dta', 'did you mean data']),
     ('from ginfakes import dta', ['ginfakes.dta', 'did you mean ginfakes.data']),
     ('from nowhere_at_all import x', ['nowhere_at_all']),
     ('STEPS = ten', ['STEPS = ten']),
@@ -227,8 +227,8 @@ def test_an_unclosed_bracket_is_refused(home, tmp_path):
 @pytest.mark.parametrize(
   ('binding', 'parts'),
   [
-    ('train/data.Datset.batch_size = 1', ['data.Datset', 'did you mean data.Dataset?']),
-    ('data.Dataset.batch_sze = 1', ['batch_sze', 'did you mean batch_size?']),
+    ('train/data.Almnac.batch_size = 1', ['data.Almnac', 'did you mean data.Almanac?']),
+    ('data.Almanac.batch_sze = 1', ['batch_sze', 'did you mean batch_size?']),
     ("STEPS = {'a' 1}", ['STEPS']),
   ],
 )
@@ -252,12 +252,12 @@ def test_checks_run_after_parsing(home):
 
 
 def test_gin_arguments_become_bindings():
-  args = ['prog', '--gin_file=a.gin', '--gin.STEPS=10', '--gin.train/data.Dataset.x={"a": "b=c"}']
+  args = ['prog', '--gin_file=a.gin', '--gin.STEPS=10', '--gin.train/data.Almanac.x={"a": "b=c"}']
   assert gin_utils.rewrite_gin_args(args) == [
     'prog',
     '--gin_file=a.gin',
     '--gin_bindings=STEPS = 10',
-    '--gin_bindings=train/data.Dataset.x = {"a": "b=c"}',
+    '--gin_bindings=train/data.Almanac.x = {"a": "b=c"}',
   ]
 
 

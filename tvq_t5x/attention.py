@@ -169,7 +169,7 @@ def _attend(
   visible = visible[:, :, None, None]  # [B, R, N, G, L, M + L]
 
   def key_scores(keys, part):
-    scores = product('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
+    scores: jax.Array = product('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
     return jnp.where(visible[..., part], scores + nearness[..., part], MASKED)
 
   scores = [
