@@ -1,5 +1,6 @@
 """Options of the whole test suite."""
 
+import logging
 import os
 import pathlib
 
@@ -19,6 +20,25 @@ def pytest_addoption(parser):
     default=str(pathlib.Path(__file__).parent / 'golden'),
     help='Folder of .npz files from the reference implementation to check against.',
   )
+
+
+@pytest.fixture(scope='module')
+def kept_programs(tmp_path_factory):
+  """Compiles each program of a test file once; the environment for subprocesses to share in it."""
+  from util import programs_kept_in
+
+  with programs_kept_in(tmp_path_factory.mktemp('compiled')) as environment:
+    yield environment
+
+
+@pytest.fixture
+def logged(caplog):
+  """Captures what a run logs, and clears gin's configuration after it."""
+  import gin
+
+  caplog.set_level(logging.INFO, logger='absl')
+  yield
+  gin.clear_config()
 
 
 @pytest.fixture(scope='session')

@@ -1,36 +1,20 @@
 """What a run refuses to start with: one message that names the setting, and nothing compiled."""
 
-import logging
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
-import gin
 import jax
 import pytest
-from util import programs_kept_in
 
 from tvq_t5x import train
 from tvq_t5x.standalone import run_checks, run_log
 
 _TESTS = pathlib.Path(__file__).parent
 _GIN = str(_TESTS / 'tiny.gin')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def cache(tmp_path_factory):
-  """Compiles each program once for all runs, those of subprocesses included."""
-  with programs_kept_in(tmp_path_factory.mktemp('compiled')) as environment:
-    yield environment
-
-
-@pytest.fixture(autouse=True)
-def _clear(caplog):
-  caplog.set_level(logging.INFO, logger='absl')
-  yield
-  gin.clear_config()
+pytestmark = pytest.mark.usefixtures('kept_programs', 'logged')
 
 
 def _bindings(model_dir, **macros):
@@ -43,7 +27,7 @@ def _run(model_dir, *bindings, dry_run=False, **macros):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory, cache):
+def whole(tmp_path_factory, kept_programs):
   """A short run."""
   folder = tmp_path_factory.mktemp('whole') / 'run'
   assert _run(folder) == 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import math
 import os
 import pathlib
@@ -13,13 +12,11 @@ import subprocess
 import sys
 import time
 
-import gin
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
-from util import programs_kept_in
 
 from tvq_t5x import checkpoint_layout as layout
 from tvq_t5x import datasets, gin_utils, train
@@ -29,6 +26,7 @@ from tvq_t5x.standalone.signals import StopSignals
 
 _TESTS = pathlib.Path(__file__).parent
 _GIN = str(_TESTS / 'tiny.gin')
+pytestmark = pytest.mark.usefixtures('kept_programs', 'logged')
 _STEPS = 40
 _KILLED_IN_SAVE = """
 import os, signal, sys
@@ -47,20 +45,6 @@ train.run([sys.argv[1]], sys.argv[2:])
 """
 
 
-@pytest.fixture(scope='module', autouse=True)
-def cache(tmp_path_factory):
-  """Compiles each program once for all runs, those of subprocesses included."""
-  with programs_kept_in(tmp_path_factory.mktemp('compiled')) as environment:
-    yield environment
-
-
-@pytest.fixture(autouse=True)
-def _clear(caplog):
-  caplog.set_level(logging.INFO, logger='absl')
-  yield
-  gin.clear_config()
-
-
 def _bindings(model_dir, **macros):
   macros = {'MODEL_DIR': str(model_dir), **macros}
   return [f'{name} = {value!r}' for name, value in macros.items()]
@@ -71,7 +55,7 @@ def _run(model_dir, *bindings, dry_run=False, **macros):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory, cache):
+def whole(tmp_path_factory, kept_programs):
   """An undisturbed run."""
   folder = tmp_path_factory.mktemp('whole') / 'run'
   assert _run(folder) == 0
@@ -215,11 +199,11 @@ def test_a_finished_run_says_so(copied, whole, caplog):
 
 
 @pytest.fixture(scope='module')
-def killed(tmp_path_factory, cache, whole):
+def killed(tmp_path_factory, kept_programs, whole):
   """Folders of a run killed at a random moment and of one killed within a save."""
   del whole  # Has compiled what they need.
   folder = tmp_path_factory.mktemp('killed')
-  env = {**os.environ, **cache, 'PYTHONPATH': str(_TESTS)}
+  env = {**os.environ, **kept_programs, 'PYTHONPATH': str(_TESTS)}
   paths = {name: folder / name for name in ('random', 'in_save')}
   flags = [f'--gin_bindings={b}' for b in _bindings(paths['random'])]
   commands = {
