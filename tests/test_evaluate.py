@@ -1,5 +1,6 @@
 """`python -m tvq_t5x.evaluate`: the run's own numbers, on any mesh, as a table and as JSON."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -11,7 +12,7 @@ import pytest
 import seqio
 import tiny_task
 from absl import flags
-from util import programs_kept_in
+from util import one_device, programs_kept_in
 
 from tvq_t5x import evaluate, indexed
 from tvq_t5x.standalone import run_log
@@ -44,20 +45,21 @@ def _clear():
 def call(tiny_run, capsys):
   """Evaluates the run with flags, as the command does; returns what it printed."""
 
-  def call(*args, expected=0):
+  def call(*args, expected=0, mesh=one_device):
     values = flags.FlagValues()
     evaluate.define_flags(values)
     values(['evaluate', *args])
     capsys.readouterr()
-    code = evaluate.run(
-      values.gin_file,
-      values.gin_bindings,
-      values.gin_search_paths,
-      values.checkpoint,
-      values.split,
-      values.json,
-      values.carry_state,
-    )
+    with mesh():
+      code = evaluate.run(
+        values.gin_file,
+        values.gin_bindings,
+        values.gin_search_paths,
+        values.checkpoint,
+        values.split,
+        values.json,
+        values.carry_state,
+      )
     out, err = capsys.readouterr()
     assert code == expected, err
     return err if expected else out
@@ -65,8 +67,9 @@ def call(tiny_run, capsys):
   return call
 
 
-def _json(call, tiny_run, *args):
-  return json.loads(call(f'--checkpoint={tiny_run}', '--split=test', '--json=-', *args))
+def _json(call, tiny_run, *args, **kwargs):
+  args = f'--checkpoint={tiny_run}', '--split=test', '--json=-', *args
+  return json.loads(call(*args, **kwargs))
 
 
 @pytest.fixture(scope='module')
@@ -105,13 +108,13 @@ def test_an_older_checkpoint_and_the_default_split(call, tiny_run):
 @pytest.mark.parametrize(
   'bindings',
   [
-    ['BATCH_SIZE = 16', 'UPDATE_LEN = 16'],
-    ['BATCH_SIZE = 4', 'NUM_PARTITIONS = 2'],
+    ['BATCH_SIZE = 4', 'NUM_PARTITIONS = 2', 'UPDATE_LEN = 16'],
     ['BATCH_SIZE = 8', 'NUM_PARTITIONS = 8', 'PARAMETER_PARTITIONING_DIMS = 2'],
   ],
 )
 def test_batch_size_and_mesh_change_nothing(call, tiny_run, recorded, bindings):
-  found = _json(call, tiny_run, *(f'--gin_bindings={binding}' for binding in bindings))
+  args = [f'--gin_bindings={binding}' for binding in bindings]
+  found = _json(call, tiny_run, *args, mesh=contextlib.nullcontext)
   assert found['tokens'] == _SIZE + 1
   for name in ('bits_per_byte', 'cross_entropy', 'accuracy'):
     np.testing.assert_allclose(found[name], recorded[name], rtol=1e-5)
@@ -125,7 +128,8 @@ def test_carried_state_sees_all_of_the_split(call, tiny_run, recorded):
   assert carried['carry_state'] and carried['tokens'] == _SIZE + 1
   np.testing.assert_allclose(carried['cross_entropy'], whole['cross_entropy'], rtol=1e-5)
   assert abs(carried['cross_entropy'] - recorded['cross_entropy']) > 1e-4
-  assert ', state carried on\n' in call(f'--checkpoint={tiny_run}', '--carry_state')
+  table = call(f'--checkpoint={tiny_run}', '--split=test', *one)
+  assert table.splitlines()[0].endswith('checkpoint_16, state carried on')
 
 
 @pytest.fixture
@@ -169,12 +173,13 @@ def compiled():
   ],
 )
 def test_mistakes_are_one_line(call, tiny_run, compiled, args, parts):
-  message = call(f'--checkpoint={tiny_run}', *args, expected=2)
+  args = f'--checkpoint={tiny_run}', *args
+  message = call(*args, expected=2, mesh=contextlib.nullcontext)
   assert message.startswith('error: ')
   for part in parts:
     assert part in message
   assert not compiled
-  assert len(message.splitlines()) <= (2 if args == ['--checkpoint='] else 1)
+  assert len(message.splitlines()) == (2 if '--checkpoint=' in args else 1)
 
 
 def test_a_damaged_checkpoint_is_another_exit_code(call, tiny_run, tmp_path):

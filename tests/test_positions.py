@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 from util import assert_close
 
+from tvq_t5x import positions
 from tvq_t5x.positions import relative_shift, sinusoids, window_mask
 
 
 def test_sinusoids():
-  positions = np.array([[0, 1, 7], [100, 8191, 131071]])
+  places = np.array([[0, 1, 7], [100, 8191, 131071]])
   expected = np.zeros((2, 3, 6))
-  for i, p in np.ndenumerate(positions):
+  for i, p in np.ndenumerate(places):
     for c in range(3):
       angle = p / 1e5 ** (2 * c / 6)
       expected[(*i, c)], expected[(*i, 3 + c)] = np.sin(angle), np.cos(angle)
-  ours = sinusoids(jnp.asarray(positions), 6, 1e5)
+  ours = sinusoids(jnp.asarray(places), 6, 1e5)
   assert ours.dtype == jnp.float32
   # float32 angles of 1e5 are known to 1e-2.
   assert_close(ours[0], expected[0].astype(np.float32))
@@ -39,6 +40,19 @@ def test_relative_shift(rows, columns, num_keys):
   np.testing.assert_array_equal(out, expected)
   # The fast path and its oracle share this function: here its gradient is on its own.
   np.testing.assert_array_equal(pull_back(jnp.asarray(cotangent))[0], expected_gradient)
+
+
+@pytest.mark.parametrize('rows', [1, 2, 5])
+@pytest.mark.parametrize('columns', [1, 4, 7])
+def test_platforms_shift_alike(rows, columns):
+  """TPUs and GPUs take another way than CPUs."""
+  for num_keys in (1, 3, 8):
+    there = num_keys - columns
+    for size, width, shift in ((columns, num_keys, there), (num_keys, columns, rows - 1 - there)):
+      x = jax.random.normal(jax.random.key(0), [3, rows, size])
+      np.testing.assert_array_equal(
+        positions._shift_by_reshaping(x, width, shift), positions._shift_by_slices(x, width, shift)
+      )
 
 
 @pytest.mark.parametrize('within_window', [True, False])

@@ -2,81 +2,121 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tvq_t5x.errors import ConfigError
-from tvq_t5x.sampling import FILTERED, SamplingConfig, choose, nucleus_filter, sample
+from tvq_t5x.sampling import FILTERED, SamplingConfig, choose, nucleus_filter, top_k_filter
 
 PROBABILITIES = [0.5, 0.2, 0.2, 0.07, 0.03]
 LOGITS = jnp.log(jnp.asarray([PROBABILITIES, PROBABILITIES[::-1]])) + 3.0
 
 
-@pytest.mark.parametrize(
-  ('top_p', 'kept'),
-  [(0.01, 1), (0.45, 1), (0.6, 3), (0.75, 3), (0.85, 3), (0.95, 4), (0.99, 5), (1.0, 5)],
-)
-def test_nucleus(top_p, kept):
-  """Tied tokens are kept or left out together."""
+def first_ones(logits, weights, limit):
+  """The likeliest tokens of a row, lower ids first, while less than limit is before."""
+  kept, before = np.zeros(len(logits), bool), 0.0
+  for i in sorted(range(len(logits)), key=lambda i: (-logits[i], i)):
+    kept[i] = before < limit
+    before += weights[i]
+  return kept
+
+
+@pytest.mark.parametrize('top_p', [0.00001, 0.01, 0.45, 0.6, 0.75, 0.85, 0.95, 0.99, 1.0])
+def test_nucleus(top_p):
   ours = nucleus_filter(LOGITS, top_p)
-  mask = np.arange(5) < kept
-  for row, row_mask, logits in zip(ours, [mask, mask[::-1]], LOGITS, strict=True):
-    np.testing.assert_array_equal(row, np.where(row_mask, logits, FILTERED))
+  assert np.sum(ours[0] > FILTERED) == sum(top_p > x for x in (0, 0.5, 0.7, 0.9, 0.97))
+  for row, logits in zip(ours, LOGITS, strict=True):
+    kept = first_ones(logits, jax.nn.softmax(logits), top_p)
+    np.testing.assert_array_equal(row, np.where(kept, logits, FILTERED))
+
+
+# Few and round numbers, so that many are equal, a zero with a sign among them.
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+  st.lists(
+    st.sampled_from([-1e9, -2.5, -1.0, -0.0, 0.0, 1e-30, 1.0, 3.0, 80.0]), min_size=9, max_size=9
+  ),
+  st.integers(1, 12),
+)
+def test_top_k_and_nucleus_of_equal_logits(logits, k):
+  logits = np.asarray(logits, np.float32)
+  kept = first_ones(logits, np.ones(9), k)
+  np.testing.assert_array_equal(_top_k(logits, k), np.where(kept, logits, FILTERED))
+  # Far from a share that any of the tokens reaches.
+  top_p = (k - 0.5) / 12 + 1e-4
+  p = np.asarray(jax.nn.softmax(logits.astype(np.float64)))
+  before = np.cumsum(np.sort(p)[::-1])
+  if np.abs(before - top_p).min() > 1e-3:
+    kept = first_ones(logits, p, top_p)
+    np.testing.assert_array_equal(_nucleus(logits, top_p), np.where(kept, logits, FILTERED))
+
+
+_top_k, _nucleus = jax.jit(top_k_filter), jax.jit(nucleus_filter)
 
 
 def frequencies(config):
-  keys = jax.random.split(jax.random.key(0), 4000)
-  tokens = jax.jit(jax.vmap(lambda key: choose(key, LOGITS[:1], config)[0]))(keys)
+  noise = jax.random.uniform(jax.random.key(0), [4000])
+  tokens = jax.jit(lambda x: choose(x, jnp.tile(LOGITS[:1], [4000, 1]), config))(noise)
   return np.bincount(tokens, minlength=5) / 4000
 
 
 @pytest.mark.parametrize(
-  ('temperature', 'top_p', 'weights'),
+  ('config', 'weights'),
   [
-    (1.0, 1.0, PROBABILITIES),
-    (1.0, 0.8, [0.5, 0.2, 0.2, 0, 0]),
-    (0.5, 1.0, np.square(PROBABILITIES)),
+    (SamplingConfig(), PROBABILITIES),
+    (SamplingConfig(top_p=0.8), [0.5, 0.2, 0.2, 0, 0]),
+    (SamplingConfig(top_p=0.6), [0.5, 0.2, 0, 0, 0]),
+    (SamplingConfig(temperature=0.5), np.square(PROBABILITIES)),
     # Temperature first: squared, the first token alone holds 3/4.
-    (0.5, 0.7, [1, 0, 0, 0, 0]),
+    (SamplingConfig(temperature=0.5, top_p=0.7), [1, 0, 0, 0, 0]),
+    (SamplingConfig(top_k=2), [0.5, 0.2, 0, 0, 0]),
+    (SamplingConfig(top_k=9), PROBABILITIES),
+    # The likeliest three first: of their mass, the first two hold 7/9.
+    (SamplingConfig(top_k=3, top_p=0.75), [0.5, 0.2, 0, 0, 0]),
   ],
 )
-def test_frequencies_of_samples(temperature, top_p, weights):
+def test_frequencies_of_samples(config, weights):
   expected = np.asarray(weights) / np.sum(weights)
-  ours = frequencies(SamplingConfig(temperature, top_p))
   # Five standard deviations.
   np.testing.assert_array_less(
-    np.abs(ours - expected), 5 * np.sqrt(expected * (1 - expected) / 4000) + 1e-6
+    np.abs(frequencies(config) - expected), 5 * np.sqrt(expected * (1 - expected) / 4000) + 1e-6
   )
 
 
+def test_any_noise_chooses_a_token_that_is_kept():
+  logits = jax.random.normal(jax.random.key(0), [1, 3000])
+  kept = nucleus_filter(logits, 0.9)[0] > FILTERED
+  noise = jnp.concatenate(
+    [jnp.linspace(0, 1, 500)[:-1], jnp.asarray([np.nextafter(1, 0, dtype='f')])]
+  )
+  tokens = choose(noise, jnp.tile(logits, [500, 1]), SamplingConfig(top_p=0.9))
+  assert np.all(kept[tokens])
+  # From the first kept one to the last, in order.
+  assert np.all(np.diff(tokens) >= 0)
+  assert (tokens[0], tokens[-1]) == (np.flatnonzero(kept)[0], np.flatnonzero(kept)[-1])
+
+
 def test_zero_temperature_is_greedy():
-  for seed in range(3):
-    tokens = choose(jax.random.key(seed), LOGITS, SamplingConfig(temperature=0.0, top_p=0.5))
-    np.testing.assert_array_equal(tokens, [0, 4])
+  config = SamplingConfig(temperature=0.0, top_p=0.5, top_k=3)
+  tokens = choose(jnp.asarray([0.0, 0.99]), LOGITS, config)
+  np.testing.assert_array_equal(tokens, [0, 4])
+  tied = jnp.asarray([[0.0, 2.0, 2.0]])
+  np.testing.assert_array_equal(choose(jnp.asarray([0.99]), tied, config), [1])
 
 
 @pytest.mark.parametrize(
   ('field', 'value', 'accepted'),
-  [('temperature', -1.0, '0 or more'), ('top_p', 0.0, '(0, 1]'), ('top_p', 1.5, '(0, 1]')],
+  [
+    ('temperature', -1.0, '0 or more'),
+    ('temperature', float('nan'), '0 or more'),
+    ('top_p', 0.0, '(0, 1]'),
+    ('top_p', 1.5, '(0, 1]'),
+    ('top_k', -1, '0 (all) or more'),
+    ('top_k', 2.5, '0 (all) or more'),
+  ],
 )
 def test_refusals(field, value, accepted):
   with pytest.raises(ConfigError) as error:
     SamplingConfig(**{field: value})
   assert f'SamplingConfig.{field} = {value}' in str(error.value)
   assert accepted in str(error.value)
-
-
-def test_sample_feeds_each_token_back_with_its_state():
-  """A model that continues 1, 2, 3, ... and counts its calls: its state is threaded through."""
-
-  def next_logits(tokens, calls):
-    following = jax.nn.one_hot((tokens + 1) % 10, 10) * 5.0
-    return following, calls + 1
-
-  prompts = jnp.asarray([[3, 4, 0, 0, 0], [0, 7, 7, 0, 0], [9, 1, 2, 3, 4]])
-  tokens, scores = sample(
-    next_logits, jnp.int32(0), jnp.asarray([1, 6, 1]), prompts, jax.random.key(0), SamplingConfig(0)
-  )
-  # In the second row 0 comes first, so all is generated, from the start token on. A generated 0 is
-  # a token like any other.
-  np.testing.assert_array_equal(tokens, [[3, 4, 5, 6, 7], [7, 8, 9, 0, 1], [9, 1, 2, 3, 4]])
-  each = float(jax.nn.log_softmax(jnp.asarray([5.0] + [0.0] * 9))[0])
-  np.testing.assert_allclose(scores, [3 * each, 5 * each, 0], rtol=1e-5)

@@ -53,6 +53,7 @@ def vq_attention(
   state: AttentionState,
   position: jax.Array,
   config: TransformerConfig,
+  lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, AttentionState]:
   """Attends from every position of a segment to all positions up to it.
 
@@ -64,6 +65,8 @@ def vq_attention(
     state: of the positions before the segment.
     position: [B] int32, how many those are.
     config: for L, M, S, the reduction and the two cache switches.
+    lengths: [B] int32, how many positions of each row the state after the segment is of; None means
+      all T.
 
   Returns:
     The values [B, T, N, G, V] averaged with softmax weights, and the state after the segment.
@@ -83,6 +86,10 @@ def vq_attention(
   all_codes = jnp.concatenate([state.codes, keys.codes], axis=1)
   all_keys = jnp.concatenate([state.keys, keys.quantized], axis=1)
   all_values = jnp.concatenate([state.values, keys.values], axis=1)
+  leaving_codes = all_codes[:, :length]
+  if lengths is not None:
+    taken = jnp.arange(length) < lengths[:, None]
+    leaving_codes = jnp.where(taken[..., None], leaving_codes, c.num_codes)
   blocks = _Blocks(
     queries=jax.tree.map(lambda x: jnp.moveaxis(to_blocks(x), 2, 4), queries),
     present_keys=_heads_first(to_blocks(keys.quantized)),
@@ -90,7 +97,7 @@ def vq_attention(
     window_keys=_heads_first(hold(_windows(all_keys, num_blocks, block_len))),
     window_values=_heads_first(hold(_windows(all_values, num_blocks, block_len))),
     num_empty=jnp.maximum(c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0),
-    leaving_codes=_heads_first(to_blocks(all_codes[:, :length])),
+    leaving_codes=_heads_first(to_blocks(leaving_codes)),
   )
 
   def leaving(x: _Blocks) -> CompressedCache:
@@ -111,9 +118,14 @@ def vq_attention(
     before, cache = caches_before_blocks(state.cache, leaving(blocks), c.reduction)
     out = attend(blocks, before)
   out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
-  new_state = hold(
-    AttentionState(all_codes[:, length:], all_keys[:, length:], all_values[:, length:], cache)
-  )
+
+  def window(x: jax.Array) -> jax.Array:
+    if lengths is None:
+      return x[:, length:]
+    last = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=c.window_len)
+    return jax.vmap(last)(x, lengths)
+
+  new_state = hold(AttentionState(window(all_codes), window(all_keys), window(all_values), cache))
   return out.reshape(out.shape[0], length, *out.shape[3:]), new_state
 
 

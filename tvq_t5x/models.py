@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import optax
 import seqio
 
+from tvq_t5x import decoding, optimizers
 from tvq_t5x import metrics as metrics_lib
-from tvq_t5x import optimizers, sampling
 from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.quantizer import QuantizerAux
+from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.transformer import (
   DROPOUT,
   SEQUENCE_DROPOUT,
@@ -210,6 +211,9 @@ class TransformerVQModel:
     rng: jax.Array | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    num_decodes: int = 1,
+    return_all_decodes: bool = False,
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """Continues each row's target tokens, up to their first padding, to T tokens.
 
@@ -219,28 +223,49 @@ class TransformerVQModel:
       rng: key of the samples; None means greedy choice.
       temperature: of the softmax; 0 means greedy choice.
       top_p: share of the probability mass to sample from.
+      top_k: how many of the likeliest tokens to sample from; 0 means all.
+      num_decodes: D, how many continuations of each row to sample.
+      return_all_decodes: whether to return all of them instead of the likeliest.
 
     Returns:
       Tokens [B, T], prompts included, and `{'scores': [B]}`, the generated tokens' log-likelihood
-      under the model.
+      under the model. With all decodes, [B, D, T] and [B, D], the likeliest last.
 
     Raises:
-      ConfigError: for the quadratic baseline, which keeps no state.
+      ConfigError: for the quadratic baseline, which keeps no state, or no decodes.
     """
     if self.config.attention_type == AttentionType.QUADRATIC:
       raise ConfigError(
         f'TransformerConfig.attention_type = {self.config.attention_type.value!r} keeps no state '
         "to sample with: give 'vq'."
       )
-    prompts = batch['decoder_target_tokens']
-    start = batch['decoder_input_tokens'][:, 0]
-    settings = sampling.SamplingConfig(temperature=0.0 if rng is None else temperature, top_p=top_p)
+    if num_decodes < 1:
+      raise ConfigError(f'predict_batch_with_aux.num_decodes = {num_decodes}: give at least 1.')
+    prompts = batch['decoder_target_tokens'].astype(jnp.int32)
+    batch_size, length = prompts.shape
+    lengths = jnp.sum(jnp.cumprod(prompts != 0, axis=1), axis=1)
+    state = decoding.start(self.module, batch_size)
+    state = state._replace(token=batch['decoder_input_tokens'][:, 0].astype(jnp.int32))
+    state = decoding.read(self.module, params, state, prompts, lengths)[0]
+
+    state = decoding.repeat(self.module, state, num_decodes)
+    prompts, lengths = (jnp.repeat(x, num_decodes, axis=0) for x in (prompts, lengths))
+    settings = SamplingConfig(
+      temperature=0 if rng is None else temperature, top_p=top_p, top_k=top_k
+    )
     rng = jax.random.key(0) if rng is None else rng
-
-    def next_logits(tokens, state):
-      logits, state, _ = self._apply(params, tokens, state)
-      return logits, state
-
-    state = self.init_state(prompts.shape[0])
-    tokens, scores = sampling.sample(next_logits, state, start, prompts, rng, settings)
-    return tokens, {'scores': scores}
+    count = length - jnp.min(lengths)
+    written, scores, _ = decoding.generate(
+      self.module, params, state, length, rng, settings, count=count
+    )
+    index = jnp.arange(length) - lengths[:, None]
+    written = jnp.take_along_axis(written, jnp.maximum(index, 0), axis=1)
+    tokens = jnp.where(index < 0, prompts, written).reshape(batch_size, num_decodes, length)
+    scores = jnp.sum(jnp.where(jnp.arange(length) < length - lengths[:, None], scores, 0), axis=1)
+    scores = scores.reshape(batch_size, num_decodes)
+    order = jnp.argsort(scores, axis=1)
+    tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+    scores = jnp.take_along_axis(scores, order, axis=1)
+    if return_all_decodes:
+      return tokens, {'scores': scores}
+    return tokens[:, -1], {'scores': scores[:, -1]}

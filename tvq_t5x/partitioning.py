@@ -326,7 +326,7 @@ class MeshFunction:
 @functools.lru_cache(maxsize=8)  # Tracing takes a second and more.
 def _abstract_variables(module: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
   """Shapes and logical axes of a module's parameters, each by name."""
-  tokens = jax.ShapeDtypeStruct([1, 1], jnp.int32)
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
   axes = nn_partitioning.get_axis_names(variables['params_axes'])
   return _by_name(variables['params']), {name: tuple(x) for name, x in _by_name(axes).items()}

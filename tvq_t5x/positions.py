@@ -40,8 +40,15 @@ def relative_shift(x: jax.Array, num_keys: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _shift_rows(x: jax.Array, width: int, shift: int) -> jax.Array:
   """Column c of row i moves to column `c + shift - (L - 1 - i)` of `width`; the rest is zero."""
+  # Slices are quick on CPU only: on TPU they become a loop over rows.
+  shifts = {'cpu': _shift_by_slices, 'default': _shift_by_reshaping}
+  shifts = {name: functools.partial(f, width=width, shift=shift) for name, f in shifts.items()}
+  return jax.lax.platform_dependent(x, **shifts)
+
+
+def _shift_by_slices(x: jax.Array, width: int, shift: int) -> jax.Array:
+  """Row i is the slice from `L - 1 - i` of itself between zeros."""
   rows, columns = x.shape[-2:]
-  # Row i is the slice from rows - 1 - i of itself between zeros.
   left = rows - 1 + max(shift - (rows - 1), 0)
   x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, max(width - columns, 0) + rows - 1)])
   start = left - shift + jnp.arange(rows)[::-1]
@@ -50,6 +57,17 @@ def _shift_rows(x: jax.Array, width: int, shift: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(row, start, width, axis=-1)
 
   return jax.vmap(one_row, in_axes=(-2, 0), out_axes=-2)(x, start)
+
+
+def _shift_by_reshaping(x: jax.Array, width: int, shift: int) -> jax.Array:
+  """Row after row, padded, is cut into rows that are shorter by one: row i moves right by i."""
+  *outer, rows, columns = x.shape
+  padded = columns + rows
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rows)]).reshape(*outer, -1)
+  x = x[..., : rows * (padded - 1)].reshape(*outer, rows, padded - 1)
+  left = shift - (rows - 1)
+  sides = [(0, 0, 0)] * (x.ndim - 1) + [(left, width - left - (padded - 1), 0)]
+  return jax.lax.pad(x, jnp.zeros([], x.dtype), sides)
 
 
 def _shift_rows_fwd(x, width, shift):

@@ -1,13 +1,11 @@
-"""Sampling with a state of constant size: one compiled loop, one token a step."""
+"""The choice of a token from logits: temperature, then the likeliest k, then the nucleus."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from tvq_t5x.errors import ConfigError
-from tvq_t5x.transformer import DecoderState
 
 FILTERED = -1e10
 # Slack of the nucleus threshold, as in the paper's code.
@@ -16,86 +14,99 @@ _EPSILON = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How a token is chosen.
+  """How a token is chosen. Of equally likely tokens, those with lower ids come first.
 
   Attributes:
     temperature: divides the logits; 0 chooses the likeliest token.
-    top_p: share of the probability mass to sample from, in (0, 1].
+    top_p: share of the probability mass to sample from, in (0, 1]: tokens are kept as long as the
+      likelier ones hold less. Of the mass of the likeliest k, where those are asked for too.
+    top_k: how many of the likeliest tokens to sample from; 0 means all, as do more than there are.
   """
 
   temperature: float = 1.0
   top_p: float = 1.0
+  top_k: int = 0
 
   def __post_init__(self):
-    if self.temperature < 0:
+    if not 0 <= self.temperature < float('inf'):
       raise ConfigError(f'SamplingConfig.temperature = {self.temperature}: give 0 or more.')
     if not 0 < self.top_p <= 1:
       raise ConfigError(f'SamplingConfig.top_p = {self.top_p}: give a share in (0, 1].')
+    if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+      raise ConfigError(f'SamplingConfig.top_k = {self.top_k!r}: give 0 (all) or more.')
 
 
 def nucleus_filter(logits: jax.Array, top_p: float) -> jax.Array:
-  """Keeps the tokens of which strictly likelier ones hold less than `top_p` of the mass.
+  """Keeps the tokens before which less than `top_p` of the mass comes, the likeliest first.
 
   Args:
-    logits: [..., W]; the likeliest token and its ties are always kept.
+    logits: [..., W]; the likeliest token is always kept.
     top_p: share of the mass.
 
   Returns:
     [..., W], with -1e10 in place of the others.
   """
-  probabilities = jax.nn.softmax(logits, axis=-1)
-  ordered = -jnp.sort(-probabilities, axis=-1)
-  mass_before = jnp.cumsum(ordered, axis=-1) - ordered
-  kept = mass_before < top_p - _EPSILON
-  # A tie of a kept token is kept: the strictly likelier mass is the same for both.
-  least = jnp.min(jnp.where(kept, ordered, 2.0), axis=-1, keepdims=True)
-  least = jnp.minimum(least, ordered[..., :1])
-  return jnp.where(probabilities >= least, logits, FILTERED)
+  kept = _first(logits, jax.nn.softmax(logits, axis=-1), jnp.maximum(top_p - _EPSILON, 1e-9))
+  return jnp.where(kept, logits, FILTERED)
 
 
-def choose(rng: jax.Array, logits: jax.Array, config: SamplingConfig) -> jax.Array:
-  """Chooses a token [B] int32 for each row of logits [B, W]."""
+def top_k_filter(logits: jax.Array, top_k: int) -> jax.Array:
+  """Keeps the likeliest k tokens of logits [..., W]; the others become -1e10."""
+  return jnp.where(_first(logits, jnp.ones_like(logits), top_k), logits, FILTERED)
+
+
+def choose(noise: jax.Array, logits: jax.Array, config: SamplingConfig) -> jax.Array:
+  """Chooses a token for each row.
+
+  Args:
+    noise: [B] float32, uniform in [0, 1).
+    logits: [B, W] float32.
+    config: how.
+
+  Returns:
+    [B] int32.
+  """
   if config.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / config.temperature
+  if 0 < config.top_k < logits.shape[-1]:
+    logits = top_k_filter(logits, config.top_k)
   if config.top_p < 1:
     logits = nucleus_filter(logits, config.top_p)
-  return jax.random.categorical(rng, logits).astype(jnp.int32)
+  probabilities = jax.nn.softmax(logits, axis=-1)
+  mass = jnp.cumsum(probabilities, axis=-1)
+  # The sums are rounded: they may grow where nothing is added, and fall short of the noise.
+  reached = (mass > noise[:, None] * mass[:, -1:]) & (probabilities > 0)
+  best = jnp.argmax(logits, axis=-1)
+  return jnp.where(jnp.any(reached, -1), jnp.argmax(reached, -1), best).astype(jnp.int32)
 
 
-def sample(
-  next_logits: Callable[[jax.Array, DecoderState], tuple[jax.Array, DecoderState]],
-  state: DecoderState,
-  start: jax.Array,
-  prompts: jax.Array,
-  rng: jax.Array,
-  config: SamplingConfig,
-) -> tuple[jax.Array, jax.Array]:
-  """Generates the tokens that prompts leave open.
+def _first(x: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
+  """The largest entries, as long as the weights of those before an entry sum to less than `limit`.
+
+  Finds the last one bit by bit, which on CPU takes a tenth of the time of sorting.
 
   Args:
-    next_logits: maps tokens [B, 1] and the state before them to logits [B, 1, W] and a new state.
-    state: before the first token.
-    start: [B] int32, token before the first one (EOS starts a sequence).
-    prompts: [B, T] int32; the first 0 of a row is the first token to generate.
-    rng: key.
-    config: how a token is chosen.
+    x: [..., W] float32; of equal entries the first is the larger one.
+    weights: [..., W], positive and the same for equal entries.
+    limit: positive.
 
   Returns:
-    Tokens [B, T] with the prompts, and the log-likelihood [B] of the generated ones in nats.
+    [..., W] bool.
   """
-  in_prompt = jnp.cumprod(prompts != 0, axis=1).astype(bool)
+  x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))  # Without the zero that has a sign.
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  keys = jnp.where(bits >= sign, ~bits, bits | sign)  # In the order of the numbers.
 
-  def step(carry, inputs):
-    previous, state, scores = carry
-    prompt, given, index = inputs
-    logits, state = next_logits(previous[:, None], state)
-    logits = logits[:, 0]
-    token = jnp.where(given, prompt, choose(jax.random.fold_in(rng, index), logits, config))
-    score = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    return (token, state, scores + jnp.where(given, 0.0, score)), token
+  def weigh(chosen):
+    return jnp.sum(jnp.where(chosen, weights, 0), axis=-1, keepdims=True)
 
-  inputs = (prompts.T, in_prompt.T, jnp.arange(prompts.shape[1]))
-  zeros = jnp.zeros(start.shape, jnp.float32)
-  (_, _, scores), tokens = jax.lax.scan(step, (start.astype(jnp.int32), state, zeros), inputs)
-  return tokens.T, scores
+  def next_bit(i, last):
+    higher = last | (sign >> i.astype(jnp.uint32))
+    return jnp.where(weigh(keys >= higher) >= limit, higher, last)
+
+  last = jax.lax.fori_loop(0, 32, next_bit, jnp.zeros_like(keys[..., :1]))
+  ties = jnp.where(keys == last, weights, 0)
+  before = weigh(keys > last) + jnp.cumsum(ties, axis=-1) - ties
+  return (keys > last) | ((keys == last) & (before < limit))

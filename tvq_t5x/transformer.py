@@ -26,6 +26,7 @@ from tvq_t5x.layers import (
 from tvq_t5x.positions import sinusoids
 from tvq_t5x.quadratic import quadratic_attention
 from tvq_t5x.quantizer import QuantizerAux, VectorQuantizer
+from tvq_t5x.token_attention import token_attention
 
 # Masks drawn from this collection stay the same for all updates of a sequence.
 SEQUENCE_DROPOUT = 'sequence_dropout'
@@ -48,19 +49,23 @@ class Call(NamedTuple):
   position: jax.Array  # [B] int32, of the segment's first token
   loss_mask: jax.Array  # [B, T] float32
   example_ids: jax.Array  # [B] int32, place in the global batch: selects dropout masks
+  lengths: jax.Array | None  # [B] int32, how many tokens the state takes in; None means all
+  oldest: jax.Array | None  # [] int32, of windows that are rings; None means in order
 
 
 def init_decoder_state(config: TransformerConfig, batch_size: int) -> DecoderState:
   """The state before the first token of B sequences."""
   if config.attention_type == AttentionType.QUADRATIC:
     return DecoderState(jnp.zeros([batch_size], jnp.int32), ())
-  layer = tuple(
-    init_attention_state(config, batch_size) for _ in range(config.num_attention_sublayers)
-  )
+
+  def layer() -> LayerState:
+    sublayers = range(config.num_attention_sublayers)
+    return tuple(init_attention_state(config, batch_size) for _ in sublayers)
+
   if config.scan_layers:
-    layers = jax.tree.map(lambda x: jnp.stack([x] * config.num_layers), layer)
-  else:
-    layers = (layer,) * config.num_layers
+    layers = jax.tree.map(lambda x: jnp.stack([x] * config.num_layers), layer())
+  else:  # Arrays of their own, which can be donated.
+    layers = tuple(layer() for _ in range(config.num_layers))
   return DecoderState(jnp.zeros([batch_size], jnp.int32), layers)
 
 
@@ -121,7 +126,11 @@ class Attention(nn.Module):
       self.sow('intermediates', 'keys', keys)
       self.sow('intermediates', 'codes', codes)
       segment = Keys(quantized, codes, values)
-      out, new_state = vq_attention(queries, segment, distances, codebook, state, call.position, c)
+      args = queries, segment, distances, codebook, state
+      if call.oldest is None:
+        out, new_state = vq_attention(*args, call.position, c, call.lengths)
+      else:
+        out, new_state = token_attention(*args, call.oldest, c)
     out = out.reshape(*out.shape[:2], h, v)
     if gated:
       out = out * jax.nn.silu(project('gate', v, h, heads, c.value_axis)(x))
@@ -201,6 +210,8 @@ class Transformer(nn.Module):
     *,
     loss_mask: jax.Array | None = None,
     example_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+    oldest: jax.Array | None = None,
     deterministic: bool = True,
   ) -> tuple[jax.Array, DecoderState, QuantizerAux | None]:
     """Runs the model over a segment: a whole sequence, part of one, or one token.
@@ -210,6 +221,10 @@ class Transformer(nn.Module):
       state: of the tokens before the segment; None at the start of a sequence.
       loss_mask: [B, T]; positions with 0 enter attention but no loss and no statistic.
       example_ids: [B] int32, place of each example in the global batch; None means 0 to B - 1.
+      lengths: [B] int32, how many tokens of each row the state after the segment is of; the rest is
+        padding. None means all T.
+      oldest: [] int32, given with one token a row: the windows of `state` are rings, see
+        `token_attention`. None means that they are in order.
       deterministic: False applies dropout, with rngs 'dropout' (new for each update) and
         'sequence_dropout' (the same for all updates of a sequence).
 
@@ -227,6 +242,8 @@ class Transformer(nn.Module):
       if loss_mask is None
       else loss_mask.astype(jnp.float32),
       example_ids=jnp.arange(batch_size) if example_ids is None else example_ids,
+      lengths=lengths,
+      oldest=oldest,
     )
     embedding = Embedding(c, name='token_embedder')
     x = embedding(tokens)
@@ -242,7 +259,8 @@ class Transformer(nn.Module):
       x = RMSNorm(name='final_norm')(x)
     logits = Logits(c, name='logits')(x, embedding if c.tied_embeddings else None)
     logits = with_sharding_constraint(logits, ('batch', 'length', 'vocab'))
-    return logits, DecoderState(state.position + length, layers), aux
+    position = state.position + (length if lengths is None else lengths)
+    return logits, DecoderState(position, layers), aux
 
   def _layers(self, x: jax.Array, state: DecoderState, call: Call, deterministic: bool):
     c = self.config

@@ -9,6 +9,7 @@ from case import assert_close, assert_trees_close
 
 from tvq_t5x import sampling, train_step
 from tvq_t5x.attention import log_counts
+from tvq_t5x.cache import AttentionState
 from tvq_t5x.config import Reduction
 from tvq_t5x.optimizers import codebook_labels, warmup_cosine
 from tvq_t5x.positions import relative_shift, sinusoids, window_mask
@@ -217,6 +218,35 @@ def test_block_length_changes_nothing(case):
   state, logprobs = jax.lax.scan(decode, model.init_state(len(tokens)), tokens.T)
   assert_close(jnp.swapaxes(logprobs, 0, 1), case['logprobs'])
   check_state(case, '', model.config, state)
+
+
+@needs('logprobs')
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_tokens_one_by_one_in_place(case, scan_layers):
+  """As above, with the windows as rings."""
+  model = case.model(scan_layers=scan_layers)
+  config, tokens = model.config, case['inputs']
+  params = case.to_params(case.tree('params/'), config)
+
+  @jax.jit
+  def decode(carry, token):
+    state, i = carry
+    logits, state, _ = model.module.apply(
+      {'params': params}, token[:, None], state, oldest=i % config.window_len
+    )
+    return (state, i + 1), jax.nn.log_softmax(logits[:, 0])
+
+  carry = model.init_state(len(tokens)), jnp.int32(0)
+  (state, _), logprobs = jax.lax.scan(decode, carry, tokens.T)
+  assert_close(jnp.swapaxes(logprobs, 0, 1), case['logprobs'])
+
+  def in_order(ring):
+    axis = 2 if scan_layers else 1  # After layers and batch.
+    window = (jnp.roll(x, -(tokens.shape[1] % config.window_len), axis) for x in ring[:3])
+    return AttentionState(*window, ring.cache)
+
+  layers = jax.tree.map(in_order, state.layers, is_leaf=lambda x: isinstance(x, AttentionState))
+  check_state(case, '', config, state._replace(layers=layers))
 
 
 @needs('steps/')

@@ -1,17 +1,15 @@
 """The training step of a gin configuration, without its data."""
 
-import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gin
 import jax
 import seqio
 
-from tvq_t5x import checks, compilation
+from tvq_t5x import checks, compilation, loading
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
-from tvq_t5x.standalone import runner
 from tvq_t5x.transformer import Transformer
 
 
@@ -49,18 +47,12 @@ def configured_step(devices: Sequence[jax.Device]) -> Step:
     module=module, vocabulary=seqio.PassThroughVocabulary(module.config.vocab_size)
   )
   partitioner = gin.get_configurable(Partitioner)(devices=devices)
-  data = _setting('train_dataset_cfg')
-  length, update_len = data.task_feature_lengths['targets'], _setting('update_len')
+  data = loading.setting('train_dataset_cfg')
+  length, update_len = data.task_feature_lengths['targets'], loading.setting('update_len')
   updates = checks.updates_in_batch(length, module.config, update_len)
-  num_microbatches = _setting('num_microbatches')
+  num_microbatches = loading.setting('num_microbatches')
   partitioner.validate(module.config, data.batch_size, num_microbatches)
   return Step(model, partitioner, data.batch_size, length, length // updates, num_microbatches)
-
-
-def _setting(name: str) -> Any:
-  """A setting of the training run."""
-  # gin.get_bindings would build all of them; gin builds what a reference stands for as it copies.
-  return copy.deepcopy(gin.get_bindings(runner.train, resolve_references=False)[name])
 
 
 def compile_step(step: Step) -> jax.stages.Compiled:

@@ -1,0 +1,94 @@
+"""Continues prompts with a checkpoint, in time that does not grow with the length; or scores them.
+
+Examples:
+
+  python -m tvq_t5x.sample --checkpoint=runs/kjv --prompt="In the beginning" --max_tokens=500
+  python -m tvq_t5x.sample --checkpoint=runs/kjv --prompt_file=book.txt --score
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from tvq_t5x import command_line
+from tvq_t5x.errors import ConfigError
+from tvq_t5x.sampling_options import Options
+
+_EXAMPLE = 'python -m tvq_t5x.sample --checkpoint=runs/kjv --prompt="In the beginning"'
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+  """Adds T5X's flags and the command's own."""
+  command_line.define_gin_flags(flag_values)
+  command_line.define_checkpoint_flag(flag_values)
+  fv = {'flag_values': flag_values}
+  flags.DEFINE_multi_string('prompt', [], 'Text to continue; repeat it for more.', **fv)
+  flags.DEFINE_string('prompt_file', None, 'File with the text to continue, of any length.', **fv)
+  flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', **fv)
+  flags.DEFINE_integer(
+    'max_tokens', None, 'Tokens of a continuation; by default 256, or a whole image.', **fv
+  )
+  flags.DEFINE_float(
+    'temperature', None, "Of the softmax; 0 takes the likeliest token. By default the run's.", **fv
+  )
+  flags.DEFINE_float(
+    'top_p', None, "Share of the probability mass to sample from; by default the run's.", **fv
+  )
+  flags.DEFINE_integer('top_k', 0, 'How many of the likeliest tokens to sample from; 0: all.', **fv)
+  flags.DEFINE_integer('seed', 0, 'Another one gives other samples.', **fv)
+  flags.DEFINE_string(
+    'json', None, 'File for a line of JSON for each result, or - to print them instead of text.',
+    **fv,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    'png', None, 'File for the images, if the task is one of images; by default samples.png.', **fv
+  )
+  flags.DEFINE_string('state_in', None, 'File of a --state_out, to continue from there.', **fv)
+  flags.DEFINE_string(
+    'state_out', None, 'File for the state at the end, from which --state_in continues.', **fv
+  )
+  flags.DEFINE_bool(
+    'score', False, 'Print how well the prompts are predicted, and continue none.', **fv
+  )
+  flags.DEFINE_bool('per_token', False, 'With --score: a line for each token, too.', **fv)
+
+
+def run(
+  gin_files: Sequence[str],
+  gin_bindings: Sequence[str],
+  search_paths: Sequence[str],
+  checkpoint: str | None,
+  options: Options,
+) -> int:
+  """Prints continuations of prompts, or their scores.
+
+  Returns:
+    Exit code: 0, 1 for a checkpoint that can't be read, 2 for a wrong setting.
+  """
+  # Slow to import: --help should not wait for it.
+  with command_line.quiet():
+    from tvq_t5x import loading, sampling_session
+
+  def command() -> None:
+    if not checkpoint:
+      raise ConfigError(f'no --checkpoint was given: try\n{_EXAMPLE}')
+    options.check()
+    configured = loading.configure(checkpoint, gin_files, gin_bindings, search_paths)
+    sampling_session.run(configured, options)
+
+  return command_line.exit_code(command)
+
+
+def _main(args: Sequence[str]) -> int:
+  command_line.prepare(args)
+  values = flags.FLAGS
+  options = Options(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Options)})
+  return run(
+    values.gin_file, values.gin_bindings, values.gin_search_paths, values.checkpoint, options
+  )
+
+
+if __name__ == '__main__':
+  define_flags(flags.FLAGS)
+  app.run(_main, flags_parser=command_line.parse_flags)

@@ -1,0 +1,92 @@
+"""States of generation in files, with what they belong to."""
+
+import functools
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from tvq_t5x import decoding
+from tvq_t5x.decoding import GenerationState
+from tvq_t5x.errors import ConfigError
+from tvq_t5x.loading import Loaded
+from tvq_t5x.standalone import checkpoints, run_checks
+
+_ABOUT = 'about'  # The entry that says what a state belongs to.
+
+
+def save(path: str | os.PathLike[str], state: GenerationState, loaded: Loaded) -> None:
+  """Writes a state to a file, an .npz archive; replaces it at once.
+
+  Args:
+    path: of the file.
+    state: of any number of sequences.
+    loaded: what it was made with.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+  arrays = {checkpoints.array_name(path): _as_numbers(x) for path, x in leaves}
+  unfinished = f'{os.fspath(path)}.incomplete'
+  with open(unfinished, 'wb') as f:
+    np.savez(f, **arrays, **{_ABOUT: np.asarray(json.dumps(_about(loaded)))})
+  os.replace(unfinished, path)
+
+
+def load(path: str | os.PathLike[str], loaded: Loaded) -> GenerationState:
+  """Reads a state that `save` wrote.
+
+  Args:
+    path: of the file.
+    loaded: what it is to be continued with.
+
+  Returns:
+    The state, on the host.
+
+  Raises:
+    ConfigError: if the file holds none, or one of other parameters.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      arrays = dict(archive)
+    about = json.loads(str(arrays.pop(_ABOUT)))
+    batch_size = len(arrays['token'])
+  except FileNotFoundError:
+    raise ConfigError(f'{path}: there is no such file.') from None
+  except Exception as e:  # Whatever a reader of broken files may raise.
+    raise ConfigError(f'{path} is no state of a generation, or not all of one.') from e
+  _check(path, about, _about(loaded))
+  start = functools.partial(decoding.start, loaded.model.module, batch_size)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: arrays[checkpoints.array_name(path)].view(x.dtype), jax.eval_shape(start)
+  )
+
+
+def _about(loaded: Loaded) -> dict[str, Any]:
+  sums = json.dumps(checkpoints.checksums(loaded.params), sort_keys=True)
+  return {
+    'checkpoint': str(loaded.checkpoint),
+    'parameters': hashlib.sha256(sums.encode()).hexdigest(),
+    'settings': run_checks.settings_of(loaded.model.config),
+  }
+
+
+def _check(path: str | os.PathLike[str], saved: dict[str, Any], ours: dict[str, Any]) -> None:
+  old, new = saved['settings'], ours['settings']
+  changed, _ = run_checks.differences(old, new)
+  if old['dtype'] != new['dtype']:
+    changed.append(f'TransformerConfig.dtype = {new["dtype"]!r}, there {old["dtype"]!r}')
+  if changed:
+    raise ConfigError(f'{path} is a state of another model: {"; ".join(changed)}.')
+  if saved['parameters'] != ours['parameters']:
+    raise ConfigError(
+      f'{path} is a state of {saved["checkpoint"]}: it can not be continued with the parameters of '
+      f'{ours["checkpoint"]}.'
+    )
+
+
+def _as_numbers(x: np.ndarray) -> np.ndarray:
+  """Bits instead of a dtype that NumPy has no name for: bfloat16."""
+  x = np.asarray(x)
+  return x.view(np.uint16) if x.dtype.kind == 'V' else x

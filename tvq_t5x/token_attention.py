@@ -1,0 +1,122 @@
+"""VQ attention of one token, with its state updated in place.
+
+The same values as `vq_attention` with T = 1, in the time that it takes to read the state once: the
+window is a ring, in which the new position takes the slot of the oldest one, and the cache changes
+in one row. The window's keys aren't read at all, since a code's score is that of all its keys.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tvq_t5x.attention import MASKED, Keys, Queries, log_counts
+from tvq_t5x.cache import AttentionState, CompressedCache
+from tvq_t5x.config import TransformerConfig
+
+
+def token_attention(
+  queries: Queries,
+  keys: Keys,
+  distances: jax.Array,
+  codebook: jax.Array,
+  state: AttentionState,
+  oldest: jax.Array,
+  config: TransformerConfig,
+) -> tuple[jax.Array, AttentionState]:
+  """Attends from one token of each row to itself and all positions before it. Has no gradient.
+
+  Args:
+    queries: of the token, [B, 1, N, G, K].
+    keys: of the token, with codes [B, 1, N] and values [B, 1, N, V]; quantized by `codebook`, as
+      those of the state are.
+    distances: [M + 1, N, K], projected sinusoids; row d scores keys at distance d.
+    codebook: [N, S, K].
+    state: of the positions before the token, the window as a ring.
+    oldest: [] int32, the slot of the window's oldest position; the next positions follow it, and
+      slot 0 follows the last one.
+    config: for M, S and the cache switch.
+
+  Returns:
+    The values [B, 1, N, G, V] averaged with softmax weights, and the state after the token, in
+    which the slot after `oldest` is the oldest one.
+  """
+  content, position = (x[:, 0] for x in queries)  # [B, N, G, K]
+  code, key, value = keys.codes[:, 0], keys.quantized[:, 0], keys.values[:, 0]
+  dtype, f32 = value.dtype, {'preferred_element_type': jnp.float32}
+
+  code_scores = jnp.einsum('BNGK,NSK->BNGS', content, codebook.astype(dtype), **f32)
+  nearness = jnp.einsum('BNGK,CNK->BNGC', position, distances, **f32)
+
+  def scores_of(codes):  # [B, N, J] to [B, N, G, J]; an empty slot has no code and is masked.
+    codes = codes[:, :, None]
+    return jnp.take_along_axis(code_scores, codes, axis=-1, mode='fill', fill_value=MASKED)
+
+  # Distances M to 1 are those of the slots from the oldest one on.
+  window_nearness = jnp.roll(nearness[..., :0:-1], oldest, axis=-1)
+  window_scores = scores_of(jnp.swapaxes(state.codes, 1, 2)) + window_nearness
+  own_score = scores_of(code[..., None]) + nearness[..., :1]
+  cache_scores = code_scores + log_counts(state.cache.counts)[:, :, None]
+  if not config.compressed_cache:
+    cache_scores = jnp.full_like(cache_scores, MASKED)
+  groups = [window_scores, own_score, cache_scores]
+  peaks = [jnp.max(group, axis=-1, keepdims=True) for group in groups]
+  peak = functools.reduce(jnp.maximum, peaks)
+  weights, own_weight, cache_weights = (jnp.exp(group - peak) for group in groups)
+  mass = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
+  mass = mass + jnp.sum(cache_weights, axis=-1, keepdims=True)
+
+  is_oldest = jnp.arange(config.window_len) == oldest
+  total, old_value = _total_and_row(weights, is_oldest, jnp.swapaxes(state.values, 1, 2))
+  old_code = jax.lax.dynamic_index_in_dim(state.codes, oldest, 1, keepdims=False)
+  has_code = jax.nn.one_hot(old_code, config.num_codes, dtype=bool)
+  cached, old_mean = _total_and_row(cache_weights, has_code, state.cache.means)
+  total = total + cached + own_weight * value[:, :, None]
+  out = (total / mass).astype(dtype)
+
+  counts = state.cache.counts + has_code
+  count = jnp.sum(jnp.where(has_code, counts, 0), axis=-1, keepdims=True)
+  mean = old_mean + (old_value - old_mean) / jnp.maximum(count, 1)
+  new_state = AttentionState(
+    codes=jnp.where(is_oldest[:, None], code[:, None], state.codes),
+    keys=_put(state.keys, key, oldest),
+    values=_put(state.values, _after(total, _after(old_value, value)), oldest),
+    cache=CompressedCache(counts, _set_row(state.cache.means, old_code, _after(total, mean))),
+  )
+  return out[:, None], new_state
+
+
+def _total_and_row(weights: jax.Array, chosen: jax.Array, values: jax.Array):
+  """`weights @ values` and the chosen row of values, in one product.
+
+  XLA writes into an array in place only where everything else that reads the array comes before: a
+  second reader would make it copy the whole array for each token.
+
+  Args:
+    weights: [B, N, G, J] float32.
+    chosen: [..., J] bool, one row or none.
+    values: [B, N, J, V].
+
+  Returns:
+    The weighted sum [B, N, G, V] and the row [B, N, V], zero if there is none; float32.
+  """
+  chosen = jnp.broadcast_to(chosen, weights[:, :, 0].shape)[:, :, None]
+  rows = jnp.concatenate([weights, chosen], axis=2).astype(values.dtype)
+  rows = jnp.einsum('BNGJ,BNJV->BNGV', rows, values, preferred_element_type=jnp.float32)
+  return rows[:, :, :-1], rows[:, :, -1]
+
+
+def _after(read: jax.Array, row: jax.Array) -> jax.Array:
+  """The row [B, N, V], which XLA can't know without `read`: see `_total_and_row`."""
+  read = read[:, :, 0] if read.ndim > row.ndim else read
+  return jnp.where(jnp.isnan(read), 0, row)
+
+
+def _put(window: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(window, row.astype(window.dtype), slot, 1)
+
+
+def _set_row(means: jax.Array, code: jax.Array, row: jax.Array) -> jax.Array:
+  """Replaces the row of a code [B, N] in means [B, N, S, V]; a code outside [0, S) has none."""
+  set_one = jax.vmap(jax.vmap(lambda m, c, r: m.at[c].set(r, mode='drop')))
+  return set_one(means, code, row)
