@@ -18,6 +18,9 @@ BOOKS = (
   'the sea and the sky and the ship and the sea\n' * 5,
 )
 
+PG19 = {'train': BOOKS[:2], 'validation': BOOKS[2:3], 'test': BOOKS[1:]}
+_PG19_IDS = {'train': [702, 11], 'validation': [5000], 'test': [33, 9, 120]}
+
 
 def sequences(task: str | seqio.Task, length: int | None, split: str, **kwargs) -> list[np.ndarray]:
   """Targets of a task's sequences, in order unless said otherwise."""
@@ -87,3 +90,55 @@ def store_as_tfds(
     data_dir=str(data_dir),
     disable_shuffling=True,
   )
+
+
+def enwik8_stand_in(path: pathlib.Path) -> bytes:
+  """Writes a file of Enwik8's size; returns what is in it."""
+  data = (np.random.default_rng(0).bytes(1_000_003) * 100)[:100_000_000]
+  path.write_bytes(data)
+  return data
+
+
+def pg19_as_published(folder: pathlib.Path) -> None:
+  """Writes the books of `PG19` as PG-19's are published."""
+  rows = []
+  for split, texts in PG19.items():
+    (folder / split).mkdir()
+    for i, text in zip(_PG19_IDS[split], texts, strict=True):
+      (folder / split / f'{i}.txt').write_bytes(text.encode())
+      rows.append(f'{i},"Title, {i}",1850,http://www.gutenberg.org/ebooks/{i}\n')
+  (folder / 'metadata.csv').write_text(''.join(rows))
+
+
+def pg19_as_tfds(folder: pathlib.Path) -> None:
+  """Writes the books of `PG19` as TFDS prepares PG-19."""
+  texts = ('book_text', 'book_title', 'publication_date', 'book_link')
+  features = {'book_id': np.int32, **{name: tfds.features.Text() for name in texts}}
+  splits = {
+    split: [
+      {
+        'book_text': text.strip(),
+        'book_id': i,
+        'book_title': f'Title {i}',
+        'publication_date': '1850',
+        'book_link': f'http://www.gutenberg.org/ebooks/{i}',
+      }
+      for i, text in zip(_PG19_IDS[split], books, strict=True)
+    ]
+    for split, books in PG19.items()
+  }
+  store_as_tfds(folder, 'pg19:0.1.1', features, splits)
+
+
+def random_images(seed: int, number: int) -> np.ndarray:
+  """Images [number, 64, 64, 3] uint8."""
+  return np.random.default_rng(seed).integers(0, 256, (number, 64, 64, 3)).astype(np.uint8)
+
+
+def imagenet64_as_tfds(folder: pathlib.Path, images: Mapping[str, np.ndarray]) -> None:
+  """Writes images by split as TFDS prepares ImageNet64."""
+  features = {'image': tfds.features.Image(shape=(64, 64, 3)), 'label': np.int64}
+  splits = {
+    split: [{'image': image, 'label': 7} for image in found] for split, found in images.items()
+  }
+  store_as_tfds(folder, 'imagenet_resized/64x64:0.1.0', features, splits)

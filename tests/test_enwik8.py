@@ -7,7 +7,7 @@ import gin
 import numpy as np
 import pytest
 import seqio
-from data_util import sequences
+from data_util import enwik8_stand_in, sequences
 
 from tvq_t5x import errors, gin_utils, indexed
 from tvq_t5x.tasks import enwik8
@@ -24,9 +24,8 @@ BOUNDS = {
 def stand_in(tmp_path_factory):
   """The file, its bytes and their SHA-1."""
   path = tmp_path_factory.mktemp('enwik8') / 'enwik8'
-  data = np.random.default_rng(0).bytes(1_000_003) * 100
-  path.write_bytes(data[:SIZE])
-  yield path, np.frombuffer(data[:SIZE], np.uint8), hashlib.sha1(data[:SIZE]).hexdigest()
+  data = enwik8_stand_in(path)
+  yield path, np.frombuffer(data, np.uint8), hashlib.sha1(data).hexdigest()
   path.unlink()
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow_datasets as tfds
-from data_util import sequences, store_as_tfds
+from data_util import imagenet64_as_tfds, random_images, sequences, store_as_tfds
 
 from tvq_t5x import datasets, errors, gin_utils, indexed, vocabularies
 from tvq_t5x.tasks import imagenet64
@@ -13,10 +13,6 @@ from tvq_t5x.tasks import imagenet64
 SIZE = 64 * 64 * 3
 SPLITS = {'train': 'train[:3]', 'validation': 'train[3:]', 'test': 'validation'}
 FIRST, OTHER = 'imagenet_resized/64x64:0.1.0', 'downsampled_imagenet/64x64:2.0.0'
-
-
-def random_images(seed, number):
-  return np.random.default_rng(seed).integers(0, 256, (number, 64, 64, 3)).astype(np.uint8)
 
 
 IMAGES = {'train': random_images(0, 5), 'validation': random_images(1, 2)}
@@ -30,11 +26,7 @@ EXPECTED = {
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('tfds')
-  features = {'image': tfds.features.Image(shape=(64, 64, 3)), 'label': np.int64}
-  splits = {
-    split: [{'image': image, 'label': 7} for image in found] for split, found in IMAGES.items()
-  }
-  store_as_tfds(folder, FIRST, features, splits)
+  imagenet64_as_tfds(folder, IMAGES)
   features = {'image': tfds.features.Image(shape=(64, 64, 3), encoding_format='png')}
   splits = {split: [{'image': 255 - image} for image in found] for split, found in IMAGES.items()}
   store_as_tfds(folder, OTHER, features, splits)

@@ -6,14 +6,17 @@ import gin
 import numpy as np
 import pytest
 import seqio
-import tensorflow_datasets as tfds
-from data_util import BOOKS, processor, sentencepiece_model, sequences, store_as_tfds
+from data_util import (
+  PG19,
+  pg19_as_published,
+  pg19_as_tfds,
+  processor,
+  sentencepiece_model,
+  sequences,
+)
 
 from tvq_t5x import datasets, errors, gin_utils, indexed
 from tvq_t5x.tasks import pg19
-
-SPLITS = {'train': BOOKS[:2], 'validation': BOOKS[2:3], 'test': BOOKS[1:]}
-IDS = {'train': [702, 11], 'validation': [5000], 'test': [33, 9, 120]}
 
 
 @pytest.fixture(scope='module')
@@ -31,36 +34,7 @@ def _settings(model, monkeypatch):
   gin.clear_config()
 
 
-def as_tfds(folder):
-  texts = ('book_text', 'book_title', 'publication_date', 'book_link')
-  features = {'book_id': np.int32, **{name: tfds.features.Text() for name in texts}}
-  splits = {
-    split: [
-      {
-        'book_text': text.strip(),
-        'book_id': i,
-        'book_title': f'Title {i}',
-        'publication_date': '1850',
-        'book_link': f'http://www.gutenberg.org/ebooks/{i}',
-      }
-      for i, text in zip(IDS[split], SPLITS[split], strict=True)
-    ]
-    for split in SPLITS
-  }
-  store_as_tfds(folder, 'pg19:0.1.1', features, splits)
-
-
-def as_published(folder):
-  rows = []
-  for split, texts in SPLITS.items():
-    (folder / split).mkdir()
-    for i, text in zip(IDS[split], texts, strict=True):
-      (folder / split / f'{i}.txt').write_bytes(text.encode())
-      rows.append(f'{i},"Title, {i}",1850,http://www.gutenberg.org/ebooks/{i}\n')
-  (folder / 'metadata.csv').write_text(''.join(rows))
-
-
-@pytest.fixture(params=[as_tfds, as_published])
+@pytest.fixture(params=[pg19_as_tfds, pg19_as_published])
 def folder(request, tmp_path, monkeypatch):
   request.param(tmp_path)
   monkeypatch.setenv('PG19_PATH', str(tmp_path))
@@ -69,7 +43,7 @@ def folder(request, tmp_path, monkeypatch):
 
 def expected_tokens(model, split):
   pieces = processor(model)
-  return [token for text in SPLITS[split] for token in [*pieces.encode(text.strip()), 1]]
+  return [token for text in PG19[split] for token in [*pieces.encode(text.strip()), 1]]
 
 
 @pytest.mark.parametrize(('split', 'length'), [('train', 16), ('validation', 7), ('test', 64)])
@@ -81,7 +55,7 @@ def test_every_token_once(folder, model, split, length):
 
 
 def test_counts(folder, model):
-  texts = [text.strip() for text in SPLITS['test']]
+  texts = [text.strip() for text in PG19['test']]
   task = seqio.get_mixture_or_task('pg19')
   assert indexed.counts(task, 'test') == indexed.Counts(
     documents=3,
@@ -95,7 +69,7 @@ def test_settings_in_gin(tmp_path, model, monkeypatch):
   monkeypatch.delenv('SENTENCEPIECE_MODEL')
   data = tmp_path / 'data'
   data.mkdir()
-  as_published(data)
+  pg19_as_published(data)
   gin.parse_config_file(f'{gin_utils.gin_root()}/tasks/pg19.gin')
   for name, value in (
     ('PG19_PATH', data),
@@ -128,7 +102,7 @@ def test_words_are_the_published_ones_of_the_real_corpus(monkeypatch, change, wo
 
 
 def test_a_changed_book_is_read_again(tmp_path, model, monkeypatch):
-  as_published(tmp_path)
+  pg19_as_published(tmp_path)
   monkeypatch.setenv('PG19_PATH', str(tmp_path))
   sequences('pg19', 9, 'validation')
   book = tmp_path / 'validation' / '5000.txt'
@@ -163,7 +137,7 @@ def _only_training(folder):
   ],
 )
 def test_files_that_are_not_pg19(tmp_path, monkeypatch, change, words):
-  as_published(tmp_path)
+  pg19_as_published(tmp_path)
   change(tmp_path)
   monkeypatch.setenv('PG19_PATH', str(tmp_path))
   with pytest.raises(errors.ConfigError, match='PG19_PATH = .*') as e:
@@ -172,14 +146,14 @@ def test_files_that_are_not_pg19(tmp_path, monkeypatch, change, words):
 
 
 def test_one_split_is_enough_to_read_it(tmp_path, model, monkeypatch):
-  as_published(tmp_path)
+  pg19_as_published(tmp_path)
   _only_training(tmp_path)
   monkeypatch.setenv('PG19_PATH', str(tmp_path))
   assert np.concatenate(sequences('pg19', 9, 'train')).tolist() == expected_tokens(model, 'train')
 
 
 def test_a_damaged_book_is_named(tmp_path, monkeypatch):
-  as_published(tmp_path)
+  pg19_as_published(tmp_path)
   book = tmp_path / 'test' / '33.txt'
   book.write_bytes(book.read_bytes()[:6])  # Within a character.
   monkeypatch.setenv('PG19_PATH', str(tmp_path))

@@ -2,7 +2,8 @@
 
 MODEL_DIR/checkpoint_N/
   state/     arrays: target/PARAMETER, state/step, state/param_states/...
-  dataset/   position in the training data, in files of tf.data
+  dataset/   position in the training data, in files of tf.data; T5X on several hosts has a folder
+             process_I-of-N/ for each in it
   metadata/  of the standalone runner only: settings, checksums
 """
 
@@ -10,12 +11,15 @@ import pathlib
 import re
 from typing import Any
 
+from etils import epath
 from flax import serialization, traverse_util
 
 from tvq_t5x.train_step import TrainState
 
 STATE, DATASET, METADATA = 'state', 'dataset', 'metadata'  # Items of a checkpoint.
 PREFIX = 'checkpoint'
+# Beside a position that T5X saved: batches before it, in digits, for a start with other hosts.
+BATCHES = 'batches'
 
 
 def folder(model_dir: pathlib.Path, step: int) -> pathlib.Path:
@@ -29,6 +33,25 @@ def steps_in(model_dir: pathlib.Path) -> list[int]:
     return []
   names = (re.fullmatch(rf'{PREFIX}_(\d+)', path.name) for path in model_dir.iterdir())
   return sorted(int(match[1]) for match in names if match)
+
+
+def batches_before(checkpoint: pathlib.Path | epath.Path, updates: int) -> int:
+  """Training batches that a run has seen before a checkpoint of it.
+
+  Args:
+    checkpoint: its folder, as `folder` names it.
+    updates: steps that a batch gives.
+  """
+  position = checkpoint / DATASET
+  for path in (*position.glob(BATCHES), *position.glob(f'process_*/{BATCHES}')):
+    return int(path.read_text())
+  # A run of the standalone runner has them all from its own data.
+  return step_of(checkpoint) // updates
+
+
+def step_of(checkpoint: pathlib.Path | epath.Path) -> int:
+  """The step of a checkpoint's folder, complete or being written."""
+  return int(checkpoint.name.removeprefix(f'{PREFIX}_').partition('.')[0])
 
 
 def state_dict(state: TrainState) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def restore(configured: Configured) -> Loaded:
     for text in changed:
       logging.warning('%s was trained with another setting: %s', path, text)
   logging.info('Read the parameters of %s.', path)
-  return Loaded(model, params, partitioner, path, _step(path))
+  return Loaded(model, params, partitioner, path, layout.step_of(path))
 
 
 def setting(name: str) -> Any:
@@ -162,16 +162,12 @@ def _config_beside(checkpoint: pathlib.Path) -> str:
   raise ConfigError(f'{why}: give the gin file of the run with --gin_file, and its settings.')
 
 
-def _step(path: pathlib.Path) -> int:
-  return int(path.name.rpartition('_')[2])
-
-
 def _metadata(path: pathlib.Path) -> Mapping[str, Any]:
   """What the standalone runner says of its checkpoint."""
   if not checkpoints.is_standalone(path):
     return {}
   try:
-    return checkpoints.read_metadata(path.parent, _step(path))
+    return checkpoints.read_metadata(path.parent, layout.step_of(path))
   except (OSError, ValueError) as e:
     raise _unreadable(path, e) from e
 

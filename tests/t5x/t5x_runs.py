@@ -14,14 +14,17 @@ from jax.sharding import Mesh
 from t5x import gin_utils, partitioning, utils
 from tensorboard.backend.event_processing import event_accumulator
 from tensorflow import make_ndarray
+from util import one_device
 
 from tvq_t5x import checkpoint_layout as layout
+from tvq_t5x import loading
 from tvq_t5x import train as standalone
 from tvq_t5x.partitioning import ADDITIONAL_RULES
 from tvq_t5x.t5x_adapter.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / 'tests' / 'tiny.gin')
+TINY_MODEL = str(ROOT / 'tests' / 'tiny_model.gin')
 STEPS = 20
 # Of tests/tiny.gin, made short: all that is set here is the same in both engines.
 SHORT = {
@@ -70,15 +73,18 @@ def train(folder, *settings, shape=(1, 1), files=(TINY,), **macros):
 def train_standalone(folder, *settings, **macros):
   """The same with the standalone runner, on the same one device."""
   macros = {**SHORT, 'SAMPLE_PERIOD': STEPS, 'MODEL_DIR': str(folder), **macros}
-  one = jax.devices()[:1]
-  with mock.patch.object(jax, 'devices', lambda *args: one):
+  with one_device():
     assert standalone.run([TINY], [*bindings(**macros), *settings]) == 0
 
 
 def arrays(folder, step):
   """A checkpoint's arrays by name ('target/logits/kernel')."""
   path = layout.folder(folder, step) / layout.STATE
-  return by_name(ocp.PyTreeCheckpointer().restore(path))
+  checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  # On the host: the devices that saved may have been others.
+  saved = checkpointer.metadata(path).item_metadata.tree
+  args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+  return by_name(checkpointer.restore(path, restore_args=args))
 
 
 def by_name(tree):
@@ -137,3 +143,9 @@ def assert_same_arrays(folder, expected, step=STEPS, tolerance=1e-5):
     assert found[name].dtype == x.dtype, name
     difference = np.max(np.abs(np.subtract(found[name], x, dtype=np.float64)))
     assert difference <= tolerance * max(np.max(np.abs(x)), 1e-30), name
+
+
+def load(folder, step=STEPS):
+  """The model and parameters of a checkpoint, without T5X."""
+  with one_device():
+    return loading.load(str(layout.folder(folder, step)), [TINY])

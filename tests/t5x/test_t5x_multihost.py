@@ -71,7 +71,7 @@ class Hosts:
   def finish(self):
     for process in self.processes:
       with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(300)
+        process.wait(600)
     assert [process.returncode for process in self.processes] == [0] * len(self.processes), (
       self.logs()
     )
@@ -80,7 +80,7 @@ class Hosts:
     return '\n'.join(path.read_text()[-3000:] for path in self._logs)
 
   def wait_for_step(self, folder, step):
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     while time.monotonic() < end and all(process.poll() is None for process in self.processes):
       if (layout.steps_in(folder) or [-1])[-1] >= step:
         return
@@ -122,6 +122,5 @@ def test_a_host_dies_and_all_are_started_again(trained, environment, tmp_path):
   assert 4 <= last < STEPS
   with Hosts(MODULE, 2, tmp_path, environment, CHECKPOINT_PERIOD=2) as hosts:
     hosts.finish()
-    assert f'Starting main loop over steps {last}-{STEPS}' in hosts.logs() or last
   assert_same_arrays(folder, trained)
   assert_same_metrics(folder, trained)

@@ -33,6 +33,15 @@ def test_it_ends_with_the_same_bits(interrupted, trained):
   assert not any('tmp' in path.name for path in interrupted.iterdir())
 
 
+def test_it_starts_again_from_its_first_checkpoint(trained, tmp_path):
+  """Which T5X saves when it has read a batch ahead: that batch is not lost."""
+  folder = shutil.copytree(trained, tmp_path / 'run')
+  for step in (STEPS // 2, STEPS):
+    shutil.rmtree(layout.folder(folder, step))
+  t5x_runs.train(folder)
+  assert_same_arrays(folder, trained, tolerance=0)
+
+
 def test_a_finished_run_is_left_alone(trained, tmp_path):
   folder = shutil.copytree(trained, tmp_path / 'run')
   step, state = t5x_runs.train(folder)

@@ -97,6 +97,13 @@ def test_wrong_settings_are_refused_before_anything_is_compiled(tmp_path, settin
   assert not compiled and not (tmp_path / 'run').exists()
 
 
+def test_a_model_on_several_hosts_is_refused(tmp_path, monkeypatch):
+  """They would read different data after a restart."""
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ConfigError, match='NUM_PARTITIONS.*at most the devices of a host, 8'):
+    t5x_runs.train(tmp_path / 'run', shape=(1, 8))
+
+
 def test_a_checkpoint_step_within_a_batch_is_refused(tmp_path):
   """T5X asks the trainer for these steps, where the settings are not looked at."""
   settings = ['utils.SaveCheckpointConfig.checkpoint_steps = [5]']

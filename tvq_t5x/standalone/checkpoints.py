@@ -209,7 +209,7 @@ class Checkpoints:
       raise ValueError('wrong values in step')
     if not position:
       # T5X saves none by default, and one for each host where there are several.
-      batches.skip(step // updates)
+      batches.skip(layout.batches_before(path, updates))
     return Restored(state, metadata)
 
   def _move_away(self, step: int) -> pathlib.Path:

@@ -5,16 +5,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from tvq_t5x import eval_step
 from tvq_t5x import metrics as metrics_lib
 from tvq_t5x.models import Batch, Params, TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
 from tvq_t5x.transformer import DecoderState
-
-# Means over segments of what is no sum over tokens: they would depend on the batch size.
-_INEXACT = ('codebook_perplexity/', 'codebook_dead_codes/')
 
 
 class Sums:
@@ -76,7 +73,7 @@ class Evaluator:
       params: Params, state: DecoderState | None, batch: Batch
     ) -> tuple[DecoderState | None, metrics_lib.Metrics]:
       before = model.init_state(len(batch['decoder_target_tokens'])) if state is None else state
-      after, metrics = continued_metrics(model, params, before, batch, segment_len)
+      after, metrics = eval_step.continued_metrics(model, params, before, batch, segment_len)
       return (after if carry_state else None), metrics
 
     self._step = partitioner.jit(
@@ -126,28 +123,3 @@ class Evaluator:
   def _initial_state(self, batch_size: int) -> DecoderState:
     init = functools.partial(self._model.init_state, batch_size)
     return self._partitioner.jit(init, (), self._state_shardings)()
-
-
-def batch_metrics(
-  model: TransformerVQModel, params: Params, batch: Batch, segment_len: int
-) -> metrics_lib.Metrics:
-  """Metrics of a batch of whole sequences, summed over segments with carried state."""
-  state = model.init_state(len(batch['decoder_target_tokens']))
-  return continued_metrics(model, params, state, batch, segment_len)[1]
-
-
-def continued_metrics(
-  model: TransformerVQModel, params: Params, state: DecoderState, batch: Batch, segment_len: int
-) -> tuple[DecoderState, metrics_lib.Metrics]:
-  """The same of sequences that continue those of `state`, and the state after them."""
-  num_sequences, length = batch['decoder_target_tokens'].shape
-
-  def split(x: jax.Array) -> jax.Array:  # [B, T] to [T / segment_len, B, segment_len]
-    return x.reshape(num_sequences, length // segment_len, segment_len).swapaxes(0, 1)
-
-  def segment(state: Any, part: Batch) -> tuple[Any, metrics_lib.Metrics]:
-    _, (state, metrics) = model.segment_loss(params, part, state, None, 1.0)
-    return state, {k: v for k, v in metrics.items() if not k.startswith(_INEXACT)}
-
-  state, metrics = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
-  return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)

@@ -13,12 +13,11 @@ from t5x import optimizers as t5x_optimizers
 from t5x import partitioning as t5x_partitioning
 from t5x import trainer as t5x_trainer
 
-from tvq_t5x import checks, gin_checks, partitioning
+from tvq_t5x import checks, eval_step, gin_checks, partitioning
 from tvq_t5x.datasets import DatasetConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.metrics import Metrics
 from tvq_t5x.models import TransformerVQModel
-from tvq_t5x.standalone.evaluation import batch_metrics
 from tvq_t5x.train_step import TrainState, train_on_sequences
 
 
@@ -72,6 +71,12 @@ def checked_trainer(
     eval_period=eval_period,
     checkpoint_period=checkpoint_period,
   )
+  if partitioner.get_data_layout().num_shards < jax.process_count():
+    raise ConfigError(
+      'PjitPartitioner.num_partitions (macro NUM_PARTITIONS) spreads the model over several hosts, '
+      'of which T5X would restore the position in the data on the first only: give at most the '
+      f'devices of a host, {jax.local_device_count()}.'
+    )
   if partitioner.mesh.axis_names == (partitioning.DATA, partitioning.MODEL):
     placement = _Placement(partitioner)
     placement.validate(model.config, train_dataset_cfg.batch_size, num_microbatches)
@@ -128,7 +133,7 @@ class Trainer(t5x_trainer.Trainer):
       ConfigError: if a batch would go on after the last update.
     """
     train_step = self._compiled_train_step or self._partitioned_train_step
-    metrics: Metrics = {}
+    metrics: dict[str, Any] = {}
     with self._train_state_mutex:
       train_state = self.train_state
       start_step = int(train_state.step) if start_step is None else int(start_step)
@@ -188,13 +193,14 @@ class Trainer(t5x_trainer.Trainer):
 
   @functools.cached_property
   def _partitioned_eval_step(self) -> Any:
-    def eval_step(train_state: Any, batch: Mapping[str, jax.Array]) -> Metrics:
+    def step(train_state: Any, batch: Mapping[str, jax.Array]) -> Metrics:
       # As in training, a part at a time: whole sequences would need more memory than training.
       length = batch['decoder_target_tokens'].shape[1]
-      return batch_metrics(self._model, train_state.params, batch, self._update_len or length)
+      segment_len = self._update_len or length
+      return eval_step.batch_metrics(self._model, train_state.params, batch, segment_len)
 
     return self._partitioner.partition(
-      eval_step,
+      step,
       in_axis_resources=(self._train_state_axes, self._partitioner.data_partition_spec),
       out_axis_resources=None,
     )

@@ -1,0 +1,95 @@
+"""Training data for T5X, whose position is that of a step of a run."""
+
+from typing import Any
+
+import tensorflow as tf
+from clu.data import dataset_iterator
+from etils import epath
+from t5x import utils
+
+from tvq_t5x import checkpoint_layout as layout
+from tvq_t5x.datasets import FeatureConverterFactory
+
+
+def get_dataset(
+  cfg: utils.DatasetConfig,
+  shard_id: int,
+  num_shards: int,
+  feature_converter_cls: FeatureConverterFactory,
+  *,
+  model_dir: str,
+  update_len: int | None = None,
+) -> 'TrainingIterator':
+  """T5X's `get_dataset_fn` for training.
+
+  Args:
+    cfg: what to read.
+    shard_id: which of the hosts' shares to return.
+    num_shards: how many there are.
+    feature_converter_cls: makes the feature converter, given `pack`.
+    model_dir: MODEL_DIR of the run.
+    update_len: tokens of each sequence that an update sees; None means all.
+  """
+  dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
+  length = cfg.task_feature_lengths['targets']
+  return TrainingIterator(dataset, model_dir, length // (update_len or length))
+
+
+class TrainingIterator(dataset_iterator.TfDatasetIterator):
+  """Endless batches of one host, from the place that its run has come to.
+
+  T5X's own goes on only with as many hosts as saved the position. It has read a batch ahead when
+  the checkpoint before the first step is saved, and loses it if the run goes on from there. And in
+  a run that starts from a checkpoint of another, it goes on in that one's data.
+  """
+
+  def __init__(self, dataset: tf.data.Dataset, model_dir: str, updates: int):
+    """Starts at the first batch.
+
+    Args:
+      dataset: batches.
+      model_dir: of the run; checkpoints in other folders are other runs'.
+      updates: steps that a batch gives.
+    """
+    super().__init__(dataset, checkpoint=True)
+    self._model_dir, self._updates = epath.Path(model_dir).resolve(), updates
+    self._batches, self._first_step = 0, 0
+
+  def __next__(self) -> Any:
+    batch = super().__next__()
+    self._batches += 1
+    return batch
+
+  def save(self, filename: Any) -> None:
+    """Saves the position of the step whose checkpoint the file is in."""
+    path = epath.Path(filename)
+    batches = self._batches
+    if layout.step_of(_checkpoint(path)) == self._first_step:
+      batches = 0  # What was read is for the steps after it.
+    else:
+      super().save(path)
+    (path.parent / layout.BATCHES).write_text(str(batches))
+
+  def restore(self, filename: Any) -> None:
+    """Goes to a position of this run; at one of another run, stays at the first batch.
+
+    Args:
+      filename: as T5X names it; other hosts, or the standalone runner, have left other files.
+    """
+    path = epath.Path(filename)
+    checkpoint = _checkpoint(path)
+    if checkpoint.parent.resolve() != self._model_dir:
+      self._first_step = layout.step_of(checkpoint)
+      return
+    batches = layout.batches_before(checkpoint, self._updates)
+    if path.with_name(f'{path.name}.index').exists():
+      super().restore(path)
+      self._batches = batches
+      return
+    for _ in range(batches):
+      next(self)
+
+
+def _checkpoint(file: epath.Path) -> epath.Path:
+  """The checkpoint that a file is in."""
+  return next(path for path in file.parents if path.name.startswith(f'{layout.PREFIX}_'))
