@@ -10,10 +10,9 @@ import seqio
 import tiny_task
 from util import small_config
 
-from tvq_t5x import datasets, metrics
+from tvq_t5x import datasets, metrics, stretches
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
-from tvq_t5x.standalone import stretches
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.train_step import init_train_state
 from tvq_t5x.transformer import Transformer
@@ -100,7 +99,7 @@ def test_devices_change_nothing(model, params, expected):
 
 def _stretches(batch_size, length=_LENGTH):
   cfg = dataclasses.replace(_cfg(batch_size), task_feature_lengths={'targets': length})
-  return list(stretches.stretch_batches(cfg))
+  return list(stretches.evaluation_batches(cfg))
 
 
 @pytest.mark.parametrize(('batch_size', 'length'), [(1, 32), (3, 8), (7, 24), (600, 8)])

@@ -9,11 +9,10 @@ import pytest
 import tiny_task
 from util import assert_close, one_device, programs_kept_in, small_config
 
-from tvq_t5x import datasets, generation
+from tvq_t5x import datasets, generation, stretches
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.standalone.evaluation import Evaluator
-from tvq_t5x.standalone.stretches import stretch_batches
 
 _TEXT = 'the ship and the sea and a sky.\nthe sky a ship'  # Longer than blocks and window of 8.
 _GREEDY = SamplingConfig(temperature=0.0)
@@ -94,7 +93,7 @@ def test_the_score_of_a_split_is_its_evaluation(lm):
   evaluator = Evaluator(
     loaded.model, loaded.partitioner.for_batch(1), loaded.params_shardings, 64, carry_state=True
   )
-  found = evaluator(loaded.params, stretch_batches(cfg))
+  found = evaluator(loaded.params, stretches.evaluation_batches(cfg))
   text = tiny_task.text('test').decode()
   score = lm.score([*lm.encode(text), 1])
   assert score.bits_per_byte == pytest.approx(found['bits_per_byte'], rel=1e-5)

@@ -320,6 +320,15 @@ def test_accepts_a_right_or_an_unclear_type(setting):
   _check(_SET, keep, f'lib.{setting}')
 
 
+@pytest.mark.parametrize('module', ['t5x.utils', '__main__'])
+def test_in_t5x_none_has_any_type(monkeypatch, module):
+  import checks_library
+
+  monkeypatch.setattr(checks_library.train, '__module__', module)
+  _check(_SET, 'lib.train.model_dir = None', *_keep('train.model_dir = None'))
+  assert 'accepts str, not int' in _problem(_SET, 'lib.train.model_dir = 1')
+
+
 def test_constants_are_looked_up():
   gin.constant('checks.STEPS', 'ten')
   try:

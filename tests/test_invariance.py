@@ -44,6 +44,7 @@ _CASES = {
   'shga': ({'num_layers': 1, 'scan_layers': False}, _ADAMW),
   # Wide enough for factored moments.
   'mha': ({'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128}, _ADAFACTOR),
+  'carried': ({'num_layers': 2, 'head_type': 'mqa', 'num_heads': 2, 'key_dim': 8}, _ADAMW),
 }
 
 
@@ -76,7 +77,9 @@ def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTra
 def make_model(case: str) -> TransformerVQModel:
   fields, optimizer = _CASES[case]
   module = Transformer(TransformerConfig(**{**_SMALL, **fields}))
-  model = TransformerVQModel(module, seqio.PassThroughVocabulary(32), optimizer())
+  model = TransformerVQModel(
+    module, seqio.PassThroughVocabulary(32), optimizer(), carry_state=case == 'carried'
+  )
   model.optimizer = keep_gradients(model.optimizer)
   return model
 
@@ -84,7 +87,7 @@ def make_model(case: str) -> TransformerVQModel:
 @functools.cache
 def initial_state(case: str) -> Any:
   partitioner = Partitioner(devices=jax.devices('cpu')[:1])
-  return jax.device_get(partitioner.init_state(make_model(case), jax.random.key(1)))
+  return jax.device_get(partitioner.init_state(make_model(case), jax.random.key(1), BATCH_SIZE))
 
 
 @functools.cache
@@ -107,6 +110,8 @@ def train(case: str, data: int, model_axis: int, num_microbatches: int, dims: in
     batch = random_batch(model.config, BATCH_SIZE, LENGTH, seed=i)
     # An example that is padding from its first update on, in an interior microbatch and shard.
     batch['decoder_loss_weights'] = batch['decoder_loss_weights'].at[2, 9:].set(0.0)
+    # Where the state is carried on from one batch to the next, some rows begin anew.
+    batch['decoder_input_tokens'] = batch['decoder_input_tokens'].at[i::2, 0].set(5)
     batch = jax.device_put(batch, partitioner.batch_sharding())
     state, step_metrics = step(state, batch)
     losses.append({name: x.total / x.count for name, x in step_metrics.items()})
@@ -158,6 +163,14 @@ def test_mha_with_scanned_layers_and_adafactor_is_the_same_on_a_mesh():
     if name.endswith('layers/mlp/wi/kernel') and '/v_' in name
   }
   assert factors == {'v_row': (2, 128), 'v_col': (2, 512 // 2)}
+
+
+@pytest.mark.parametrize(('data', 'num_microbatches'), [(1, 2), (4, 2)])
+def test_state_carried_from_batch_to_batch_is_the_same_on_every_mesh(data, num_microbatches):
+  run = train('carried', data, 2, num_microbatches)
+  assert_same(run, train('carried', 1, 1, 1))
+  shape = run.shard_shapes['carried/layers/0/values']
+  assert shape[:2] == (2, BATCH_SIZE // data)
 
 
 def test_every_device_has_its_part_only():

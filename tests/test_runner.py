@@ -100,6 +100,7 @@ def _next_batch(folder, step):
   # Whatever the checkpoint says that it was for.
   position = folder / f'checkpoint_{step}' / 'dataset'
   saved = json.loads((position / 'config.json').read_text())
+  assert not saved.pop('carry_state')
   cfg = datasets.DatasetConfig(**saved)
   from tvq_t5x.feature_converters import TransformerVQFeatureConverter
 
@@ -292,6 +293,21 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
 
   assert _run(folder) == 0
   _assert_same_end(folder, whole)
+
+
+def test_carried_state_is_saved(tmp_path, caplog):
+  macros = {'CARRY_STATE': True, 'TRAIN_STEPS': 8, 'EVAL_PERIOD': 8, 'SAMPLE_PERIOD': 8}
+  whole, folder = tmp_path / 'whole', tmp_path / 'run'
+  assert _run(whole, **macros, CHECKPOINT_PERIOD=4) == 0
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / 'checkpoint_8')
+  assert _run(folder, **macros, CHECKPOINT_PERIOD=4) == 0
+  assert 'Continuing from the checkpoint of step 4.' in caplog.text
+  arrays = _arrays(folder, 8)
+  jax.tree.map(np.testing.assert_array_equal, arrays, _arrays(whole, 8))
+  # Eight batches of 32 tokens a row.
+  np.testing.assert_array_equal(arrays['flax_mutables']['carried']['position'], 8 * 32)
+  assert _run(folder, TRAIN_STEPS=8) == 2  # No carried state to continue with.
 
 
 def test_a_second_interrupt_interrupts():

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from util import LIGHT, assert_close, random_batch, random_params, small_model
+import seqio
+from util import LIGHT, assert_close, random_batch, random_params, small_config, small_model
 
 from tvq_t5x import optimizers, train_step
 from tvq_t5x.errors import ConfigError
-from tvq_t5x.models import DropoutRngs
+from tvq_t5x.models import DropoutRngs, TransformerVQModel
 from tvq_t5x.train_step import TrainState, train_on_sequences
+from tvq_t5x.transformer import Transformer
 
 SEQUENCES, LENGTH, UPDATE_LEN = 4, 16, 8
 
@@ -94,7 +96,7 @@ def by_hand(model, state, batch, update_len, carry):
     updates, opt_state = model.optimizer.update(gradients, opt_state, params)
     return loss, jax.tree.map(jnp.add, params, updates), opt_state, decoder_state
 
-  _, params, opt_state = state
+  _, params, opt_state, _ = state
   decoder_state, losses = model.init_state(SEQUENCES), []
   for start in range(0, LENGTH, update_len):
     segment = {name: x[:, start : start + update_len] for name, x in batch.items()}
@@ -116,6 +118,41 @@ def test_state_is_carried_along_the_sequence(update_len):
   _, forgetful = by_hand(model, state, batch, update_len, carry=False)
   assert_close(losses[0], forgetful[0])
   assert np.all(np.abs(losses[1:] - forgetful[1:]) > 1e-4)
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('num_microbatches', [1, 2])
+def test_state_is_carried_to_the_next_batch(scan_layers, num_microbatches):
+  """Two batches are one of twice the length, but for the rows that begin with EOS."""
+  config = small_config(**{**LIGHT, 'scan_layers': scan_layers})
+  optimizer = optimizers.adamw(1e-2, weight_decay=1e-3, clip_norm=1.0, eps=1e-3)
+  vocabulary = seqio.PassThroughVocabulary(config.vocab_size)
+  model = TransformerVQModel(Transformer(config), vocabulary, optimizer, carry_state=True)
+  params = random_params(config)
+  state = TrainState(
+    jnp.int32(7), params, model.optimizer.init(params), model.init_state(SEQUENCES)
+  )
+  batch = random_batch(config, SEQUENCES, LENGTH)
+  batch = {name: x.at[:, 8].set(5) for name, x in batch.items() if 'weights' not in name} | {
+    'decoder_loss_weights': batch['decoder_loss_weights']
+  }
+  first, second = ({name: x[:, i : i + 8] for name, x in batch.items()} for i in (0, 8))
+  whole, metrics = train(model, state, batch, UPDATE_LEN, num_microbatches)
+  half, _ = train(model, state, first, UPDATE_LEN, num_microbatches)
+  found, found_metrics = train(model, half, second, UPDATE_LEN, num_microbatches)
+  assert_close(found, whole)
+  assert_close(found_metrics['loss'].total, metrics['loss'].total[1:])
+
+  # A row that begins with EOS has nothing of what came before.
+  begins = {**second, 'decoder_input_tokens': second['decoder_input_tokens'].at[1, 0].set(1)}
+  anew, _ = train(model, half, begins, UPDATE_LEN, num_microbatches)
+  np.testing.assert_array_equal(anew.carried.position, [16, 8, 16, 16])
+  alone = half._replace(carried=model.init_state(SEQUENCES))
+  expected, _ = train(model, alone, begins, UPDATE_LEN, num_microbatches)
+  axis = 1 if scan_layers else 0
+  for x, y in zip(*map(jax.tree.leaves, (anew.carried, expected.carried)), strict=True):
+    axis = min(axis, x.ndim - 1)
+    assert_close(jnp.take(x, 1, axis), jnp.take(y, 1, axis))
 
 
 def test_quadratic_baseline_trains_on_whole_sequences():

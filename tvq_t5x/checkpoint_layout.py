@@ -1,7 +1,8 @@
 """Where a checkpoint keeps what: the layout of T5X with Orbax, so that either engine reads both.
 
 MODEL_DIR/checkpoint_N/
-  state/     arrays: target/PARAMETER, state/step, state/param_states/...
+  state/     arrays: target/PARAMETER, state/step, state/param_states/..., and where the state of
+             sequences is carried on, flax_mutables/carried/...
   dataset/   position in the training data, in files of tf.data; T5X on several hosts has a folder
              process_I-of-N/ for each in it
   metadata/  of the standalone runner only: settings, checksums
@@ -56,10 +57,13 @@ def step_of(checkpoint: pathlib.Path | epath.Path) -> int:
 
 def state_dict(state: TrainState) -> dict[str, Any]:
   """The arrays of a TrainState (or what stands in their place) under their names on disk."""
-  return {
+  arrays = {
     'target': state.params,
     'state': {'step': state.step, 'param_states': _without_empty(_to_dict(state.opt_state))},
   }
+  if state.carried is not None:
+    arrays['flax_mutables'] = {'carried': _to_dict(state.carried)}
+  return arrays
 
 
 def from_state_dict(like: TrainState, arrays: dict[str, Any]) -> TrainState:
@@ -68,7 +72,10 @@ def from_state_dict(like: TrainState, arrays: dict[str, Any]) -> TrainState:
   found = traverse_util.flatten_dict(arrays['state'].get('param_states', {}))
   opt_state = traverse_util.unflatten_dict({**template, **found})
   opt_state = serialization.from_state_dict(like.opt_state, opt_state)
-  return TrainState(arrays['state']['step'], arrays['target'], opt_state)
+  carried = like.carried
+  if carried is not None:
+    carried = serialization.from_state_dict(carried, arrays['flax_mutables']['carried'])
+  return TrainState(arrays['state']['step'], arrays['target'], opt_state, carried)
 
 
 def _to_dict(tree: Any) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def lower_train_step(
     The function of the train state, whose memory the new one takes, of the batch and of the key.
   """
   shardings = partitioner.train_state_shardings(model)
-  state = jax.eval_shape(functools.partial(init_train_state, model), jax.random.key(0))
+  init = functools.partial(init_train_state, model, batch_size=batch_size)
+  state = jax.eval_shape(init, jax.random.key(0))
   batch = {
     'decoder_input_tokens': jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
     'decoder_target_tokens': jax.ShapeDtypeStruct((batch_size, length), jnp.int32),

@@ -119,14 +119,22 @@ def training_batches(
   Raises:
     ConfigError: if a setting is refused; nothing is read before.
   """
-  provider = _validate(cfg, feature_converter_cls)
+  provider = validate(cfg, feature_converter_cls)
   if cfg.shuffle and cfg.seed is None:
     raise errors.ConfigError(
       'DatasetConfig.seed = None: training batches can be reproduced and resumed only from a given '
       'seed; set a whole number, or DatasetConfig.shuffle = False.'
     )
   dataset = _read(cfg, provider, feature_converter_cls, shuffle=cfg.shuffle, num_epochs=None)
-  identity = {
+  dataset = dataset.batch(cfg.batch_size, drop_remainder=True)
+  return TrainingIterator(dataset, identity(cfg, provider))
+
+
+def identity(
+  cfg: DatasetConfig, provider: seqio.Task | seqio.Mixture, carry_state: bool = False
+) -> dict[str, Any]:
+  """The settings that the position in a task's or mixture's batches depends on."""
+  return {
     'mixture_or_task_name': provider.name,
     'task_feature_lengths': dict(cfg.task_feature_lengths),
     'split': cfg.split,
@@ -134,8 +142,8 @@ def training_batches(
     'shuffle': cfg.shuffle,
     'seed': cfg.seed,
     'use_cached': cfg.use_cached,
+    'carry_state': carry_state,
   }
-  return TrainingIterator(dataset.batch(cfg.batch_size, drop_remainder=True), identity)
 
 
 def evaluation_batches(
@@ -153,7 +161,7 @@ def evaluation_batches(
   Raises:
     ConfigError: if a setting is refused; nothing is read before.
   """
-  provider = _validate(cfg, feature_converter_cls)
+  provider = validate(cfg, feature_converter_cls)
   dataset = evaluation_dataset(cfg, provider, feature_converter_cls)
   return dataset.as_numpy_iterator()  # pyright: ignore[reportReturnType]
 
@@ -243,10 +251,14 @@ def task_or_mixture(
   )
 
 
-def _validate(
+def validate(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture, or raises a `ConfigError` that names the binding to change."""
+  """Returns the task or mixture of a setting that can be read.
+
+  Raises:
+    ConfigError: naming the binding to change.
+  """
   provider = task_or_mixture(cfg.mixture_or_task_name, cfg.module)
   if cfg.split not in provider.splits:
     raise errors.ConfigError(

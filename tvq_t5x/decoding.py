@@ -15,7 +15,7 @@ import optax
 from tvq_t5x import sampling
 from tvq_t5x.cache import AttentionState
 from tvq_t5x.sampling import SamplingConfig
-from tvq_t5x.transformer import DecoderState, Transformer, init_decoder_state
+from tvq_t5x.transformer import DecoderState, Transformer, batch_axes, init_decoder_state
 
 Params = Any
 
@@ -122,7 +122,7 @@ def generate(
     nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, 0], token)
     return decoder, token, tokens.at[i].set(token), scores.at[i].set(-nats)
 
-  shape = num_tokens, len(state.token)
+  shape = num_tokens, state.token.shape[0]
   carry = decoder, state.token, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
   steps = num_tokens if count is None else count
   decoder, token, tokens, scores = jax.lax.fori_loop(0, steps, step, carry)
@@ -139,7 +139,7 @@ def generate(
 
 def repeat(module: Transformer, state: GenerationState, times: int) -> GenerationState:
   """Each of B sequences `times` times in a row: B * times sequences."""
-  axis = 1 if module.config.scan_layers else 0
+  axis = batch_axes(module.config).layers
   layers = jax.tree.map(lambda x: jnp.repeat(x, times, axis), state.decoder.layers)
   position, token = (jnp.repeat(x, times) for x in (state.decoder.position, state.token))
   return GenerationState(DecoderState(position, layers), token)
@@ -182,4 +182,4 @@ def _noise(rng: jax.Array, position: jax.Array, num_tokens: int) -> jax.Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(rng, row), position))
 
   positions = position + jnp.arange(num_tokens)[:, None]
-  return jax.vmap(jax.vmap(draw), in_axes=(None, 0))(jnp.arange(len(position)), positions)
+  return jax.vmap(jax.vmap(draw), in_axes=(None, 0))(jnp.arange(position.shape[0]), positions)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
+EOS = 1  # Ends a document, and stands before the first token of a sequence.
+
 
 class TransformerVQFeatureConverter(seqio.LMFeatureConverter):
   """Turns sequences of tokens into the features of the model.
@@ -31,7 +33,7 @@ class TransformerVQFeatureConverter(seqio.LMFeatureConverter):
     pack: bool = False,
     use_custom_packing_ops: bool = False,
     apply_length_check: bool = True,
-    bos_id: int = 1,
+    bos_id: int = EOS,
   ):
     del pack, use_custom_packing_ops
     super().__init__(pack=False, apply_length_check=apply_length_check, bos_id=bos_id)

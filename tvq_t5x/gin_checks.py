@@ -28,6 +28,8 @@ OF_ONE_ENGINE = frozenset(
     'EVALUATOR_USE_MEMORY_CACHE',
     'JSON_WRITE_N_RESULTS',
     'MIXTURE_OR_TASK_MODULE',
+    'NUM_SAMPLES',
+    'SAMPLE_LENGTH',
     'SAMPLE_PERIOD',
     'TEST_SPLIT',
     'TRAIN_STEPS_RELATIVE',
@@ -172,8 +174,8 @@ def _wrong_types(bindings: Sequence[_Binding], macros: dict[str, Any]) -> Iterat
     # Annotations are often loose: `x: int = None`, or a Mapping that T5X's run files set to None.
     if type(value) is type(default) and _refuses(annotation, default):
       continue
-    # T5X says `str` where it accepts None.
-    loose = binding.configurable.wrapped.__module__.split('.')[0] == 't5x'
+    # T5X says `str` where it accepts None; its programs run as __main__.
+    loose = binding.configurable.wrapped.__module__.split('.')[0] in ('t5x', '__main__')
     if value is None and (loose or annotation not in _SCALARS):
       continue
     where = [f'{name} = {_short(v)}' for name, v in _macros_within(binding.value, macros).items()]

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import seqio
+from flax import serialization, traverse_util
+from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x import decoding, optimizers
 from tvq_t5x import metrics as metrics_lib
@@ -58,6 +60,7 @@ class TransformerVQModel:
     vocabulary: seqio.Vocabulary,
     optimizer: optax.GradientTransformation,
     loss_normalizing_factor: float | None = None,
+    carry_state: bool = False,
   ):
     """Creates the model.
 
@@ -67,16 +70,25 @@ class TransformerVQModel:
       optimizer: of all parameters but the codebooks.
       loss_normalizing_factor: positions of the global batch of one update, padding included. None
         means those of the batch at hand, which is right without microbatches only.
+      carry_state: whether training carries window and cache on from each batch to the next, row by
+        row; `stretches.training_batches` has such batches.
 
     Raises:
-      ConfigError: if the vocabulary has more ids than the network.
+      ConfigError: if the vocabulary has more ids than the network, or there is no state to carry.
     """
     if vocabulary.vocab_size > module.config.vocab_size:
       raise ConfigError(
         f'TransformerConfig.vocab_size = {module.config.vocab_size} is not accepted: '
         f'TransformerVQModel.vocabulary needs at least {vocabulary.vocab_size}.'
       )
+    if carry_state and module.config.attention_type == AttentionType.QUADRATIC:
+      raise ConfigError(
+        'TransformerVQModel.carry_state = True (macro CARRY_STATE): '
+        f'TransformerConfig.attention_type = {module.config.attention_type.value!r} keeps no '
+        "state; give False, or 'vq'."
+      )
     self.module = module
+    self.carry_state = carry_state
     self.input_vocabulary = self.output_vocabulary = vocabulary
     self.optimizer = optimizers.with_codebook_ema(optimizer, module.config.ema_decay)
     self.bytes_per_token = bytes_per_token(vocabulary, module.config.vocab_size)
@@ -100,11 +112,28 @@ class TransformerVQModel:
     input_shapes: Mapping[str, tuple[int, ...]],
     input_types: Mapping[str, Any] | None = None,
   ) -> Mapping[str, Any]:
-    """Initial `params` and their `params_axes`; parameters depend on no input shape."""
+    """Initial `params` and their `params_axes`; parameters depend on no input shape.
+
+    Where the state is carried on, also that of as many sequences as `decoder_input_tokens` has, as
+    `carried` and `carried_axes`.
+    """
     del input_types
     batch_size = input_shapes['decoder_input_tokens'][0]
     tokens = jnp.zeros([batch_size, 1], jnp.int32)
-    return self.module.init(rng, tokens)
+    variables = dict(self.module.init(rng, tokens))
+    if self.carry_state:
+      variables |= self._carried_variables(batch_size)
+    return variables
+
+  def _carried_variables(self, batch_size: int) -> dict[str, Any]:
+    state = traverse_util.flatten_dict(serialization.to_state_dict(self.init_state(batch_size)))
+    of_layers = ('layers', 'batch') if self.config.scan_layers else ('batch',)
+    axes = {
+      (*path, f'{name}_axes'): nn_partitioning.AxisMetadata(names=of_layers if path else ('batch',))
+      for *path, name in state
+    }
+    variables = {'carried': state, 'carried_axes': axes}
+    return {name: traverse_util.unflatten_dict(x) for name, x in variables.items()}
 
   def init_state(self, batch_size: int) -> DecoderState:
     """The state before the first token of B sequences."""

@@ -222,8 +222,7 @@ class Partitioner:
 
   def decoder_state_shardings(self, config: TransformerConfig) -> DecoderState:
     """Shardings of what a model remembers of a batch, as a prefix of that tree."""
-    layers = ('layers', 'batch') if config.scan_layers else ('batch',)
-    return DecoderState(self.batch_sharding(), self._sharding(layers))
+    return DecoderState(*map(self._sharding, _decoder_state_axes(config)))  # pyright: ignore
 
   def replicated(self) -> NamedSharding:
     """Sharding of arrays that every device has as a whole."""
@@ -263,14 +262,22 @@ class Partitioner:
     )
     return MeshFunction(jitted, self.mesh)
 
-  def init_state(self, model: TransformerVQModel, rng: jax.Array) -> TrainState:
-    """The state before the first update, created in place; the same numbers on every mesh."""
-    init = functools.partial(init_train_state, model)
+  def init_state(
+    self, model: TransformerVQModel, rng: jax.Array, batch_size: int = 1
+  ) -> TrainState:
+    """The state before the first update, created in place; the same numbers on every mesh.
+
+    Args:
+      model: to train.
+      rng: key of the parameters.
+      batch_size: B, of a model that carries its state on.
+    """
+    init = functools.partial(init_train_state, model, batch_size=batch_size)
     return self.jit(init, self.replicated(), self.train_state_shardings(model))(rng)
 
-  def describe(self, model: TransformerVQModel) -> StateInfo:
-    """What the TrainState takes on this mesh, compiling nothing."""
-    state, axes = _abstract_train_state(model)
+  def describe(self, model: TransformerVQModel, batch_size: int = 1) -> StateInfo:
+    """What the TrainState takes on this mesh, compiling nothing; arguments as in `init_state`."""
+    state, axes = _abstract_train_state(model, batch_size)
 
     def info(path, x, names):
       sharding = self._sharding(names)
@@ -332,14 +339,32 @@ def _abstract_variables(module: Transformer) -> tuple[dict[str, Any], dict[str, 
   return _by_name(variables['params']), {name: tuple(x) for name, x in _by_name(axes).items()}
 
 
-def _abstract_train_state(model: TransformerVQModel) -> tuple[TrainState, TrainState]:
+def _abstract_train_state(
+  model: TransformerVQModel, batch_size: int = 1
+) -> tuple[TrainState, TrainState]:
   """The TrainState's shapes and, in the same structure, the logical axes of each array."""
   shapes, axes = _abstract_variables(model.module)
   params = traverse_util.unflatten_dict(shapes, sep='/')
   opt_state = jax.eval_shape(model.optimizer.init, params)
-  state = TrainState(jax.ShapeDtypeStruct([], jnp.int32), params, opt_state)
+  carried = carried_axes = None
+  if model.carry_state:
+    carried = jax.eval_shape(lambda: model.init_state(batch_size))
+    carried_axes = jax.tree.map(
+      lambda names, part: jax.tree.map(lambda _: names, part),
+      _decoder_state_axes(model.config),
+      carried,
+      is_leaf=lambda x: isinstance(x, tuple) and not isinstance(x, DecoderState),
+    )
+  state = TrainState(jax.ShapeDtypeStruct([], jnp.int32), params, opt_state, carried)
   params_axes = traverse_util.unflatten_dict(axes, sep='/')
-  return state, TrainState((), params_axes, optimizer_axes(opt_state, shapes, axes))
+  opt_axes = optimizer_axes(opt_state, shapes, axes)
+  return state, TrainState((), params_axes, opt_axes, carried_axes)
+
+
+def _decoder_state_axes(config: TransformerConfig) -> DecoderState:
+  """Logical axes of what a model remembers of a batch, as a prefix of that tree."""
+  layers = ('layers', 'batch') if config.scan_layers else ('batch',)
+  return DecoderState(('batch',), layers)  # pyright: ignore
 
 
 def optimizer_axes(

@@ -1,5 +1,6 @@
 """Parameter updates: microbatches, truncated backpropagation through a sequence, and its state."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ from flax.linen import partitioning as nn_partitioning
 from tvq_t5x import metrics as metrics_lib
 from tvq_t5x.config import AttentionType
 from tvq_t5x.errors import ConfigError
+from tvq_t5x.feature_converters import EOS
 from tvq_t5x.models import Batch, DropoutRngs, TransformerVQModel
 from tvq_t5x.optimizers import codebook_labels
-from tvq_t5x.transformer import DecoderState
+from tvq_t5x.transformer import DecoderState, batch_axes
 
 
 class TrainState(NamedTuple):
@@ -21,12 +23,21 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32 scalar, parameter updates so far.
   params: Any
   opt_state: Any
+  # Of the B sequences of the last batch, if the model carries it on to the next batch.
+  carried: DecoderState | None = None
 
 
-def init_train_state(model: TransformerVQModel, rng: jax.Array) -> TrainState:
-  """The state before the first update; its axis names are in `model.get_initial_variables`."""
+def init_train_state(model: TransformerVQModel, rng: jax.Array, batch_size: int = 1) -> TrainState:
+  """The state before the first update; its axis names are in `model.get_initial_variables`.
+
+  Args:
+    model: to train.
+    rng: key of the parameters.
+    batch_size: B, of a model that carries its state on.
+  """
   params = model.get_initial_variables(rng, {'decoder_input_tokens': (1, 1)})['params']
-  return TrainState(jnp.zeros([], jnp.int32), params, model.optimizer.init(params))
+  carried = model.init_state(batch_size) if model.carry_state else None
+  return TrainState(jnp.zeros([], jnp.int32), params, model.optimizer.init(params), carried)
 
 
 def train_on_sequences(
@@ -40,7 +51,9 @@ def train_on_sequences(
 ) -> tuple[TrainState, metrics_lib.Metrics]:
   """Trains on B sequences in T / update_len updates (truncated backpropagation).
 
-  The window and cache are carried from one update to the next without gradient, and start empty.
+  The window and cache are carried from one update to the next without gradient. They start empty,
+  or if the train state holds those of the batch before, from these: row by row, but for rows whose
+  first input is EOS, where a document begins.
 
   Args:
     model: defines the loss and the optimizer.
@@ -91,12 +104,51 @@ def train_on_sequences(
     )
     return (apply_gradients(model, train_state, gradients), states), metrics
 
-  initial = model.init_state(num_sequences // num_microbatches)
-  states = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_microbatches, *x.shape)), initial)
-  (train_state, _), metrics = jax.lax.scan(
-    update, (train_state, states), jax.tree.map(split, dict(batch))
+  carried = train_state.carried
+  if carried is None:
+    initial = model.init_state(num_sequences // num_microbatches)
+    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_microbatches, *x.shape)), initial)
+  else:
+    begins = batch['decoder_input_tokens'][:, 0] == EOS
+    states = _emptied(model, carried, begins)
+    states = _map_rows(functools.partial(_split_rows, num_microbatches), model, states)
+  (train_state, states), metrics = jax.lax.scan(
+    update, (train_state._replace(carried=None), states), jax.tree.map(split, dict(batch))
   )
+  if carried is not None:
+    train_state = train_state._replace(carried=_map_rows(_join_rows, model, states))
   return train_state, metrics
+
+
+def _emptied(model: TransformerVQModel, state: DecoderState, rows: jax.Array) -> DecoderState:
+  """The state, with that of no token in some rows [B] bool."""
+
+  def row(empty: jax.Array, new: DecoderState, old: DecoderState) -> DecoderState:
+    return jax.tree.map(functools.partial(jnp.where, empty), new, old)
+
+  axes = batch_axes(model.config)
+  return jax.vmap(row, (0, axes, axes), axes)(rows, model.init_state(len(rows)), state)
+
+
+def _map_rows(function: Any, model: TransformerVQModel, state: DecoderState) -> DecoderState:
+  """Maps the arrays of a state, each given with its batch axis."""
+  return jax.tree.map(
+    lambda axis, part: jax.tree.map(lambda x: function(x, axis), part),
+    batch_axes(model.config),
+    state,
+  )
+
+
+def _split_rows(parts: int, x: jax.Array, axis: int) -> jax.Array:
+  """[..., B, ...] to [parts, ..., B / parts, ...], strided as the batch is."""
+  x = x.reshape(*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
+  return jnp.moveaxis(x, axis + 1, 0)
+
+
+def _join_rows(x: jax.Array, axis: int) -> jax.Array:
+  """The inverse of `_split_rows`."""
+  x = jnp.moveaxis(x, 0, axis + 1)
+  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def accumulate_gradients(
@@ -158,7 +210,7 @@ def apply_gradients(
   """One parameter update."""
   updates, opt_state = model.optimizer.update(gradients, train_state.opt_state, train_state.params)
   params = optax.apply_updates(train_state.params, updates)
-  return TrainState(train_state.step + 1, params, opt_state)
+  return train_state._replace(step=train_state.step + 1, params=params, opt_state=opt_state)
 
 
 def _main_norm(gradients: Any) -> jax.Array:

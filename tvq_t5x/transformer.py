@@ -69,6 +69,11 @@ def init_decoder_state(config: TransformerConfig, batch_size: int) -> DecoderSta
   return DecoderState(jnp.zeros([batch_size], jnp.int32), layers)
 
 
+def batch_axes(config: TransformerConfig) -> DecoderState:
+  """The batch axis of the arrays of a DecoderState, as a prefix of that tree."""
+  return DecoderState(position=0, layers=1 if config.scan_layers else 0)  # pyright: ignore
+
+
 class Attention(nn.Module):
   """An attention sublayer, gated or plain, over quantized or unquantized keys."""
 

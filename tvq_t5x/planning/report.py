@@ -65,7 +65,7 @@ def estimate(step: Step, topology: str, chip: Chip, compiled: jax.stages.Compile
     temporaries=stats.temp_size_in_bytes,
     code=stats.generated_code_size_in_bytes,
   )
-  state = step.partitioner.describe(step.model)
+  state = step.partitioner.describe(step.model, step.batch_size)
   return Estimate(step, topology, chip, state, memory, hlo.work_of(compiled.as_text()))
 
 
@@ -79,7 +79,7 @@ def refused(step: Step, topology: str, chip: Chip, error: Exception) -> Estimate
   if not found:
     raise error
   temporaries = float(found[1]) * 2 ** {'K': 10, 'M': 20, 'G': 30}[found[2]]
-  state = step.partitioner.describe(step.model)
+  state = step.partitioner.describe(step.model, step.batch_size)
   memory = Memory(state.num_bytes_per_device, 0, int(temporaries), 0)
   return Estimate(step, topology, chip, state, memory, None)
 

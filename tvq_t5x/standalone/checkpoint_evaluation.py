@@ -7,12 +7,12 @@ from typing import Any
 
 from absl import logging
 
-from tvq_t5x import checks, datasets, indexed, loading, metrics
+from tvq_t5x import checks, datasets, indexed, loading, metrics, stretches
 from tvq_t5x.config import AttentionType
 from tvq_t5x.datasets import Batch, DatasetConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.loading import Configured
-from tvq_t5x.standalone import run_checks, stretches
+from tvq_t5x.standalone import run_checks
 from tvq_t5x.standalone.evaluation import Evaluator
 
 _REPORT_SECONDS = 30
@@ -40,7 +40,7 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   with run_checks.missing_data():
     batches = datasets.evaluation_batches(cfg, model.FEATURE_CONVERTER_CLS)
     if carry_state:
-      batches = stretches.stretch_batches(cfg)
+      batches = stretches.evaluation_batches(cfg)
   checks.check_vocabulary(cfg, model)
   length = cfg.task_feature_lengths['targets']
   segments = checks.updates_in_batch(length, model.config, loading.setting('update_len'))

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -110,9 +111,11 @@ class TrainingLoop:
   def _restore(self) -> None:
     plan = self._plan
     if not self._checkpoints.steps():
-      self._state = plan.partitioner.init_state(plan.model, self._init_rng)
+      init = plan.partitioner.init_state
+      self._state = init(plan.model, self._init_rng, plan.batch_size)
       return
-    shapes = jax.eval_shape(lambda: init_train_state(plan.model, jax.random.key(0)))
+    init = functools.partial(init_train_state, plan.model, batch_size=plan.batch_size)
+    shapes = jax.eval_shape(init, jax.random.key(0))
     abstract = jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       shapes,

@@ -5,7 +5,7 @@ import dataclasses
 import optax
 from absl import logging
 
-from tvq_t5x import checks, datasets, gin_utils
+from tvq_t5x import checks, datasets, gin_utils, stretches
 from tvq_t5x.config import AttentionType
 from tvq_t5x.datasets import DatasetConfig
 from tvq_t5x.models import TransformerVQModel
@@ -80,7 +80,8 @@ def train(
   evaluated = {VALIDATION: eval_dataset_cfg, TEST: test_dataset_cfg}
   evaluated = {split: cfg for split, cfg in evaluated.items() if cfg}
   with run_checks.missing_data():
-    batches = datasets.training_batches(train_dataset_cfg, make_converter)
+    make_batches = stretches.training_batches if model.carry_state else datasets.training_batches
+    batches = make_batches(train_dataset_cfg, make_converter)
     for cfg in evaluated.values():
       datasets.evaluation_batches(cfg, make_converter)
   updates = checks.updates_in_batch(_length(train_dataset_cfg), model.config, update_len)
@@ -103,7 +104,7 @@ def train(
     logging.warning('The quadratic baseline keeps no state to sample with: there are no samples.')
     sample_cfg = None
   directory = run_checks.resolve_model_dir(model_dir)
-  info = partitioner.describe(model)
+  info = partitioner.describe(model, train_dataset_cfg.batch_size)
   record = run_checks.record_of(model, info, updates, random_seed)
   differences = run_checks.check_same_model(directory, record)
   if dry_run:

@@ -8,6 +8,7 @@ from etils import epath
 from t5x import utils
 
 from tvq_t5x import checkpoint_layout as layout
+from tvq_t5x import stretches
 from tvq_t5x.datasets import FeatureConverterFactory
 
 
@@ -19,6 +20,7 @@ def get_dataset(
   *,
   model_dir: str,
   update_len: int | None = None,
+  carry_state: bool = False,
 ) -> 'TrainingIterator':
   """T5X's `get_dataset_fn` for training.
 
@@ -29,8 +31,12 @@ def get_dataset(
     feature_converter_cls: makes the feature converter, given `pack`.
     model_dir: MODEL_DIR of the run.
     update_len: tokens of each sequence that an update sees; None means all.
+    carry_state: whether rows go on in the next batch, for a model with this setting.
   """
-  dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
+  if carry_state:
+    dataset = stretches.training_dataset(cfg, shard_id, num_shards)
+  else:
+    dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
   length = cfg.task_feature_lengths['targets']
   return TrainingIterator(dataset, model_dir, length // (update_len or length))
 

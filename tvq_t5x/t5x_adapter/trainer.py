@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import clu.metrics
 import jax
 import jax.numpy as jnp
 import optax
+from flax import serialization
 from t5x import metrics as t5x_metrics
 from t5x import optimizers as t5x_optimizers
 from t5x import partitioning as t5x_partitioning
@@ -19,6 +20,7 @@ from tvq_t5x.errors import ConfigError
 from tvq_t5x.metrics import Metrics
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.train_step import TrainState, train_on_sequences
+from tvq_t5x.transformer import DecoderState
 
 
 def checked_trainer(
@@ -171,7 +173,12 @@ class Trainer(t5x_trainer.Trainer):
       num_sequences, length = batch['decoder_target_tokens'].shape
       state, metrics = train_on_sequences(
         self._model,
-        TrainState(train_state.step, train_state.params, train_state.param_states),
+        TrainState(
+          train_state.step,
+          train_state.params,
+          train_state.param_states,
+          self._carried(train_state, num_sequences),
+        ),
         batch,
         self._base_rng,
         self._update_len or length,
@@ -179,10 +186,12 @@ class Trainer(t5x_trainer.Trainer):
         num_shards=self._partitioner.get_data_layout(num_sequences).num_shards,
       )
       optimizer_state = t5x_optimizers.OptimizerState(state.step, state.opt_state)
-      train_state = train_state.restore_state(
-        self._model.optimizer_def.state_dict(state.params, optimizer_state)
+      arrays = self._model.optimizer_def.state_dict(state.params, optimizer_state)
+      if state.carried is not None:
+        arrays['flax_mutables'] = {'carried': serialization.to_state_dict(state.carried)}
+      return train_state.restore_state(arrays), self._summed(
+        metrics, state.step, num_sequences * length
       )
-      return train_state, self._summed(metrics, state.step, num_sequences * length)
 
     return self._partitioner.partition(
       train_step,
@@ -190,6 +199,14 @@ class Trainer(t5x_trainer.Trainer):
       out_axis_resources=(state_axes, None),
       donate_argnums=(0,),
     )
+
+  def _carried(self, train_state: Any, batch_size: int) -> DecoderState | None:
+    """The state of the batch before, as the model knows it."""
+    if not self._model.carry_state:
+      return None
+    like = jax.eval_shape(lambda: self._model.init_state(batch_size))
+    carried = serialization.from_state_dict(like, train_state.flax_mutables['carried'])
+    return cast(DecoderState, carried)
 
   @functools.cached_property
   def _partitioned_eval_step(self) -> Any:
