@@ -1,4 +1,4 @@
-"""CARRY_STATE in T5X: the state goes on from batch to batch, through checkpoints of either engine."""
+"""CARRY_STATE in T5X: the state goes on from batch to batch, through both engines' checkpoints."""
 
 import shutil
 
