@@ -58,6 +58,15 @@ setuptools.setup(
     'tensorflow-datasets>=4.9.10',
   ],
   extras_require={
+    # T5X itself and two more are commits on GitHub, installed with --no-deps, which an extra can't
+    # ask for: docs/t5x.md has the commands.
+    't5x': [
+      'cached_property>=2.0',
+      'fiddle>=0.3.1',
+      'grain>=0.2.18',
+      'jaxtyping>=0.3.11',
+      'tensorflow-serving-api>=2.21',  # Of t5x/export.py.
+    ],
     'photos': ['scikit-image==0.26.0'],  # The photographs of the task photos64.
     'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
     'test': [

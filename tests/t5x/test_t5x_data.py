@@ -13,6 +13,8 @@ from tvq_t5x.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.t5x_adapter import data
 
 BATCH_SIZE, LENGTH, UPDATES = 8, 64, 2
+# TensorFlow can wait for ever when an iterator is dropped while it reads ahead.
+_kept = []
 
 
 def _cfg(cls):
@@ -29,7 +31,7 @@ def _cfg(cls):
 
 
 def _iterator(folder, host=0, hosts=1):
-  return data.get_dataset(
+  iterator = data.get_dataset(
     _cfg(utils.DatasetConfig),
     host,
     hosts,
@@ -37,10 +39,14 @@ def _iterator(folder, host=0, hosts=1):
     model_dir=str(folder),
     update_len=LENGTH // UPDATES,
   )
+  _kept.append(iterator)
+  return iterator
 
 
 def _runner():
-  return datasets.training_batches(_cfg(datasets.DatasetConfig), TransformerVQFeatureConverter)
+  batches = datasets.training_batches(_cfg(datasets.DatasetConfig), TransformerVQFeatureConverter)
+  _kept.append(batches)
+  return batches
 
 
 @pytest.fixture(scope='module')

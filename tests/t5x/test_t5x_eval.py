@@ -1,6 +1,7 @@
 """t5x/eval.py: exact bits per byte over a split, by SeqIO's metric and by the trainer's."""
 
 import json
+import os
 
 import pytest
 
@@ -18,7 +19,7 @@ def evaluated(request, trained, tmp_path_factory):
   """Folder of an evaluation, with batches that the split does not fill."""
   folder = tmp_path_factory.mktemp('eval')
   macros = {
-    'CHECKPOINT_PATH': str(layout.folder(trained, STEPS)),
+    'CHECKPOINT_PATH': os.path.relpath(layout.folder(trained, STEPS)),
     'EVAL_OUTPUT_DIR': str(folder),
     'BATCH_SIZE': request.param,
   }

@@ -1,5 +1,7 @@
 """t5x/export.py: SavedModels that score and continue texts of any number and length."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def export(trained, tmp_path):
 
   def run(file, *settings, **macros):
     macros = {
-      'CHECKPOINT_PATH': str(layout.folder(trained, STEPS)),
+      'CHECKPOINT_PATH': os.path.relpath(layout.folder(trained, STEPS)),
       'MODEL_OUTPUT_DIR': {'cpu': str(tmp_path / '1')},
       'MODEL_NAME': 'tiny',
       **macros,

@@ -1,5 +1,7 @@
 """Training from a checkpoint of another run: with its codebooks, without, with a new optimizer."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ _FROM_SCRATCH = 'utils.RestoreCheckpointConfig.fallback_to_scratch = True'
 
 def finetune(trained, folder, *settings, **macros):
   macros = {
-    'INITIAL_CHECKPOINT_PATH': str(layout.folder(trained, STEPS)),
+    'INITIAL_CHECKPOINT_PATH': os.path.relpath(layout.folder(trained, STEPS)),
     'TRAIN_STEPS': STEPS + 4,
     'CHECKPOINT_PERIOD': 4,
     'EVAL_PERIOD': 4,

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ def infer(trained, tmp_path_factory):
   def run(mode, task, *settings):
     folder = tmp_path_factory.mktemp(mode)
     macros = {
-      'CHECKPOINT_PATH': str(layout.folder(trained, STEPS)),
+      'CHECKPOINT_PATH': os.path.relpath(layout.folder(trained, STEPS)),
       'INFER_OUTPUT_DIR': str(folder),
       'MIXTURE_OR_TASK_NAME': task,
       'BATCH_SIZE': 3,
@@ -89,6 +90,16 @@ def test_predict_with_aux(infer, trained):
     assert record['inputs']['targets_pretokenized'] == prompt
     assert record['prediction'].startswith(prompt)
   assert scores[-1] == 0.0  # Nothing was left to generate.
+
+
+def test_several_continuations(infer):
+  name = 'models.TransformerVQModel.predict_batch_with_aux'
+  settings = [f'{name}.num_decodes = 2', f'{name}.return_all_decodes = True']
+  for record, prompt in zip(infer('predict_with_aux', 'prompts', *settings), PROMPTS, strict=True):
+    one, other = record['prediction']
+    assert one.startswith(prompt) and other.startswith(prompt)
+    assert (one == other) == (len(prompt) == LENGTH)
+    assert record['aux']['scores'] == sorted(record['aux']['scores'])
 
 
 def test_predict_draws_samples(infer):

@@ -1,5 +1,7 @@
 """T5X's InteractiveModel, from a checkpoint of a run: it scores, continues and trains."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def interactive(loaded, trained, tmp_path_factory):
     partitioner=t5x_runs.partitioner((1, 1)),
     model=loaded.model,
     restore_mode='specific',
-    checkpoint_path=str(layout.folder(trained, STEPS)),
+    checkpoint_path=os.path.relpath(layout.folder(trained, STEPS)),
     input_shapes={'decoder_input_tokens': (2, LENGTH)},
     input_types={'decoder_input_tokens': np.int32},
   )

@@ -1,5 +1,6 @@
 """An interrupted T5X run, started again, ends like one that was not interrupted."""
 
+import os
 import shutil
 
 import pytest
@@ -23,7 +24,7 @@ def interrupted(trained, tmp_path):
 
 def test_it_ends_with_the_same_bits(interrupted, trained):
   """Parameters, codebooks, moments, the order of the data, and thereby the metrics."""
-  step, _ = t5x_runs.train(interrupted)
+  step, _ = t5x_runs.train(os.path.relpath(interrupted))
   assert step == STEPS
   assert_same_arrays(interrupted, trained, tolerance=0)
   found, expected = (t5x_runs.scalars(folder / 'train') for folder in (interrupted, trained))

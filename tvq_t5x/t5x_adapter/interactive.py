@@ -4,6 +4,8 @@ from typing import Any
 
 from t5x import interactive_model, utils
 
+from tvq_t5x.t5x_adapter import paths
+
 
 class InteractiveModel(interactive_model.InteractiveModel):
   """T5X's class of this name, which by itself reads checkpoints of an older format only.
@@ -14,24 +16,35 @@ class InteractiveModel(interactive_model.InteractiveModel):
   """
 
   def __init__(
-    self, *, checkpoint_path: str, restore_mode: str, dtype: str | None = None, **kwargs: Any
+    self,
+    *,
+    checkpoint_path: str,
+    restore_mode: str,
+    output_dir: str,
+    dtype: str | None = None,
+    **kwargs: Any,
   ):
     """Creates the model and reads the checkpoint.
 
     Args:
       checkpoint_path: `MODEL_DIR/checkpoint_N`, or MODEL_DIR; '' means none.
       restore_mode: 'specific' for the first, 'latest' for the second.
+      output_dir: where T5X writes.
       dtype: of the parameters; None means as saved.
       **kwargs: as T5X's.
     """
-    super().__init__(checkpoint_path='', restore_mode=restore_mode, dtype=dtype, **kwargs)
+    # T5X looks there anyhow, and fails at what it finds unless it was told.
+    super().__init__(
+      output_dir=output_dir, checkpoint_path=output_dir, restore_mode='latest', dtype=dtype, **kwargs
+    )
     if not checkpoint_path:
       return
-    cfg = utils.RestoreCheckpointConfig(path=checkpoint_path, mode=restore_mode, dtype=dtype)
-    cfg, paths = utils.get_first_valid_restore_config_and_paths([cfg])
-    if not paths:
+    path = paths.absolute(checkpoint_path)
+    cfg = utils.RestoreCheckpointConfig(path=path, mode=restore_mode, dtype=dtype)
+    cfg, found = utils.get_first_valid_restore_config_and_paths([cfg])
+    if not found:
       raise FileNotFoundError(f'There is no checkpoint in {checkpoint_path}.')
     self._train_state, _ = utils.create_checkpoint_manager_and_restore(
-      self._train_state_initializer, self._partitioner, cfg, paths[0], None, use_orbax=True
+      self._train_state_initializer, self._partitioner, cfg, found[0], None, use_orbax=True
     )
     self._trainer.train_state = self._train_state
