@@ -13,7 +13,6 @@ writes a table, `sampling.json` and `sampling.png`.
 
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import time
@@ -22,17 +21,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import report
 from absl import app, flags
+from report import Line
 
 from tvq_t5x import decoding, sampling
 from tvq_t5x.config import TransformerConfig
 from tvq_t5x.layers import Logits, RMSNorm, rms_normalize
 from tvq_t5x.positions import sinusoids
 from tvq_t5x.transformer import Transformer
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
 
 _POSITIONS = flags.DEFINE_list('positions', ['1024', '8192', '32768', '100000'], 'Tokens before.')
 _TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens that one call samples.')
@@ -227,19 +224,14 @@ def _print_table(results: Sequence[Result]) -> None:
     print(f'| {r.position:,} | {r.variant} | {speed} | {ratio} | {r.bytes / 1e6:,.0f} |')
 
 
-def _plot(results: Sequence[Result], path: str) -> None:
-  figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+def _panels(results: Sequence[Result]) -> dict[str, dict[str, Line]]:
+  speed, memory = {}, {}
   for variant in (_VQ, _QUADRATIC):
     rows = [r for r in results if r.variant == variant]
     positions = [r.position for r in rows]
-    speed.plot(positions, [r.tokens_per_second for r in rows], 'o-', label=variant)
-    memory.plot(positions, [r.bytes / 1e6 for r in rows], 'o-', label=variant)
-  for axis, title in ((speed, 'sampling, tokens/s'), (memory, 'memory, MB')):
-    axis.set(yscale='log', xlabel='tokens before', title=title)
-    axis.set_xscale('log', base=2)
-    axis.grid(alpha=0.3)
-  speed.legend()
-  figure.savefig(path, dpi=120)
+    speed[variant] = Line(positions, [r.tokens_per_second for r in rows])
+    memory[variant] = Line(positions, [r.bytes / 1e6 for r in rows])
+  return {'sampling, tokens/s': speed, 'memory, MB': memory}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -254,17 +246,8 @@ def main(argv: Sequence[str]) -> None:
       results[key].seconds.append(program.run())
   results = [results[position, variant] for position in positions for variant in (_VQ, _QUADRATIC)]
   _print_table(results)
-  os.makedirs(_OUT.value, exist_ok=True)
-  device = jax.devices()[0]
-  record = {
-    'device': f'{device.platform}: {device.device_kind}',
-    'jax': jax.__version__,
-    'flags': {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(argv[0])},
-    'results': [dataclasses.asdict(r) for r in results],
-  }
-  with open(os.path.join(_OUT.value, 'sampling.json'), 'w', encoding='utf-8') as f:
-    json.dump(record, f, indent=2)
-  _plot(results, os.path.join(_OUT.value, 'sampling.png'))
+  report.write(_OUT.value, 'sampling', argv[0], results)
+  report.plot(os.path.join(_OUT.value, 'sampling.png'), 'tokens before', _panels(results))
 
 
 if __name__ == '__main__':

@@ -10,7 +10,6 @@ compiled, but not run.
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import time
@@ -18,17 +17,15 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import report
 import seqio
 from absl import app, flags
+from report import Line
 
 from tvq_t5x import models, optimizers, train_step
 from tvq_t5x.config import AttentionType, Reduction, TransformerConfig
 from tvq_t5x.partitioning import Partitioner
 from tvq_t5x.transformer import Transformer
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
 
 _LENGTHS = flags.DEFINE_list('lengths', ['2048', '4096', '8192'], 'Sequence lengths T.')
 _VARIANTS = flags.DEFINE_list(
@@ -163,19 +160,14 @@ def _print_table(results: Sequence[Result]) -> None:
     print(f'| {r.length} | {r.variant} | {shown} | {ratio} | {r.temp_bytes / 1e9:.2f} |')
 
 
-def _plot(results: Sequence[Result], path: str) -> None:
-  figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+def _panels(results: Sequence[Result]) -> dict[str, dict[str, Line]]:
+  speed, memory = {}, {}
   for variant in dict.fromkeys(r.variant for r in results):
     rows = [r for r in results if r.variant == variant]
     run = [r for r in rows if r.seconds]
-    speed.plot([r.length for r in run], [r.tokens_per_second for r in run], 'o-', label=variant)
-    memory.plot([r.length for r in rows], [r.temp_bytes / 1e9 for r in rows], 'o-', label=variant)
-  for axis, title in ((speed, 'training, tokens/s'), (memory, "step's temporaries, GB")):
-    axis.set(xscale='log', yscale='log', xlabel='sequence length T', title=title)
-    axis.set_xscale('log', base=2)
-    axis.grid(alpha=0.3)
-  speed.legend()
-  figure.savefig(path, dpi=120)
+    speed[variant] = Line([r.length for r in run], [r.tokens_per_second for r in run])
+    memory[variant] = Line([r.length for r in rows], [r.temp_bytes / 1e9 for r in rows])
+  return {'training, tokens/s': speed, "step's temporaries, GB": memory}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -186,17 +178,8 @@ def main(argv: Sequence[str]) -> None:
     results.extend(_measure(length, [str(v) for v in _VARIANTS.value]))
     jax.clear_caches()
   _print_table(results)
-  os.makedirs(_OUT.value, exist_ok=True)
-  device = jax.devices()[0]
-  record = {
-    'device': f'{device.platform}: {device.device_kind}',
-    'jax': jax.__version__,
-    'flags': {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(argv[0])},
-    'results': [dataclasses.asdict(r) for r in results],
-  }
-  with open(os.path.join(_OUT.value, 'throughput.json'), 'w', encoding='utf-8') as f:
-    json.dump(record, f, indent=2)
-  _plot(results, os.path.join(_OUT.value, 'throughput.png'))
+  report.write(_OUT.value, 'throughput', argv[0], results)
+  report.plot(os.path.join(_OUT.value, 'throughput.png'), 'sequence length T', _panels(results))
 
 
 if __name__ == '__main__':

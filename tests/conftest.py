@@ -63,3 +63,37 @@ def tiny_run(tmp_path_factory):
     assert train.run([str(tiny)], [*bindings, 'runner.train.sample_cfg = None']) == 0
   gin.clear_config()
   return folder
+
+
+@pytest.fixture(scope='module')
+def shared_programs(programs):
+  """Compiles what several test files have in common once."""
+  from util import programs_kept_in
+
+  with programs_kept_in(programs):
+    yield
+
+
+@pytest.fixture
+def cleared_gin():
+  """Clears gin's configuration after a test."""
+  import gin
+
+  yield
+  gin.clear_config()
+
+
+@pytest.fixture
+def compiled():
+  """Names of what has been compiled since the test began."""
+  import jax
+
+  names = []
+
+  def listen(event, duration, **labels):
+    if event.endswith('backend_compile_duration'):
+      names.append(labels['fun_name'])
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield names
+  jax.monitoring.unregister_event_duration_listener(listen)

@@ -5,20 +5,19 @@ import json
 import math
 import pathlib
 
-import gin
-import jax
 import numpy as np
 import pytest
 import seqio
 import tiny_task
 from absl import flags
-from util import one_device, programs_kept_in
+from util import one_device
 
 from tvq_t5x import evaluate, indexed
 from tvq_t5x.standalone import run_log
 
 _TINY = str(pathlib.Path(__file__).parent / 'tiny.gin')
 _SIZE = tiny_task.SIZES['test']
+pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
 
 # A task of SeqIO's own kind, whose sequences are separate texts.
 seqio.TaskRegistry.add(
@@ -27,18 +26,6 @@ seqio.TaskRegistry.add(
   preprocessors=indexed.text_preprocessors(),
   output_features={'targets': seqio.Feature(seqio.ByteVocabulary())},
 )
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _keep_programs(programs):
-  with programs_kept_in(programs):
-    yield
-
-
-@pytest.fixture(autouse=True)
-def _clear():
-  yield
-  gin.clear_config()
 
 
 @pytest.fixture
@@ -130,19 +117,6 @@ def test_carried_state_sees_all_of_the_split(call, tiny_run, recorded):
   assert abs(carried['cross_entropy'] - recorded['cross_entropy']) > 1e-4
   table = call(f'--checkpoint={tiny_run}', '--split=test', *one)
   assert table.splitlines()[0].endswith('checkpoint_16, state carried on')
-
-
-@pytest.fixture
-def compiled():
-  """Names of what has been compiled."""
-  names = []
-
-  def listen(event, duration, **labels):
-    if event.endswith('backend_compile_duration'):
-      names.append(labels['fun_name'])
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  return names
 
 
 @pytest.mark.parametrize(

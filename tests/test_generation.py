@@ -2,12 +2,11 @@
 
 import shutil
 
-import gin
 import jax
 import numpy as np
 import pytest
 import tiny_task
-from util import assert_close, one_device, programs_kept_in, small_config
+from util import assert_close, one_device, small_config
 
 from tvq_t5x import datasets, generation, stretches
 from tvq_t5x.errors import ConfigError
@@ -16,18 +15,7 @@ from tvq_t5x.standalone.evaluation import Evaluator
 
 _TEXT = 'the ship and the sea and a sky.\nthe sky a ship'  # Longer than blocks and window of 8.
 _GREEDY = SamplingConfig(temperature=0.0)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _keep_programs(programs):
-  with programs_kept_in(programs):
-    yield
-
-
-@pytest.fixture(autouse=True)
-def _clear():
-  yield
-  gin.clear_config()
+pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
 
 
 @pytest.fixture(scope='module')

@@ -153,7 +153,8 @@ def _cut(path):
 
 def _flip_bits(path):
   content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 0x55
+  for i in range(0, len(content), 64):  # In every array, also those of parameters.
+    content[i] ^= 0x55
   path.write_bytes(content)
 
 

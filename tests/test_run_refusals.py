@@ -163,14 +163,7 @@ def test_a_full_disk_is_one_error(copied, capsys, monkeypatch):
   assert 'No space left on device' in message and 'make room' in message
 
 
-def test_a_dry_run_prints_all_and_compiles_nothing(tmp_path, capsys):
-  compiled = []
-
-  def listen(event, duration, **labels):
-    if event.endswith('backend_compile_duration'):
-      compiled.append(labels['fun_name'])
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
+def test_a_dry_run_prints_all_and_compiles_nothing(tmp_path, capsys, compiled):
   assert _run(tmp_path / 'run', dry_run=True) == 0
   assert not compiled
   out = capsys.readouterr().out

@@ -5,7 +5,6 @@ import json
 import pathlib
 
 import gin
-import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -17,7 +16,8 @@ from tvq_t5x import generation, sample, sampling_session
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.sampling_options import Options
 
-_TINY = str(pathlib.Path(__file__).parent / 'tiny.gin')
+_TESTS = pathlib.Path(__file__).parent
+_TINY = str(_TESTS / 'tiny.gin')
 _PROMPT = 'the ship and a sea'
 # A task whose vocabulary is another one than that of the checkpoint, of the same size.
 _OTHER_VOCABULARY = """
@@ -213,7 +213,8 @@ def _other(tmp_path, name, binding):
 def test_images_are_a_png(call, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   of_images = _images(tmp_path)
-  out = call(of_images, '--num_samples=3', '--json=samples.jsonl')
+  of_images = of_images, f'--gin_search_paths={_TESTS.parent}'  # Of what tiny.gin includes.
+  out = call(*of_images, '--num_samples=3', '--json=samples.jsonl')
   assert out == 'samples.png\n'
   picture = matplotlib_image.imread('samples.png')
   assert picture.shape[:2] == (2 * 2 + 2, 3 * 2 + 2)  # A grid of 2 x 2, with gaps of 2.
@@ -222,7 +223,7 @@ def test_images_are_a_png(call, tmp_path, monkeypatch):
   values = np.array(records[0]['tokens'][:9]) - 3
   expected = np.where((values >= 0) & (values < 256), values, 0).reshape(3, 3)
   np.testing.assert_array_equal(np.round(picture[0, :3, :3] * 255), expected)
-  assert call(of_images, '--max_tokens=8', '--png=half.png') == 'half.png\n'
+  assert call(*of_images, '--max_tokens=8', '--png=half.png') == 'half.png\n'
 
 
 def test_pieces(call, tmp_path):
@@ -232,19 +233,6 @@ def test_pieces(call, tmp_path):
 
 
 # Refusals
-
-
-@pytest.fixture
-def compiled():
-  """Names of what has been compiled."""
-  names = []
-
-  def listen(event, duration, **labels):
-    if event.endswith('backend_compile_duration'):
-      names.append(labels['fun_name'])
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  return names
 
 
 @pytest.mark.parametrize(

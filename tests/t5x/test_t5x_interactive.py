@@ -26,13 +26,11 @@ def loaded(trained):
   return t5x_runs.load(trained)
 
 
-@pytest.fixture(scope='module')
-def interactive(loaded, trained, tmp_path_factory):
-  rng_kind = jax.config.jax_default_prng_impl
-  yield InteractiveModel(
+def make(loaded, trained, folder):
+  return InteractiveModel(
     batch_size=2,
     task_feature_lengths={'targets': LENGTH},
-    output_dir=str(tmp_path_factory.mktemp('interactive')),
+    output_dir=str(folder),
     partitioner=t5x_runs.partitioner((1, 1)),
     model=loaded.model,
     restore_mode='specific',
@@ -40,6 +38,17 @@ def interactive(loaded, trained, tmp_path_factory):
     input_shapes={'decoder_input_tokens': (2, LENGTH)},
     input_types={'decoder_input_tokens': np.int32},
   )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('interactive')
+
+
+@pytest.fixture(scope='module')
+def interactive(loaded, trained, folder):
+  rng_kind = jax.config.jax_default_prng_impl
+  yield make(loaded, trained, folder)
   # T5X changes it for the whole process.
   jax.config.update('jax_default_prng_impl', rng_kind)
 
@@ -86,7 +95,7 @@ def test_predict_with_aux(interactive, loaded):
   np.testing.assert_allclose(aux['scores'], expected['scores'], rtol=1e-4)
 
 
-def test_train_step(interactive, loaded):
+def test_train_step(interactive, loaded, trained, folder):
   before, _ = jax.jit(loaded.model.score_batch)(loaded.params, batch_of(loaded.model, TEXTS, True))
   for _ in range(3):
     interactive.train_step(examples(TEXTS[:2]))
@@ -97,3 +106,5 @@ def test_train_step(interactive, loaded):
   old = t5x_runs.by_name(loaded.params)
   name = 'layers/attention_0/quantizer/c_sum'
   assert np.max(np.abs(state[name] - old[name])) > 0
+  # It has saved a checkpoint of its own there.
+  assert make(loaded, trained, folder).step == STEPS

@@ -82,14 +82,9 @@ def test_the_run_exercises_what_it_is_to_prove(trained):
   ],
   ids=lambda value: value[0] if value[0].isprintable() else None,
 )
-def test_wrong_settings_are_refused_before_anything_is_compiled(tmp_path, settings, parts):
-  compiled = []
-
-  def listen(event, duration, **labels):
-    if event.endswith('backend_compile_duration'):
-      compiled.append(labels['fun_name'])
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
+def test_wrong_settings_are_refused_before_anything_is_compiled(
+  tmp_path, compiled, settings, parts
+):
   with pytest.raises(ConfigError) as error:
     t5x_runs.train(tmp_path / 'run', *settings, shape=(4, 2))
   for part in parts:
