@@ -35,7 +35,11 @@ class InteractiveModel(interactive_model.InteractiveModel):
     """
     # T5X looks there anyhow, and fails at what it finds unless it was told.
     super().__init__(
-      output_dir=output_dir, checkpoint_path=output_dir, restore_mode='latest', dtype=dtype, **kwargs
+      output_dir=output_dir,
+      checkpoint_path=output_dir,
+      restore_mode='latest',
+      dtype=dtype,
+      **kwargs,
     )
     if not checkpoint_path:
       return
