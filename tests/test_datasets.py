@@ -3,6 +3,8 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -230,3 +232,31 @@ def test_an_empty_cache_is_refused():
     training(mixture_or_task_name=task, use_cached=True)
   # A task that cannot be cached is read directly, as in T5X.
   next(training(use_cached=True))
+
+
+_READ = """
+import time
+import numpy as np, tensorflow as tf
+from tvq_t5x.datasets import TrainingIterator
+
+def busy(i):
+  end = time.monotonic() + 0.05
+  while time.monotonic() < end:
+    pass
+  return i
+
+def example(i):
+  return {'i': tf.numpy_function(busy, [i], tf.int64)}
+
+dataset = tf.data.Dataset.range(100000).map(example, num_parallel_calls=4).prefetch(5000)
+batches = TrainingIterator(dataset.map(lambda x: {'i': tf.ensure_shape(x['i'], [])}), {})
+next(batches)
+"""
+
+
+def test_a_process_ends_while_batches_are_read(tmp_path):
+  """Threads that run Python code are stopped before Python is."""
+  script = tmp_path / 'read.py'
+  script.write_text(_READ)
+  for _ in range(3):
+    subprocess.run([sys.executable, script], check=True, timeout=120)

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -62,6 +63,7 @@ class TrainingIterator(Iterator[Batch]):
       identity: the settings that a saved position depends on, by `DatasetConfig` field.
     """
     self._iterator = dataset_iterator.TfDatasetIterator(dataset, checkpoint=True)
+    stop_with(self, self._iterator.iterator, dataset)
     self._identity = dict(identity)
 
   def __next__(self) -> Batch:
@@ -100,6 +102,38 @@ class TrainingIterator(Iterator[Batch]):
           f'{saved.get(name)!r}: set that to continue, or start from an empty directory.'
         )
     self._iterator.restore(position)
+
+
+class _Batches(Iterator[Batch]):
+  """The elements of a dataset, on the host."""
+
+  def __init__(self, dataset: tf.data.Dataset):
+    self._iterator = iter(dataset)
+    stop_with(self, self._iterator, dataset)
+
+  def __next__(self) -> Batch:
+    return {name: x.numpy() for name, x in next(self._iterator).items()}
+
+
+def stop_with(owner: Any, iterator: Any, dataset: tf.data.Dataset) -> None:
+  """Ends the threads of an iterator when its owner is dropped, and before the process ends.
+
+  They may run Python code, as those of an `IndexedTask` do. TensorFlow by itself waits for them
+  when Python has ended already, and so for ever.
+
+  Args:
+    owner: of the iterator; weakly referenced.
+    iterator: from `iter(dataset)`.
+    dataset: what it reads.
+  """
+  weakref.finalize(owner, _stop, iterator, dataset.take(0))
+
+
+def _stop(iterator: Any, nothing: tf.data.Dataset) -> None:
+  with tf.init_scope():
+    tf.raw_ops.MakeIterator(
+      dataset=tf.data.experimental.to_variant(nothing), iterator=iterator._iterator_resource
+    )
 
 
 def training_batches(
@@ -162,8 +196,7 @@ def evaluation_batches(
     ConfigError: if a setting is refused; nothing is read before.
   """
   provider = validate(cfg, feature_converter_cls)
-  dataset = evaluation_dataset(cfg, provider, feature_converter_cls)
-  return dataset.as_numpy_iterator()  # pyright: ignore[reportReturnType]
+  return _Batches(evaluation_dataset(cfg, provider, feature_converter_cls))
 
 
 def evaluation_dataset(

@@ -8,7 +8,7 @@ from etils import epath
 from t5x import utils
 
 from tvq_t5x import checkpoint_layout as layout
-from tvq_t5x import stretches
+from tvq_t5x import datasets, stretches
 from tvq_t5x.datasets import FeatureConverterFactory
 
 
@@ -58,6 +58,7 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
       updates: steps that a batch gives.
     """
     super().__init__(dataset, checkpoint=True)
+    datasets.stop_with(self, self.iterator, dataset)
     self._model_dir, self._updates = epath.Path(model_dir).resolve(), updates
     self._batches, self._first_step = 0, 0
 
