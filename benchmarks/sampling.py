@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import report
+import sizes
 from absl import app, flags
 from report import Line
 
@@ -33,15 +34,9 @@ from tvq_t5x.transformer import Transformer
 
 _POSITIONS = flags.DEFINE_list('positions', ['1024', '8192', '32768', '100000'], 'Tokens before.')
 _TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens that one call samples.')
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed calls of each program; medians are shown.')
-_BATCH = flags.DEFINE_integer('batch_size', 1, 'Sequences.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of activations.')
-_EMB_DIM = flags.DEFINE_integer('emb_dim', 256, 'Model width D; values are twice as wide.')
-_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Layers, of two attention sublayers each.')
-_CODES = flags.DEFINE_integer('num_codes', 512, 'Codebook size S.')
-_BLOCK = flags.DEFINE_integer('block_len', 512, 'Block length L and window length M.')
 _TOP_P = flags.DEFINE_float('top_p', 0.9, 'Share of the mass to sample from.')
 _OUT = flags.DEFINE_string('out_dir', 'runs/sampling', 'Where table and plot go.')
+flags.adopt_module_key_flags(sizes)
 
 _VQ, _QUADRATIC = 'vq', 'quadratic, KV cache'
 _READ = 4096
@@ -58,7 +53,7 @@ class Result:
 
   @property
   def tokens_per_second(self) -> float:
-    return _BATCH.value * _TOKENS.value / statistics.median(self.seconds)
+    return sizes.BATCH_SIZE.value * _TOKENS.value / statistics.median(self.seconds)
 
 
 class Program:
@@ -87,21 +82,6 @@ class Program:
     return time.perf_counter() - begin
 
 
-def _config(**overrides: Any) -> TransformerConfig:
-  return TransformerConfig(
-    vocab_size=256,
-    emb_dim=_EMB_DIM.value,
-    key_dim=128,
-    num_layers=_LAYERS.value,
-    num_codes=_CODES.value,
-    block_len=_BLOCK.value,
-    window_len=_BLOCK.value,
-    scan_layers=False,
-    dtype=_DTYPE.value,
-    **overrides,
-  )
-
-
 def _init(module: Transformer) -> Any:
   return jax.jit(lambda key: module.init(key, jnp.zeros([1, 1], jnp.int32))['params'])(
     jax.random.key(0)
@@ -109,7 +89,7 @@ def _init(module: Transformer) -> Any:
 
 
 def _vq_programs(positions: Sequence[int]) -> dict[int, Program]:
-  module = Transformer(_config())
+  module = Transformer(sizes.config(scan_layers=False))
   params = _init(module)
   config = sampling.SamplingConfig(top_p=_TOP_P.value)
 
@@ -117,29 +97,31 @@ def _vq_programs(positions: Sequence[int]) -> dict[int, Program]:
     return decoding.generate(module, params, state, _TOKENS.value, rng, config)
 
   read = jax.jit(functools.partial(decoding.read, module, params))
-  state = jax.jit(lambda: decoding.start(module, _BATCH.value))()
+  state = jax.jit(lambda: decoding.start(module, sizes.BATCH_SIZE.value))()
   programs, done = {}, 0
   for position in positions:
     while done < position:
       length = min(_READ, position - done)
-      tokens = jax.random.randint(jax.random.key(done), (_BATCH.value, _READ), 0, 256)
-      state = read(state, tokens, jnp.full([_BATCH.value], length))[0]
+      tokens = jax.random.randint(
+        jax.random.key(done), (sizes.BATCH_SIZE.value, _READ), 0, sizes.VOCAB_SIZE
+      )
+      state = read(state, tokens, jnp.full([sizes.BATCH_SIZE.value], length))[0]
       done += length
     programs[position] = Program(generate, params, jax.tree.map(jnp.copy, state))
   return programs
 
 
 def _quadratic_program(position: int) -> Program:
-  c = _config(attention_type='quadratic')
+  c = sizes.config(attention_type='quadratic', scan_layers=False)
   params = _init(Transformer(c))
-  slots = position + (_ROUNDS.value + 1) * _TOKENS.value
+  slots = position + (sizes.ROUNDS.value + 1) * _TOKENS.value
   keys = iter(jax.random.split(jax.random.key(1), 4 * c.num_layers))
 
   def cache(width):
-    return jax.random.normal(next(keys), (_BATCH.value, slots, width), c.dtype)
+    return jax.random.normal(next(keys), (sizes.BATCH_SIZE.value, slots, width), c.dtype)
 
   caches = [(cache(c.key_dim), cache(c.value_dim)) for _ in range(2 * c.num_layers)]
-  token = jnp.ones([_BATCH.value], jnp.int32)
+  token = jnp.ones([sizes.BATCH_SIZE.value], jnp.int32)
   state = jnp.int32(position), token, caches
   return Program(functools.partial(quadratic_generate, c, _TOKENS.value), params, state)
 
@@ -241,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
   programs = {(position, _VQ): p for position, p in _vq_programs(positions).items()}
   programs |= {(position, _QUADRATIC): _quadratic_program(position) for position in positions}
   results = {key: Result(key[1], key[0], program.bytes) for key, program in programs.items()}
-  for _ in range(_ROUNDS.value):
+  for _ in range(sizes.ROUNDS.value):
     for key, program in programs.items():
       results[key].seconds.append(program.run())
   results = [results[position, variant] for position in positions for variant in (_VQ, _QUADRATIC)]

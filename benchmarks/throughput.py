@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import report
 import seqio
+import sizes
 from absl import app, flags
 from report import Line
 
-from tvq_t5x import models, optimizers, train_step
-from tvq_t5x.config import AttentionType, Reduction, TransformerConfig
+from tvq_t5x import compilation, models, optimizers
+from tvq_t5x.config import AttentionType, Reduction
 from tvq_t5x.partitioning import Partitioner
 from tvq_t5x.transformer import Transformer
 
@@ -31,18 +32,10 @@ _LENGTHS = flags.DEFINE_list('lengths', ['2048', '4096', '8192'], 'Sequence leng
 _VARIANTS = flags.DEFINE_list(
   'variants', [*Reduction, AttentionType.QUADRATIC], 'Reductions, or `quadratic`.'
 )
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed steps of each variant; medians are shown.')
-_BATCH = flags.DEFINE_integer('batch_size', 1, 'Sequences a step.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of activations.')
 _REMAT = flags.DEFINE_enum('remat', 'attention', ['none', 'attention', 'layer'], 'See config.py.')
-_EMB_DIM = flags.DEFINE_integer('emb_dim', 256, 'Model width D; values are twice as wide.')
-_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Layers, of two attention sublayers each.')
-_CODES = flags.DEFINE_integer('num_codes', 512, 'Codebook size S.')
-_BLOCK = flags.DEFINE_integer('block_len', 512, 'Block length L and window length M.')
 _MEMORY = flags.DEFINE_float('memory_gb', 0.0, 'Largest step to run; 0 means what is free.')
 _OUT = flags.DEFINE_string('out_dir', 'runs/throughput', 'Where table and plot go.')
-
-_VOCAB_SIZE = 256
+flags.adopt_module_key_flags(sizes)
 
 
 @dataclasses.dataclass
@@ -59,7 +52,7 @@ class Result:
     """Median; None where the variant was not run."""
     if not self.seconds:
       return None
-    return _BATCH.value * self.length / statistics.median(self.seconds)
+    return sizes.BATCH_SIZE.value * self.length / statistics.median(self.seconds)
 
 
 class Step:
@@ -70,45 +63,23 @@ class Step:
     kind = (
       {'attention_type': variant} if variant == AttentionType.QUADRATIC else {'reduction': variant}
     )
-    config = TransformerConfig(
-      vocab_size=_VOCAB_SIZE,
-      emb_dim=_EMB_DIM.value,
-      key_dim=128,
-      num_layers=_LAYERS.value,
-      num_codes=_CODES.value,
-      block_len=_BLOCK.value,
-      window_len=_BLOCK.value,
-      remat=_REMAT.value,
-      dtype=_DTYPE.value,
-      **kind,
-    )
+    config = sizes.config(remat=_REMAT.value, **kind)
     optimizer = optimizers.adamw(4e-4, weight_decay=2e-4, clip_norm=0.1)
-    vocabulary = seqio.PassThroughVocabulary(_VOCAB_SIZE)
+    vocabulary = seqio.PassThroughVocabulary(sizes.VOCAB_SIZE)
     self._model = models.TransformerVQModel(Transformer(config), vocabulary, optimizer)
     self._partitioner = Partitioner(devices=jax.devices()[:1])
     tokens = jax.random.randint(
-      jax.random.key(1), (_BATCH.value, length), 0, _VOCAB_SIZE, jnp.int32
+      jax.random.key(1), (sizes.BATCH_SIZE.value, length), 0, sizes.VOCAB_SIZE, jnp.int32
     )
     self._batch = {
       'decoder_input_tokens': tokens,
       'decoder_target_tokens': jnp.roll(tokens, -1, axis=1),
       'decoder_loss_weights': jnp.ones(tokens.shape, jnp.float32),
     }
-    state = jax.eval_shape(
-      lambda rng: train_step.init_train_state(self._model, rng), jax.random.key(0)
+    lowered = compilation.lower_train_step(
+      self._model, self._partitioner, sizes.BATCH_SIZE.value, length, update_len=length
     )
-    shardings = self._partitioner.train_state_shardings(self._model)
-
-    def step(state, batch):
-      return train_step.train_on_sequences(self._model, state, batch, jax.random.key(2), length)
-
-    jitted = self._partitioner.jit(
-      step,
-      in_shardings=(shardings, self._partitioner.batch_sharding()),
-      out_shardings=(shardings, self._partitioner.replicated()),
-      donate_argnums=(0,),
-    )
-    self._step = jitted.lower(state, self._batch).compile()
+    self._step = lowered.compile()
     self.temp_bytes = self._step.memory_analysis().temp_size_in_bytes
 
   def start(self) -> None:
@@ -119,7 +90,7 @@ class Step:
   def run(self) -> float:
     """Seconds of one step."""
     begin = time.perf_counter()
-    self._state, metrics = self._step(self._state, self._batch)
+    self._state, metrics = self._step(self._state, self._batch, jax.random.key(2))
     jax.block_until_ready((self._state, metrics))
     return time.perf_counter() - begin
 
@@ -139,7 +110,7 @@ def _measure(length: int, variants: Sequence[str]) -> Iterator[Result]:
   fitting = {v: step for v, step in steps.items() if step.temp_bytes < 0.8 * _free_bytes()}
   for step in fitting.values():
     step.start()
-  for _ in range(_ROUNDS.value):
+  for _ in range(sizes.ROUNDS.value):
     for variant, step in fitting.items():
       results[variant].seconds.append(step.run())
   yield from results.values()

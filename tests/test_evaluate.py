@@ -38,15 +38,7 @@ def call(tiny_run, capsys):
     values(['evaluate', *args])
     capsys.readouterr()
     with mesh():
-      code = evaluate.run(
-        values.gin_file,
-        values.gin_bindings,
-        values.gin_search_paths,
-        values.checkpoint,
-        values.split,
-        values.json,
-        values.carry_state,
-      )
+      code = evaluate.run_flags(values)
     out, err = capsys.readouterr()
     assert code == expected, err
     return err if expected else out

@@ -11,6 +11,7 @@ import tiny_task
 from util import small_config
 
 from tvq_t5x import datasets, metrics, stretches
+from tvq_t5x.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
@@ -99,7 +100,7 @@ def test_devices_change_nothing(model, params, expected):
 
 def _stretches(batch_size, length=_LENGTH):
   cfg = dataclasses.replace(_cfg(batch_size), task_feature_lengths={'targets': length})
-  return list(stretches.evaluation_batches(cfg))
+  return list(stretches.evaluation_batches(cfg, TransformerVQFeatureConverter))
 
 
 @pytest.mark.parametrize(('batch_size', 'length'), [(1, 32), (3, 8), (7, 24), (600, 8)])

@@ -81,7 +81,9 @@ def test_the_score_of_a_split_is_its_evaluation(lm):
   evaluator = Evaluator(
     loaded.model, loaded.partitioner.for_batch(1), loaded.params_shardings, 64, carry_state=True
   )
-  found = evaluator(loaded.params, stretches.evaluation_batches(cfg))
+  found = evaluator(
+    loaded.params, stretches.evaluation_batches(cfg, loaded.model.FEATURE_CONVERTER_CLS)
+  )
   text = tiny_task.text('test').decode()
   score = lm.score([*lm.encode(text), 1])
   assert score.bits_per_byte == pytest.approx(found['bits_per_byte'], rel=1e-5)

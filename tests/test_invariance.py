@@ -9,9 +9,17 @@ import numpy as np
 import optax
 import pytest
 import seqio
+from mesh_util import (
+  OPTIMIZERS,
+  SIZES,
+  TOLERANCE,
+  assert_same_numbers,
+  by_name,
+  on_host,
+  shard_shapes,
+)
 from util import random_batch
 
-from tvq_t5x import optimizers
 from tvq_t5x.config import TransformerConfig
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner, standard_logical_axis_rules
@@ -19,32 +27,16 @@ from tvq_t5x.train_step import train_on_sequences
 from tvq_t5x.transformer import Transformer
 
 BATCH_SIZE, LENGTH, UPDATE_LEN, STEPS = 8, 32, 16, 3
-TOLERANCE = 1e-5  # Of the largest entry of each array.
 
 pytestmark = pytest.mark.skipif(
   len(jax.devices('cpu')) < 8, reason='XLA_FLAGS is set in the environment, without 8 CPU devices'
 )
 
-_SMALL = {
-  'vocab_size': 32,
-  'emb_dim': 32,
-  'key_dim': 16,
-  'num_codes': 16,
-  'block_len': 8,
-  'window_len': 8,
-  'ema_decay': 0.9,
-  'sinusoid_dropout_rate': 0.1,
-  'residual_dropout_rate': 0.2,
-  'layer_drop_rate': 0.2,
-}
-_ADAMW = functools.partial(optimizers.adamw, 3e-3, weight_decay=1e-2, clip_norm=0.1)
-_ADAFACTOR = functools.partial(optimizers.adafactor, 1e-2, weight_decay=1e-2, clip_norm=0.1)
-
 _CASES = {
-  'shga': ({'num_layers': 1, 'scan_layers': False}, _ADAMW),
+  'shga': ({'num_layers': 1, 'scan_layers': False}, 'adamw'),
   # Wide enough for factored moments.
-  'mha': ({'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128}, _ADAFACTOR),
-  'carried': ({'num_layers': 2, 'head_type': 'mqa', 'num_heads': 2, 'key_dim': 8}, _ADAMW),
+  'mha': ({'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128}, 'adafactor'),
+  'carried': ({'num_layers': 2, 'head_type': 'mqa', 'num_heads': 2, 'key_dim': 8}, 'adamw'),
 }
 
 
@@ -53,11 +45,6 @@ class Run(NamedTuple):
 
   numbers: dict[str, np.ndarray]
   shard_shapes: dict[str, tuple[int, ...]]
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
 def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -76,9 +63,9 @@ def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTra
 @functools.cache
 def make_model(case: str) -> TransformerVQModel:
   fields, optimizer = _CASES[case]
-  module = Transformer(TransformerConfig(**{**_SMALL, **fields}))
+  module = Transformer(TransformerConfig(**{**SIZES, **fields}))
   model = TransformerVQModel(
-    module, seqio.PassThroughVocabulary(32), optimizer(), carry_state=case == 'carried'
+    module, seqio.PassThroughVocabulary(32), OPTIMIZERS[optimizer](), carry_state=case == 'carried'
   )
   model.optimizer = keep_gradients(model.optimizer)
   return model
@@ -117,20 +104,11 @@ def train(case: str, data: int, model_axis: int, num_microbatches: int, dims: in
     losses.append({name: x.total / x.count for name, x in step_metrics.items()})
   assert int(state.step) == STEPS * LENGTH // UPDATE_LEN
   numbers = by_name({'state': state._asdict(), 'metrics': losses})
-  return Run(
-    {name: np.asarray(x, np.float64) for name, x in jax.device_get(numbers).items()},
-    {name: x.addressable_shards[0].data.shape for name, x in by_name(state._asdict()).items()},
-  )
+  return Run(on_host(numbers), shard_shapes(by_name(state._asdict())))
 
 
 def assert_same(run: Run, expected: Run) -> None:
-  assert run.numbers.keys() == expected.numbers.keys()
-  wrong = {}
-  for name, x in expected.numbers.items():
-    difference = np.max(np.abs(run.numbers[name] - x)) / max(np.max(np.abs(x)), 1e-30)
-    if not difference <= TOLERANCE:
-      wrong[name] = difference
-  assert not wrong
+  assert_same_numbers(run.numbers, expected.numbers)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from tvq_t5x import train
-from tvq_t5x.standalone import run_checks, run_log
+from tvq_t5x.standalone import run_checks
 
 _TESTS = pathlib.Path(__file__).parent
 _GIN = str(_TESTS / 'tiny.gin')
@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_error(copied, capsys, monkeypatch):
   def full(*args):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(run_log.os, 'replace', full)
+  monkeypatch.setattr(os, 'replace', full)
   assert _run(copied) == 1
   message = capsys.readouterr().err
   assert 'No space left on device' in message and 'make room' in message

@@ -1,6 +1,5 @@
 """`python -m tvq_t5x.sample`: texts as they are made, images, scores, sessions in parts."""
 
-import dataclasses
 import json
 import pathlib
 
@@ -14,7 +13,6 @@ from util import one_device, programs_kept_in
 
 from tvq_t5x import generation, sample, sampling_session
 from tvq_t5x.sampling import SamplingConfig
-from tvq_t5x.sampling_options import Options
 
 _TESTS = pathlib.Path(__file__).parent
 _TINY = str(_TESTS / 'tiny.gin')
@@ -64,10 +62,8 @@ def call(tiny_run, capsys):
     values = flags.FlagValues()
     sample.define_flags(values)
     values(['sample', f'--checkpoint={tiny_run}', *args])
-    options = Options(**{f.name: values[f.name].value for f in dataclasses.fields(Options)})
     capsys.readouterr()
-    paths = values.gin_file, values.gin_bindings, values.gin_search_paths
-    code = sample.run(*paths, values.checkpoint, options)
+    code = sample.run_flags(values)
     out, err = capsys.readouterr()
     assert code == expected, err
     return err if expected else out

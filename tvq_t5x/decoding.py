@@ -14,6 +14,7 @@ import optax
 
 from tvq_t5x import sampling
 from tvq_t5x.cache import AttentionState
+from tvq_t5x.feature_converters import EOS
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.transformer import DecoderState, Transformer, batch_axes, init_decoder_state
 
@@ -27,8 +28,8 @@ class GenerationState(NamedTuple):
   token: jax.Array  # [B] int32, the last token: the next input.
 
 
-def start(module: Transformer, batch_size: int, start_token: int = 1) -> GenerationState:
-  """The state of B sequences without tokens; `start_token` (EOS) stands before the first one."""
+def start(module: Transformer, batch_size: int, start_token: int = EOS) -> GenerationState:
+  """The state of B sequences without tokens; `start_token` stands before the first one."""
   token = jnp.full([batch_size], start_token, jnp.int32)
   return GenerationState(init_decoder_state(module.config, batch_size), token)
 

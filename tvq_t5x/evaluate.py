@@ -94,9 +94,8 @@ def _write(result: dict[str, Any], json_file: str | None) -> None:
       f.write(line)
 
 
-def _main(args: Sequence[str]) -> int:
-  command_line.prepare(args)
-  values = flags.FLAGS
+def run_flags(values: flags.FlagValues) -> int:
+  """`run` as the flags of `define_flags` say."""
   return run(
     values.gin_file,
     values.gin_bindings,
@@ -106,6 +105,11 @@ def _main(args: Sequence[str]) -> int:
     values.json,
     values.carry_state,
   )
+
+
+def _main(args: Sequence[str]) -> int:
+  command_line.prepare(args)
+  return run_flags(flags.FLAGS)
 
 
 if __name__ == '__main__':

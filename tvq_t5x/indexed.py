@@ -10,9 +10,8 @@ import seqio
 import tensorflow as tf
 
 from tvq_t5x import errors, metrics
+from tvq_t5x.feature_converters import EOS
 from tvq_t5x.vocabularies import FIRST_BYTE
-
-_EOS = 1
 
 
 class Tokens(Protocol):
@@ -251,7 +250,7 @@ class ByteTokens:
 
   def __getitem__(self, where: slice) -> np.ndarray:
     start, stop, _ = where.indices(len(self))
-    found = np.full(max(stop - start, 0), _EOS, np.int32)
+    found = np.full(max(stop - start, 0), EOS, np.int32)
     # From the text that holds the first token to the one that holds the last.
     for i in range(np.searchsorted(self._ends, start, side='right'), len(self._texts)):
       text = self._texts[i]

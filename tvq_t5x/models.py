@@ -26,6 +26,7 @@ from tvq_t5x.transformer import (
   SEQUENCE_DROPOUT,
   DecoderState,
   Transformer,
+  decoder_state_axes,
   init_decoder_state,
 )
 from tvq_t5x.vocabularies import bytes_per_token
@@ -127,10 +128,10 @@ class TransformerVQModel:
 
   def _carried_variables(self, batch_size: int) -> dict[str, Any]:
     state = traverse_util.flatten_dict(serialization.to_state_dict(self.init_state(batch_size)))
-    of_layers = ('layers', 'batch') if self.config.scan_layers else ('batch',)
+    names = decoder_state_axes(self.config)._asdict()  # By the first part of a path.
     axes = {
-      (*path, f'{name}_axes'): nn_partitioning.AxisMetadata(names=of_layers if path else ('batch',))
-      for *path, name in state
+      (*path[:-1], f'{path[-1]}_axes'): nn_partitioning.AxisMetadata(names=names[path[0]])
+      for path in state
     }
     variables = {'carried': state, 'carried_axes': axes}
     return {name: traverse_util.unflatten_dict(x) for name, x in variables.items()}

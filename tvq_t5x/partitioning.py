@@ -23,7 +23,7 @@ from tvq_t5x.config import TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.train_step import TrainState, init_train_state
-from tvq_t5x.transformer import DecoderState, Transformer
+from tvq_t5x.transformer import DecoderState, Transformer, decoder_state_axes
 
 DATA = 'data'
 MODEL = 'model'
@@ -222,7 +222,7 @@ class Partitioner:
 
   def decoder_state_shardings(self, config: TransformerConfig) -> DecoderState:
     """Shardings of what a model remembers of a batch, as a prefix of that tree."""
-    return DecoderState(*map(self._sharding, _decoder_state_axes(config)))  # pyright: ignore
+    return DecoderState(*map(self._sharding, decoder_state_axes(config)))  # pyright: ignore
 
   def replicated(self) -> NamedSharding:
     """Sharding of arrays that every device has as a whole."""
@@ -351,7 +351,7 @@ def _abstract_train_state(
     carried = jax.eval_shape(lambda: model.init_state(batch_size))
     carried_axes = jax.tree.map(
       lambda names, part: jax.tree.map(lambda _: names, part),
-      _decoder_state_axes(model.config),
+      decoder_state_axes(model.config),
       carried,
       is_leaf=lambda x: isinstance(x, tuple) and not isinstance(x, DecoderState),
     )
@@ -359,12 +359,6 @@ def _abstract_train_state(
   params_axes = traverse_util.unflatten_dict(axes, sep='/')
   opt_axes = optimizer_axes(opt_state, shapes, axes)
   return state, TrainState((), params_axes, opt_axes, carried_axes)
-
-
-def _decoder_state_axes(config: TransformerConfig) -> DecoderState:
-  """Logical axes of what a model remembers of a batch, as a prefix of that tree."""
-  layers = ('layers', 'batch') if config.scan_layers else ('batch',)
-  return DecoderState(('batch',), layers)  # pyright: ignore
 
 
 def optimizer_axes(

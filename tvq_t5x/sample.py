@@ -80,13 +80,17 @@ def run(
   return command_line.exit_code(command)
 
 
-def _main(args: Sequence[str]) -> int:
-  command_line.prepare(args)
-  values = flags.FLAGS
+def run_flags(values: flags.FlagValues) -> int:
+  """`run` as the flags of `define_flags` say."""
   options = Options(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Options)})
   return run(
     values.gin_file, values.gin_bindings, values.gin_search_paths, values.checkpoint, options
   )
+
+
+def _main(args: Sequence[str]) -> int:
+  command_line.prepare(args)
+  return run_flags(flags.FLAGS)
 
 
 if __name__ == '__main__':

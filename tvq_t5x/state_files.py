@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tvq_t5x import decoding
+from tvq_t5x import decoding, files
 from tvq_t5x.decoding import GenerationState
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.loading import Loaded
@@ -28,10 +28,8 @@ def save(path: str | os.PathLike[str], state: GenerationState, loaded: Loaded) -
   """
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
   arrays = {checkpoints.array_name(path): _as_numbers(x) for path, x in leaves}
-  unfinished = f'{os.fspath(path)}.incomplete'
-  with open(unfinished, 'wb') as f:
+  with files.replacing(path) as f:
     np.savez(f, **arrays, **{_ABOUT: np.asarray(json.dumps(_about(loaded)))})
-  os.replace(unfinished, path)
 
 
 def load(path: str | os.PathLike[str], loaded: Loaded) -> GenerationState:

@@ -63,7 +63,9 @@ def training_dataset(cfg: DatasetConfig, shard_id: int = 0, num_shards: int = 1)
   return places.batch(rows // num_shards, drop_remainder=True).with_options(options)
 
 
-def evaluation_batches(cfg: DatasetConfig) -> Iterator[Batch]:
+def evaluation_batches(
+  cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
+) -> Iterator[Batch]:
   """Reads the split as `cfg.batch_size` stretches side by side, every token once.
 
   Row b of the k-th batch holds the k-th T tokens of stretch b. Stretches are equally long but the
@@ -71,11 +73,13 @@ def evaluation_batches(cfg: DatasetConfig) -> Iterator[Batch]:
   stretch is EOS.
 
   Args:
-    cfg: what to read, known to be valid; its task is one of this package's.
+    cfg: what to read.
+    feature_converter_cls: makes the feature converter, given `pack`.
 
   Raises:
-    ConfigError: if the tokens of its task don't lie end to end.
+    ConfigError: if a setting is refused, or the tokens of the task don't lie end to end.
   """
+  datasets.validate(cfg, feature_converter_cls)
   tokens = _tokens(cfg, '--carry_state')
   return _batches(tokens, cfg.batch_size, cfg.task_feature_lengths['targets'])
 

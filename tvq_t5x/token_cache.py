@@ -15,7 +15,7 @@ import gin
 import numpy as np
 from absl import logging
 
-from tvq_t5x import settings, vocabularies
+from tvq_t5x import files, settings, vocabularies
 from tvq_t5x.corpora import Corpus
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.indexed import Counts, Document, IndexedSplit, IndexedTask
@@ -155,7 +155,7 @@ class _Cache:
     first_id, largest = self._identity['first_id'], np.iinfo(self._dtype).max
     counts = Counts()
     start = reported = time.monotonic()
-    with _replacing(self._tokens) as f:
+    with files.replacing(self._tokens) as f:
       for document in documents:
         values = document.tokens - first_id
         if len(values) and not 0 <= values.min() <= values.max() <= largest:
@@ -171,19 +171,5 @@ class _Cache:
             (now - start) / counts.documents * (num_documents - counts.documents) / 60,
           )  # fmt: skip
     record = {'identity': self._identity, 'counts': dataclasses.asdict(counts)}
-    with _replacing(self._record) as f:
+    with files.replacing(self._record) as f:
       f.write(json.dumps(record, indent=2).encode())
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[Any]:
-  """A file that takes the place of `path` once it is complete and on the disk."""
-  temporary = path.with_name(f'{path.name}.incomplete')
-  try:
-    with temporary.open('wb') as f:
-      yield f
-      f.flush()
-      os.fsync(f.fileno())
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)

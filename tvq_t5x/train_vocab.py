@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from absl import app, flags, logging
 
-from tvq_t5x import command_line, gin_utils
+from tvq_t5x import command_line, files, gin_utils
 from tvq_t5x.errors import ConfigError
 
 _EXAMPLE = 'python -m tvq_t5x.train_vocab --task=pg19 --output=pg19'
@@ -77,10 +77,8 @@ def run(
     model = train(lines(_capped(blocks, max_bytes)), vocab_size)
   except (ConfigError, ModuleNotFoundError) as e:
     return command_line.fail(gin_utils.message(e), 2)
-  temporary = f'{output}.model.incomplete'
-  with open(temporary, 'wb') as f:
+  with files.replacing(f'{output}.model') as f:
     f.write(model)
-  os.replace(temporary, f'{output}.model')
   logging.info('Wrote %s.model, %s pieces.', output, f'{vocab_size:,}')
   return 0
 

@@ -69,9 +69,15 @@ def init_decoder_state(config: TransformerConfig, batch_size: int) -> DecoderSta
   return DecoderState(jnp.zeros([batch_size], jnp.int32), layers)
 
 
+def decoder_state_axes(config: TransformerConfig) -> DecoderState:
+  """Logical names of the leading axes of a DecoderState's arrays, as a prefix of that tree."""
+  layers = ('layers', 'batch') if config.scan_layers else ('batch',)
+  return DecoderState(position=('batch',), layers=layers)  # pyright: ignore
+
+
 def batch_axes(config: TransformerConfig) -> DecoderState:
-  """The batch axis of the arrays of a DecoderState, as a prefix of that tree."""
-  return DecoderState(position=0, layers=1 if config.scan_layers else 0)  # pyright: ignore
+  """The batch axis of a DecoderState's arrays, as a prefix of that tree."""
+  return DecoderState(*(names.index('batch') for names in decoder_state_axes(config)))  # pyright: ignore
 
 
 class Attention(nn.Module):

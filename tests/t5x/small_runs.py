@@ -1,46 +1,25 @@
 """A few updates of a small model, in T5X's trainer on a mesh and without T5X on one device."""
 
-import functools
-
 import jax
 import numpy as np
 import seqio
 import t5x_runs
+from mesh_util import OPTIMIZERS, SIZES, assert_same_numbers, by_name, on_host, shard_shapes
 from util import random_batch
 
-from tvq_t5x import checkpoint_layout, optimizers
+from tvq_t5x import checkpoint_layout
 from tvq_t5x.config import TransformerConfig
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.train_step import init_train_state, train_on_sequences
 from tvq_t5x.transformer import Transformer
 
-TOLERANCE = 1e-5  # Of the largest entry of each array.
 BATCH_SIZE, LENGTH, UPDATE_LEN, BATCHES = 8, 32, 16, 2
 STEPS = BATCHES * LENGTH // UPDATE_LEN
-SIZES = {
-  'vocab_size': 32,
-  'emb_dim': 32,
-  'key_dim': 16,
-  'num_layers': 1,
-  'num_codes': 16,
-  'block_len': 8,
-  'window_len': 8,
-  'ema_decay': 0.9,
-  'sinusoid_dropout_rate': 0.1,
-  'residual_dropout_rate': 0.2,
-  'layer_drop_rate': 0.2,
-  'scan_layers': False,
-  'remat': 'none',
-}
-OPTIMIZERS = {
-  'adamw': functools.partial(optimizers.adamw, 3e-3, weight_decay=1e-2, clip_norm=0.1),
-  'adafactor': functools.partial(optimizers.adafactor, 1e-2, weight_decay=1e-2, clip_norm=0.1),
-  'lion': functools.partial(optimizers.lion, 1e-3, weight_decay=1e-2, clip_norm=0.1),
-}
+ONE_LAYER = {**SIZES, 'num_layers': 1, 'scan_layers': False, 'remat': 'none'}
 
 
 def make_model(optimizer, **fields):
-  module = Transformer(TransformerConfig(**{**SIZES, **fields}))
+  module = Transformer(TransformerConfig(**{**ONE_LAYER, **fields}))
   return TransformerVQModel(module, seqio.PassThroughVocabulary(32), OPTIMIZERS[optimizer]())
 
 
@@ -60,9 +39,9 @@ class Run:
     trainer = t5x_runs.trainer(model, folder, shape, dims, UPDATE_LEN, num_microbatches)
     with trainer:
       metrics = trainer.train(iter(_batches(model)), STEPS).result()
-    state = t5x_runs.by_name(trainer.train_state.state_dict())
+    state = by_name(trainer.train_state.state_dict())
     self.shapes = shard_shapes(state)
-    self.numbers = _on_host(state)
+    self.numbers = on_host(state)
     own = ('timing/', 'learning_rate')
     self.numbers |= {k: x.value for k, x in metrics.items() if not k.startswith(own)}
 
@@ -84,24 +63,10 @@ class Reference:
 
 
 def _by_name(state):
-  return _on_host(t5x_runs.by_name(checkpoint_layout.state_dict(state)))
-
-
-def _on_host(state):
-  return {name: np.asarray(x, np.float64) for name, x in jax.device_get(state).items()}
-
-
-def shard_shapes(state):
-  return {name: x.addressable_shards[0].data.shape for name, x in state.items()}
+  return on_host(by_name(checkpoint_layout.state_dict(state)))
 
 
 def assert_same(run, reference):
   """The numbers of both within the tolerance."""
-  assert run.numbers.keys() == reference.numbers.keys()
   assert run.numbers['state/step'] == STEPS
-  wrong = {}
-  for name, x in reference.numbers.items():
-    difference = np.max(np.abs(run.numbers[name] - x)) / max(np.max(np.abs(x)), 1e-30)
-    if not difference <= TOLERANCE:
-      wrong[name] = difference
-  assert not wrong
+  assert_same_numbers(run.numbers, reference.numbers)

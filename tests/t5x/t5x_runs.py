@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from mesh_util import assert_same_numbers, by_name
 from t5x import gin_utils, partitioning, utils
 from tensorboard.backend.event_processing import event_accumulator
 from tensorflow import make_ndarray
@@ -87,12 +88,6 @@ def arrays(folder, step):
   return by_name(checkpointer.restore(path, restore_args=args))
 
 
-def by_name(tree):
-  """Leaves by their names, with slashes."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
-
-
 def scalars(folder):
   """What T5X wrote for TensorBoard: {name: {step: value}}."""
   events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
@@ -138,11 +133,8 @@ def trainer(model, folder, shape=(1, 1), dims=(1, 1), update_len=None, num_micro
 def assert_same_arrays(folder, expected, step=STEPS, tolerance=1e-5):
   """Checkpoints of two runs, within a tolerance relative to each array's largest entry."""
   found, expected = arrays(folder, step), arrays(expected, step)
-  assert found.keys() == expected.keys()
-  for name, x in expected.items():
-    assert found[name].dtype == x.dtype, name
-    difference = np.max(np.abs(np.subtract(found[name], x, dtype=np.float64)))
-    assert difference <= tolerance * max(np.max(np.abs(x)), 1e-30), name
+  assert_same_numbers(found, expected, tolerance)
+  assert {k: x.dtype for k, x in found.items()} == {k: x.dtype for k, x in expected.items()}
 
 
 def load(folder, step=STEPS):

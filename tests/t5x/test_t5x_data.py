@@ -13,8 +13,6 @@ from tvq_t5x.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.t5x_adapter import data
 
 BATCH_SIZE, LENGTH, UPDATES = 8, 64, 2
-# TensorFlow can wait for ever when an iterator is dropped while it reads ahead.
-_kept = []
 
 
 def _cfg(cls):
@@ -31,7 +29,7 @@ def _cfg(cls):
 
 
 def _iterator(folder, host=0, hosts=1):
-  iterator = data.get_dataset(
+  return data.get_dataset(
     _cfg(utils.DatasetConfig),
     host,
     hosts,
@@ -39,14 +37,10 @@ def _iterator(folder, host=0, hosts=1):
     model_dir=str(folder),
     update_len=LENGTH // UPDATES,
   )
-  _kept.append(iterator)
-  return iterator
 
 
 def _runner():
-  batches = datasets.training_batches(_cfg(datasets.DatasetConfig), TransformerVQFeatureConverter)
-  _kept.append(batches)
-  return batches
+  return datasets.training_batches(_cfg(datasets.DatasetConfig), TransformerVQFeatureConverter)
 
 
 @pytest.fixture(scope='module')

@@ -10,6 +10,7 @@ import seqio
 pytest.importorskip('t5x.interactive_model', reason='T5X is not installed: its InteractiveModel')
 
 import t5x_runs
+from mesh_util import by_name
 from t5x.interactive_model import InferenceType
 from t5x_runs import STEPS
 
@@ -72,7 +73,7 @@ def batch_of(model, texts, eos):
 def test_it_starts_from_the_checkpoint(interactive, trained):
   assert interactive.step == STEPS
   saved = t5x_runs.arrays(trained, STEPS)
-  for name, x in t5x_runs.by_name(interactive.train_state.state_dict()).items():
+  for name, x in by_name(interactive.train_state.state_dict()).items():
     np.testing.assert_array_equal(x, saved[name], err_msg=name)
 
 
@@ -102,8 +103,8 @@ def test_train_step(interactive, loaded, trained, folder):
   assert interactive.step == STEPS + 3
   after = [score for _, score in interactive.score(examples(TEXTS))]
   assert after[0] > before[0]
-  state = t5x_runs.by_name(interactive.train_state.params)
-  old = t5x_runs.by_name(loaded.params)
+  state = by_name(interactive.train_state.params)
+  old = by_name(loaded.params)
   name = 'layers/attention_0/quantizer/c_sum'
   assert np.max(np.abs(state[name] - old[name])) > 0
   # It has saved a checkpoint of its own there.

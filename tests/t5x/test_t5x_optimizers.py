@@ -9,9 +9,9 @@ from util import random_params
 
 pytest.importorskip('t5x.train', reason='T5X is not installed: optimizers in it')
 
-import small_runs
 import t5x_runs
-from small_runs import Reference, Run, assert_same, make_model
+from mesh_util import by_name
+from small_runs import ONE_LAYER, Reference, Run, assert_same, make_model
 from t5x.train_state import FlaxOptimTrainState
 
 from tvq_t5x import optimizers
@@ -46,7 +46,7 @@ def test_adafactor_with_factors_on_the_axes_that_are_left(tmp_path):
 def test_what_does_not_reach_the_codebooks(name):
   """A rate of zero, a small norm to clip to and a strong decay, in T5X's own train state."""
   optimizer = getattr(optimizers, name)(0.0, weight_decay=0.25, clip_norm=1e-9)
-  module = Transformer(TransformerConfig(**small_runs.SIZES))
+  module = Transformer(TransformerConfig(**ONE_LAYER))
   model = TransformerVQModel(module, seqio.PassThroughVocabulary(32), optimizer)
   params, gradients = random_params(model.config), random_params(model.config, seed=1)
   shapes = {'decoder_input_tokens': (8, 8)}
@@ -57,8 +57,8 @@ def test_what_does_not_reach_the_codebooks(name):
     state = FlaxOptimTrainState.create(model.optimizer_def, freeze({**variables, 'params': params}))
     return unfreeze(state.apply_gradient(freeze(gradients), learning_rate=None).params)
 
-  new = t5x_runs.by_name(update(params, gradients))
-  old, gradients = t5x_runs.by_name(params), t5x_runs.by_name(gradients)
+  new = by_name(update(params, gradients))
+  old, gradients = by_name(params), by_name(gradients)
   kinds = set()
   for param, x in old.items():
     kind = param.split('/')[-1]

@@ -8,7 +8,8 @@ pytest.importorskip('t5x.train', reason='T5X is not installed: its partitioning'
 
 import t5x_runs
 from jax.sharding import NamedSharding, PartitionSpec
-from small_runs import TOLERANCE, Run, assert_same, make_model, shard_shapes
+from mesh_util import TOLERANCE, by_name, shard_shapes
+from small_runs import Run, assert_same, make_model
 from t5x import utils
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -62,12 +63,12 @@ def abstract_state():
 @pytest.mark.parametrize('shape', MESHES)
 def test_every_mesh_shards_parameters_moments_and_codebooks(abstract_state, shape, dims):
   partitioner = t5x_runs.partitioner(shape, dims)
-  axes = t5x_runs.by_name(partitioner.get_mesh_axes(abstract_state).state_dict())
+  axes = by_name(partitioner.get_mesh_axes(abstract_state).state_dict())
   state = {
     name: jax.device_put(
       np.zeros(x.shape, x.dtype), NamedSharding(partitioner.mesh, axes.get(name, PartitionSpec()))
     )
-    for name, x in t5x_runs.by_name(abstract_state.state_dict()).items()
+    for name, x in by_name(abstract_state.state_dict()).items()
   }
   assert_sharded(shard_shapes(state), shape, dims)
 

@@ -38,9 +38,8 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   cfg: DatasetConfig = loading.setting('eval_dataset_cfg')
   cfg = dataclasses.replace(cfg, split=split or cfg.split)
   with run_checks.missing_data():
-    batches = datasets.evaluation_batches(cfg, model.FEATURE_CONVERTER_CLS)
-    if carry_state:
-      batches = stretches.evaluation_batches(cfg)
+    read = stretches.evaluation_batches if carry_state else datasets.evaluation_batches
+    batches = read(cfg, model.FEATURE_CONVERTER_CLS)
   checks.check_vocabulary(cfg, model)
   length = cfg.task_feature_lengths['targets']
   segments = checks.updates_in_batch(length, model.config, loading.setting('update_len'))

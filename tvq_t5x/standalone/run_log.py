@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from absl import logging
 from clu import metric_writers
 
-from tvq_t5x import images
+from tvq_t5x import files, images
 
 Record = dict[str, Any]
 
@@ -33,9 +32,8 @@ class RunLog:
     self._dir = model_dir
     self._path = model_dir / 'metrics.jsonl'
     self._records = [r for r in read_records(self._path) if r['step'] <= last_step]
-    unfinished = self._path.with_suffix('.tmp')
-    unfinished.write_text(''.join(map(json_line, self._records)), encoding='utf-8')
-    os.replace(unfinished, self._path)
+    with files.replacing(self._path) as f:
+      f.write(''.join(map(json_line, self._records)).encode())
     for path in self._dir.glob('samples/*'):
       if path.stem.isdecimal() and int(path.stem) > last_step:
         path.unlink()

@@ -9,13 +9,11 @@ import numpy as np
 import seqio
 
 from tvq_t5x.errors import ConfigError
+from tvq_t5x.feature_converters import EOS
 from tvq_t5x.models import Params, TransformerVQModel
 from tvq_t5x.partitioning import DATA, Partitioner
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.vocabularies import ImageVocabulary
-
-# What the feature converter puts before the first token: EOS.
-_START = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Sampler:
     targets = np.zeros([rows, config.length], np.int32)
     targets[:, : len(prompt)] = prompt
     inputs = np.zeros_like(targets)
-    inputs[:, 0] = _START
+    inputs[:, 0] = EOS
     self._batch = jax.device_put(
       {'decoder_target_tokens': targets, 'decoder_input_tokens': inputs},
       partitioner.batch_sharding(),

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 import tensorflow as tf
 
+from tvq_t5x.feature_converters import EOS
+
 Features = Mapping[str, tf.Tensor]
 
 
@@ -37,7 +39,7 @@ def create_preprocessor(
       targets = tf.map_fn(tokenize, batch, fn_output_signature=tf.TensorSpec([length], tf.int32))
     return {
       'decoder_target_tokens': targets,
-      'decoder_input_tokens': tf.pad(targets[:, :-1], [[0, 0], [1, 0]], constant_values=1),
+      'decoder_input_tokens': tf.pad(targets[:, :-1], [[0, 0], [1, 0]], constant_values=EOS),
       'decoder_loss_weights': tf.cast(targets != 0, tf.float32),
     }
 

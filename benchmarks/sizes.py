@@ -1,0 +1,32 @@
+"""Flags for the size of the model, and for how often to time it, that the benchmarks share."""
+
+from typing import Any
+
+from absl import flags
+
+from tvq_t5x.config import TransformerConfig
+
+ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed calls of each variant; medians are shown.')
+BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Sequences.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of activations.')
+_EMB_DIM = flags.DEFINE_integer('emb_dim', 256, 'Model width D; values are twice as wide.')
+_NUM_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Layers, of two attention sublayers each.')
+_NUM_CODES = flags.DEFINE_integer('num_codes', 512, 'Codebook size S.')
+_BLOCK_LEN = flags.DEFINE_integer('block_len', 512, 'Block length L and window length M.')
+
+VOCAB_SIZE = 256
+
+
+def config(**fields: Any) -> TransformerConfig:
+  """The model that the flags describe, with `fields` besides."""
+  return TransformerConfig(
+    vocab_size=VOCAB_SIZE,
+    emb_dim=_EMB_DIM.value,
+    key_dim=128,
+    num_layers=_NUM_LAYERS.value,
+    num_codes=_NUM_CODES.value,
+    block_len=_BLOCK_LEN.value,
+    window_len=_BLOCK_LEN.value,
+    dtype=_DTYPE.value,
+    **fields,
+  )
