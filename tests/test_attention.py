@@ -157,6 +157,8 @@ def test_equals_oracle_on_awkward_sizes(case):
     ([8, 3, 8], {'grad_through_cache': False, 'num_heads': 2, 'remat': 'none'}),
     # Keys within the window but too far from the query are left out.
     ([4, 1, 8], {'compressed_cache': False, 'window_len': 6}),
+    # More blocks than have their caches at once: 10 of them in two groups, then 11, which is prime.
+    ([20, 22, 1], {'block_len': 2, 'num_heads': 2}),
   ],
 )
 def test_every_reduction_equals_oracle(lengths, overrides):

@@ -5,17 +5,20 @@ of M positions before it, and the compressed cache of everything older (paper, s
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tvq_t5x.cache import AttentionState, CompressedCache, caches_before_blocks, merge, summarize
+from tvq_t5x.cache import AttentionState, CompressedCache, caches_before_blocks, summarize
 from tvq_t5x.config import Reduction, Remat, TransformerConfig
 from tvq_t5x.layers import KEEP_MARKED, keep, product
 from tvq_t5x.positions import relative_shift, window_mask
 
 MASKED = -1e30
+# So that time and memory for the caches of blocks stay linear in T.
+MOST_BLOCKS_AT_ONCE = 8
 
 
 class Queries(NamedTuple):
@@ -107,16 +110,17 @@ def vq_attention(
   def attend(x: _Blocks, cache: CompressedCache) -> jax.Array:
     return _attend(x, cache, distances, codebook, c)
 
-  def step(cache, x):
-    return merge(cache, leaving(x)), attend(x, cache)
+  def step(cache: CompressedCache, x: _Blocks) -> tuple[CompressedCache, jax.Array]:
+    before, after = caches_before_blocks(cache, leaving(x), c.reduction)
+    return after, attend(x, before)
 
-  if c.reduction == Reduction.SERIAL:
-    step = jax.checkpoint(step, policy=KEEP_MARKED) if c.remat == Remat.ATTENTION else step
-    out, cache = _scan_blocks(step, blocks, state.cache)
-  else:
+  at_once = _blocks_at_once(num_blocks, c.reduction)
+  if at_once == num_blocks:
     attend = jax.checkpoint(attend, policy=KEEP_MARKED) if c.remat == Remat.ATTENTION else attend
-    before, cache = caches_before_blocks(state.cache, leaving(blocks), c.reduction)
-    out = attend(blocks, before)
+    cache, out = step(state.cache, blocks)
+  else:
+    step = jax.checkpoint(step, policy=KEEP_MARKED) if c.remat == Remat.ATTENTION else step
+    cache, out = _scan_blocks(step, state.cache, blocks, at_once)
   out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
 
   def window(x: jax.Array) -> jax.Array:
@@ -151,16 +155,26 @@ def _windows(x: jax.Array, num_blocks: int, block_len: int) -> jax.Array:
   return jnp.concatenate(windows, axis=2)[:, :, :window_len]
 
 
-def _scan_blocks(step, blocks: _Blocks, cache: CompressedCache):
-  """Attends block after block; returns the outputs [B, R, N, G, L, V] and the last cache."""
+def _blocks_at_once(num_blocks: int, reduction: Reduction) -> int:
+  """How many blocks have their caches at the same time: a divisor of their number."""
+  most = 1 if reduction == Reduction.SERIAL else MOST_BLOCKS_AT_ONCE
+  return max(n for n in range(1, most + 1) if num_blocks % n == 0)
 
-  def one_block(cache, block):
-    after, out = step(jax.tree.map(lambda x: x[:, None], cache), block)
-    return jax.tree.map(lambda x: x[:, 0], after), out[:, 0]
 
-  by_block = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], blocks)
-  cache, out = jax.lax.scan(one_block, cache, by_block)
-  return jnp.moveaxis(out, 0, 1), cache
+def _scan_blocks(
+  step: Callable[[CompressedCache, _Blocks], tuple[CompressedCache, jax.Array]],
+  cache: CompressedCache,
+  blocks: _Blocks,
+  at_once: int,
+) -> tuple[CompressedCache, jax.Array]:
+  """Attends group after group; returns the last cache and the outputs [B, R, N, G, L, V]."""
+
+  def groups(x: jax.Array) -> jax.Array:  # [B, R, ...] to [R / g, B, g, ...]
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, at_once, *x.shape[2:]), 1, 0)
+
+  cache, out = jax.lax.scan(step, cache, jax.tree.map(groups, blocks))
+  out = jnp.moveaxis(out, 0, 1)
+  return cache, out.reshape(out.shape[0], -1, *out.shape[3:])
 
 
 def _attend(

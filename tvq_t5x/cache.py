@@ -82,9 +82,11 @@ def caches_before_blocks(
     The cache that each block attends to, [B, R, N, S(, V)], and the cache after the last block.
   """
   if reduction == Reduction.SERIAL:
-    blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks)
-    after, before = jax.lax.scan(lambda old, new: (merge(old, new), old), initial, blocks)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), before), after
+    caches = [initial]
+    for i in range(blocks.counts.shape[1]):
+      caches.append(merge(caches[-1], jax.tree.map(lambda x, i=i: x[:, i], blocks)))
+    before = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *caches[:-1])
+    return before, caches[-1]
 
   parts = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), initial, blocks)
   if reduction == Reduction.ASSOCIATIVE:

@@ -33,8 +33,9 @@ class Reduction(enum.StrEnum):
   """How the compressed cache of every block is computed from the blocks before it."""
 
   SERIAL = 'serial'  # One scan over blocks, attention included: least memory.
-  MATMUL = 'matmul'  # Product with a triangular R x R matrix.
-  ASSOCIATIVE = 'associative'  # Parallel prefix in log R steps.
+  # A scan over groups of up to 8 blocks that are computed at once, with all their caches.
+  MATMUL = 'matmul'  # Product with a triangular matrix of blocks by blocks.
+  ASSOCIATIVE = 'associative'  # Parallel prefix in logarithmically many steps.
 
 
 class Remat(enum.StrEnum):
