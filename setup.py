@@ -34,6 +34,7 @@ setuptools.setup(
   long_description=_read('README.md'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
+  classifiers=[f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)],
   packages=_LIBRARY + _TASKS + _GIN,
   # `gin/` may hold no __init__.py: with the root on sys.path it would shadow gin-config.
   package_dir={'tvq_t5x.tasks': 'tasks', 'tvq_t5x.gin': 'gin'},

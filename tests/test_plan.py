@@ -1,4 +1,4 @@
-"""The plan of a training step: what is read from a compiled program, and what is said of it."""
+"""The plan of a run: what is read from a compiled program, and what is said of it."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from tvq_t5x import gin_utils, plan
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.partitioning import StateInfo
 from tvq_t5x.planning import hlo, report, topologies
-from tvq_t5x.planning import step as step_lib
+from tvq_t5x.planning import program as program_lib
 
 _TINY = str(pathlib.Path(__file__).parent / 'tiny.gin')
 _REFUSAL = (
@@ -149,33 +149,35 @@ def _clear():
   gin.clear_config()
 
 
-def test_the_step_is_the_one_that_is_configured():
+def test_the_program_is_the_one_that_is_configured():
   _configure('BATCH_SIZE = 16', 'NUM_PARTITIONS = 2', 'NUM_MICROBATCHES = 4')
-  step = step_lib.configured_step(jax.devices())
-  assert step[2:] == (16, 64, 32, 4)
-  assert step.num_updates == 2 and step.num_tokens == 16 * 64
-  assert dict(step.partitioner.mesh.shape) == {'data': 4, 'model': 2}
+  program = program_lib.configured_program(jax.devices())
+  assert program[2:] == (16, 64, 32, 4)
+  assert program.num_updates == 2 and program.num_tokens == 16 * 64
+  assert dict(program.partitioner.mesh.shape) == {'data': 4, 'model': 2}
 
 
-def test_a_step_that_does_not_divide_is_refused():
+def test_a_batch_that_does_not_divide_is_refused():
   _configure('BATCH_SIZE = 12')
   with pytest.raises(ConfigError, match='BATCH_SIZE = 12'):
-    step_lib.configured_step(jax.devices())
+    program_lib.configured_program(jax.devices())
 
 
 def test_neither_text_nor_vocabulary_is_needed():
   _configure(files=['gin/pg19_large.gin'])
-  assert step_lib.configured_step(jax.devices()).model.config.vocab_size == 32000
+  assert program_lib.configured_program(jax.devices()).model.config.vocab_size == 32000
 
 
 @pytest.fixture(scope='module')
 def estimate():
   _configure('BATCH_SIZE = 16', 'NUM_MICROBATCHES = 2')
-  step = step_lib.configured_step(jax.devices())
-  return report.estimate(step, 'v3:2x2', topologies.CHIPS['v3'], step_lib.compile_step(step))
+  program = program_lib.configured_program(jax.devices())
+  return report.estimate(
+    program, 'v3:2x2', topologies.CHIPS['v3'], program_lib.compile_program(program)
+  )
 
 
-def test_a_step_has_the_collectives_of_all_updates_and_microbatches(estimate):
+def test_a_batch_has_the_collectives_of_all_updates_and_microbatches(estimate):
   # Devices that share only the batch sum gradients: twice for each update, in float32.
   (kind,) = estimate.work.collectives
   assert kind == 'all-reduce'
@@ -190,8 +192,8 @@ def test_the_table_has_what_the_compiler_said(estimate):
   cells = dict(line.strip('| ').split(' | ') for line in table.splitlines()[2:])
   assert cells['parameters'] == f'{estimate.state.num_parameters:,}'
   assert cells['devices'] == '8 (cpu cores), data 8 x model 1'
-  assert cells['a step'] == '16 sequences of 64 tokens, 2 updates of 2 microbatches'
-  assert 'all-reduce of a core in a step' in cells
+  assert cells['a batch'] == '16 sequences of 64 tokens, 2 updates of 2 microbatches'
+  assert 'all-reduce of a core for a batch' in cells
   # No time without the compiler's cycles.
   assert not [name for name in cells if 'tokens/s' in name]
 
@@ -199,17 +201,17 @@ def test_the_table_has_what_the_compiler_said(estimate):
 def test_tokens_per_second_follow_from_cycles_and_clock(estimate):
   work = hlo.Work(84_600_000_000_000, 10, 94_000_000, {}, unknown_loops=1)
   table = report.table(report.dataclasses.replace(estimate, work=work))
-  assert '| FLOPs of a core in a step | 84.6 T |' in table
+  assert '| FLOPs of a core for a batch | 84.6 T |' in table
   assert '94 M cycles, 0.1 s' in table
   assert f'| so, estimated, tokens/s | {16 * 64 * 10:,} |' in table
   assert 'loops of unknown length, counted once | 1 ' in table
 
 
 def _refused(estimate, text):
-  return report.refused(estimate.step, 'v3:2x2', estimate.chip, RuntimeError(text))
+  return report.refused(estimate.program, 'v3:2x2', estimate.chip, RuntimeError(text))
 
 
-def test_a_step_that_the_compiler_refuses_does_not_fit(estimate):
+def test_a_program_that_the_compiler_refuses_does_not_fit(estimate):
   refused = _refused(estimate, _REFUSAL)
   assert not refused.fits
   assert refused.memory.temporaries == int(27.94 * 2**30)
@@ -233,11 +235,11 @@ def test_too_many_bytes_in_all_do_not_fit(estimate):
 
 
 def test_what_does_not_fit_exits_with_1_and_advice_that_is_accepted(monkeypatch, capsys):
-  def refuse(step):
+  def refuse(program):
     raise jax.errors.JaxRuntimeError(_REFUSAL)
 
   monkeypatch.setattr(topologies, 'devices_of', lambda topology: jax.devices())
-  monkeypatch.setattr(step_lib, 'compile_step', refuse)
+  monkeypatch.setattr(program_lib, 'compile_program', refuse)
   assert _run('v3:2x2', 'BATCH_SIZE = 16') == 1
   out, err = capsys.readouterr()
   assert '| headroom | none, ' in out
@@ -251,7 +253,7 @@ def test_what_does_not_fit_exits_with_1_and_advice_that_is_accepted(monkeypatch,
   for flag in advice:
     (binding,) = gin_utils.rewrite_gin_args([flag.strip().replace('\\"', '"')])
     _configure('BATCH_SIZE = 16', binding.partition('=')[2])
-    step_lib.configured_step(jax.devices())
+    program_lib.configured_program(jax.devices())
 
 
 def test_advice_is_only_what_is_left_to_do(estimate):
@@ -261,8 +263,8 @@ def test_advice_is_only_what_is_left_to_do(estimate):
     'NUM_PARTITIONS = 8',
     'NUM_MICROBATCHES = 8',
   )
-  step = step_lib.configured_step(jax.devices())
-  advice = report.advice(report.dataclasses.replace(estimate, step=step))
+  program = program_lib.configured_program(jax.devices())
+  advice = report.advice(report.dataclasses.replace(estimate, program=program))
   assert '--gin.' not in advice and 'a topology with more devices' in advice
 
 

@@ -1,4 +1,4 @@
-"""Compiles a training step for TPUs that are not there, and says what it takes.
+"""Compiles the program that trains on a batch for TPUs that are not there, and says what it takes.
 
 Example: python -m tvq_t5x.plan --gin_file=gin/pg19_large.gin --topology=v3:8x8
 
@@ -30,7 +30,7 @@ def run(
   search_paths: Sequence[str],
   topology: str,
 ) -> int:
-  """Prints a table of what the training step takes.
+  """Prints a table of what training on a batch takes.
 
   Returns:
     Exit code: 0 if it fits, 1 if it does not, 2 for a wrong setting.
@@ -41,25 +41,25 @@ def run(
     import jax
 
     from tvq_t5x import gin_utils
+    from tvq_t5x.planning import program as program_lib
     from tvq_t5x.planning import report, topologies
-    from tvq_t5x.planning import step as step_lib
 
   try:
     if not gin_files or not topology:
-      raise ConfigError(f'--gin_file and --topology have to be given: try\n{_EXAMPLE}')
+      raise ConfigError(f'--gin_file and --topology have to be given: try {_EXAMPLE}')
     chip = topologies.chip_of(topology)
     # Nothing is written, so a run without a folder is complete.
     gin_utils.parse_gin(gin_files, ["MODEL_DIR = ''", *gin_bindings], search_paths)
     with command_line.quiet():
       devices = topologies.devices_of(topology)
-    step = step_lib.configured_step(devices)
+    program = program_lib.configured_program(devices)
     logging.info('Compiling; the large models take minutes.')
     try:
       with command_line.quiet():
-        compiled = step_lib.compile_step(step)
-      estimate = report.estimate(step, topology, chip, compiled)
+        compiled = program_lib.compile_program(program)
+      estimate = report.estimate(program, topology, chip, compiled)
     except jax.errors.JaxRuntimeError as e:
-      estimate = report.refused(step, topology, chip, e)
+      estimate = report.refused(program, topology, chip, e)
   except ConfigError as e:
     return command_line.fail(gin_utils.message(e), 2)
   print(report.table(estimate))

@@ -1,4 +1,4 @@
-"""What a compiled training step takes, and what would take less, in words."""
+"""What a compiled training program takes, and what would take less, in words."""
 
 import dataclasses
 import re
@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
+from tvq_t5x import words
 from tvq_t5x.config import AttentionType, Reduction, Remat
 from tvq_t5x.partitioning import DATA, MODEL, StateInfo
 from tvq_t5x.planning import hlo
-from tvq_t5x.planning.step import Step
+from tvq_t5x.planning.program import Program
 from tvq_t5x.planning.topologies import Chip
-from tvq_t5x.standalone import reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,24 +26,25 @@ class Memory:
 
   @property
   def total(self) -> int:
-    """Bytes that the step needs."""
+    """Bytes that the program needs."""
     return self.arguments + self.results + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """What the compiler says of a training step.
+  """What the compiler says of a training program.
 
   Attributes:
-    step: what was compiled.
+    program: what was compiled.
     topology: for which devices, such as 'v3:8x8'.
     chip: facts about them.
     state: what parameters and optimizer state take.
     memory: of a device.
-    work: of a device; None for a step that the compiler refused because of its temporaries.
+    work: of a device, for a batch; None for a program that the compiler refused because of its
+      temporaries.
   """
 
-  step: Step
+  program: Program
   topology: str
   chip: Chip
   state: StateInfo
@@ -52,12 +53,14 @@ class Estimate:
 
   @property
   def fits(self) -> bool:
-    """Whether the step can run on these devices."""
+    """Whether the program can run on these devices."""
     return self.work is not None and self.memory.total <= self.chip.hbm_bytes
 
 
-def estimate(step: Step, topology: str, chip: Chip, compiled: jax.stages.Compiled) -> Estimate:
-  """The estimate of a step that was compiled."""
+def estimate(
+  program: Program, topology: str, chip: Chip, compiled: jax.stages.Compiled
+) -> Estimate:
+  """The estimate of a program that was compiled."""
   stats: Any = compiled.memory_analysis()
   memory = Memory(
     arguments=stats.argument_size_in_bytes,
@@ -65,12 +68,12 @@ def estimate(step: Step, topology: str, chip: Chip, compiled: jax.stages.Compile
     temporaries=stats.temp_size_in_bytes,
     code=stats.generated_code_size_in_bytes,
   )
-  state = step.partitioner.describe(step.model, step.batch_size)
-  return Estimate(step, topology, chip, state, memory, hlo.work_of(compiled.as_text()))
+  state = program.partitioner.describe(program.model, program.batch_size)
+  return Estimate(program, topology, chip, state, memory, hlo.work_of(compiled.as_text()))
 
 
-def refused(step: Step, topology: str, chip: Chip, error: Exception) -> Estimate:
-  """The estimate of a step whose temporaries the compiler found too large.
+def refused(program: Program, topology: str, chip: Chip, error: Exception) -> Estimate:
+  """The estimate of a program whose temporaries the compiler found too large.
 
   Raises:
     Exception: `error`, if it says something else.
@@ -79,15 +82,15 @@ def refused(step: Step, topology: str, chip: Chip, error: Exception) -> Estimate
   if not found:
     raise error
   temporaries = float(found[1]) * 2 ** {'K': 10, 'M': 20, 'G': 30}[found[2]]
-  state = step.partitioner.describe(step.model, step.batch_size)
+  state = program.partitioner.describe(program.model, program.batch_size)
   memory = Memory(state.num_bytes_per_device, 0, int(temporaries), 0)
-  return Estimate(step, topology, chip, state, memory, None)
+  return Estimate(program, topology, chip, state, memory, None)
 
 
 def table(x: Estimate) -> str:
   """A Markdown table."""
-  step, memory, chip = x.step, x.memory, x.chip
-  mesh = step.partitioner.mesh
+  program, memory, chip = x.program, x.memory, x.chip
+  mesh = program.partitioner.mesh
   kind = mesh.devices.flat[0].device_kind
   rows = [
     (
@@ -96,14 +99,15 @@ def table(x: Estimate) -> str:
     ),
     ('parameters', f'{x.state.num_parameters:,}'),
     (
-      'a step',
-      f'{step.batch_size} sequences of {step.length:,} tokens, {_count(step.num_updates, "update")}'
-      f' of {_count(step.num_microbatches, "microbatch")}',
+      'a batch',
+      f'{program.batch_size} sequences of {program.length:,} tokens, '
+      f'{_count(program.num_updates, "update")} of '
+      f'{_count(program.num_microbatches, "microbatch")}',
     ),
-    (f'memory of a {chip.device}', f'{reports.size(chip.hbm_bytes)} for programs'),
-    ('arguments', reports.size(memory.arguments)),
-    ('temporaries', reports.size(memory.temporaries)),
-    ('program and other results', reports.size(memory.code + memory.results)),
+    (f'memory of a {chip.device}', f'{words.size(chip.hbm_bytes)} for programs'),
+    ('arguments', words.size(memory.arguments)),
+    ('temporaries', words.size(memory.temporaries)),
+    ('program and other results', words.size(memory.code + memory.results)),
     ('headroom', _headroom(x)),
   ]
   if x.work is not None:
@@ -113,29 +117,29 @@ def table(x: Estimate) -> str:
 
 
 def _work_rows(x: Estimate, work: hlo.Work) -> Iterator[tuple[str, str]]:
-  each = f'of a {x.chip.device} in a step'
+  each = f'of a {x.chip.device} for a batch'
   yield f'FLOPs {each}', _short(work.flops)
-  yield f'bytes moved {each}', reports.size(work.num_bytes)
+  yield f'bytes moved {each}', words.size(work.num_bytes)
   for kind, found in work.collectives.items():
-    yield f'{kind} {each}', f'{reports.size(found.num_bytes)} in {found.count:,}'
+    yield f'{kind} {each}', f'{words.size(found.num_bytes)} in {found.count:,}'
   if work.unknown_loops:
     yield 'loops of unknown length, counted once', f'{work.unknown_loops}'
   if work.cycles:
     seconds = work.cycles / x.chip.hertz
     yield (
-      "compiler's estimate of a step, collectives not counted",
+      "compiler's estimate for a batch, collectives not counted",
       f'{work.cycles / 1e6:,.0f} M cycles, {seconds:.3g} s',
     )
-    yield 'so, estimated, tokens/s', f'{x.step.num_tokens / seconds:,.0f}'
+    yield 'so, estimated, tokens/s', f'{x.program.num_tokens / seconds:,.0f}'
 
 
 def advice(x: Estimate) -> str:
-  """Flags that make a step take less memory; for a step that does not fit."""
-  step, config = x.step, x.step.model.config
-  mesh = step.partitioner.mesh
+  """Flags that make a program take less memory; for one that does not fit."""
+  program, config = x.program, x.program.model.config
+  mesh = program.partitioner.mesh
   lines = []
-  rows = step.batch_size // mesh.shape[DATA]
-  more = [n for n in range(step.num_microbatches + 1, rows + 1) if rows % n == 0]
+  rows = program.batch_size // mesh.shape[DATA]
+  more = [n for n in range(program.num_microbatches + 1, rows + 1) if rows % n == 0]
   if more:
     lines.append(
       f'--gin.NUM_MICROBATCHES={more[0]}: {_count(rows // more[0], "sequence")} at a time on each '
@@ -153,7 +157,7 @@ def advice(x: Estimate) -> str:
   if mesh.size % partitions == 0:
     lines.append(f'--gin.NUM_PARTITIONS={partitions}: less of the model on each {x.chip.device}')
   lines.append('a topology with more devices or more memory')
-  need = reports.size(x.memory.total)
+  need = words.size(x.memory.total)
   need = need if x.work is not None else f'at least {need}'
   what = '\n'.join(f'  {line}' for line in lines)
   return f'It does not fit: {need} on each {x.chip.device}. What takes less:\n{what}'
@@ -161,7 +165,7 @@ def advice(x: Estimate) -> str:
 
 def _headroom(x: Estimate) -> str:
   left = x.chip.hbm_bytes - x.memory.total
-  return reports.size(left) if left >= 0 else f'none, {reports.size(-left)} too much'
+  return words.size(left) if left >= 0 else f'none, {words.size(-left)} too much'
 
 
 def _short(value: float) -> str:

@@ -1,1 +1,4 @@
-"""What T5X needs besides the model object: an optimizer and a trainer. Imports T5X."""
+"""What T5X's programs need besides the model object; all modules here import T5X.
+
+Optimizer and trainer, data of training and evaluation, export, InteractiveModel, paths.
+"""

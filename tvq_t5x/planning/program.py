@@ -1,4 +1,4 @@
-"""The training step of a gin configuration, without its data."""
+"""The program that a gin configuration trains with, without its data."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from tvq_t5x.partitioning import Partitioner
 from tvq_t5x.transformer import Transformer
 
 
-class Step(NamedTuple):
-  """What one call of the training step is given."""
+class Program(NamedTuple):
+  """What trains on a batch in one call, in one or several steps (parameter updates)."""
 
   model: TransformerVQModel
   partitioner: Partitioner
@@ -25,16 +25,16 @@ class Step(NamedTuple):
 
   @property
   def num_updates(self) -> int:
-    """Parameter updates of a step."""
+    """Parameter updates that a batch gives."""
     return self.length // self.update_len
 
   @property
   def num_tokens(self) -> int:
-    """Tokens of a step, of all devices."""
+    """Tokens of a batch, of all devices."""
     return self.batch_size * self.length
 
 
-def configured_step(devices: Sequence[jax.Device]) -> Step:
+def configured_program(devices: Sequence[jax.Device]) -> Program:
   """What the parsed gin configuration trains, on these devices.
 
   Reads neither text nor vocabulary.
@@ -52,13 +52,13 @@ def configured_step(devices: Sequence[jax.Device]) -> Step:
   updates = checks.updates_in_batch(length, module.config, update_len)
   num_microbatches = loading.setting('num_microbatches')
   partitioner.validate(module.config, data.batch_size, num_microbatches)
-  return Step(model, partitioner, data.batch_size, length, length // updates, num_microbatches)
+  return Program(model, partitioner, data.batch_size, length, length // updates, num_microbatches)
 
 
-def compile_step(step: Step) -> jax.stages.Compiled:
+def compile_program(program: Program) -> jax.stages.Compiled:
   """Compiles what the training loop runs.
 
   Raises:
     jax.errors.JaxRuntimeError: if the temporaries alone do not fit into the devices' memory.
   """
-  return compilation.lower_train_step(**step._asdict()).compile()
+  return compilation.lower_train_step(**program._asdict()).compile()

@@ -1,0 +1,52 @@
+"""What setup.py puts into a wheel; nothing is built."""
+
+import fnmatch
+import pathlib
+import runpy
+
+import pytest
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(name='settings')
+def _settings(monkeypatch):
+  """What setup.py says."""
+  found = {}
+  monkeypatch.chdir(_ROOT)
+  monkeypatch.setattr(setuptools, 'setup', lambda **settings: found.update(settings))
+  runpy.run_path(str(_ROOT / 'setup.py'))
+  return found
+
+
+def _package(path):
+  """The package that a file of the checkout is in."""
+  folder = path.relative_to(_ROOT).parent
+  inside = folder if folder.parts[0] == 'tvq_t5x' else pathlib.Path('tvq_t5x') / folder
+  return '.'.join(inside.parts)
+
+
+def test_every_gin_file_is_in_a_wheel(settings):
+  files = list((_ROOT / 'gin').rglob('*.gin'))
+  assert files
+  for path in files:
+    patterns = settings['package_data'].get(_package(path), [])
+    assert any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns), path
+    assert _package(path) in settings['packages'], path
+
+
+@pytest.mark.parametrize('folder', ['tvq_t5x', 'tasks'])
+def test_every_module_is_in_a_wheel(settings, folder):
+  files = list((_ROOT / folder).rglob('*.py'))
+  assert files
+  for path in files:
+    assert _package(path) in settings['packages'], path
+
+
+def test_folders_beside_the_package_come_into_it(settings):
+  assert settings['package_dir'] == {'tvq_t5x.gin': 'gin', 'tvq_t5x.tasks': 'tasks'}
+
+
+def test_nothing_else_is_in_a_wheel(settings):
+  assert {name.split('.')[0] for name in settings['packages']} == {'tvq_t5x'}
