@@ -19,6 +19,7 @@ from tvq_t5x.errors import ConfigError
 
 _MACRO = 'ENWIK8_PATH'
 _URL = 'http://mattmahoney.net/dc/enwik8.zip'
+_NAMES = ('enwik8', 'enwik8.zip')
 _SIZE = 100_000_000
 _SHA1 = '57b8363b814821dc9d47aa4d41f58733519076b2'
 _SPLITS = {
@@ -33,26 +34,36 @@ def corpus(path: str | None = None, sha1: str = _SHA1) -> np.ndarray:
   """The whole corpus, [100,000,000] uint8.
 
   Args:
-    path: of the file, which is memory-mapped, or of the zip that holds it, which is read; macro
-      ENWIK8_PATH. None means the environment variable ENWIK8_PATH.
+    path: of the file, which is memory-mapped, of the zip that holds it, which is read, or of a
+      folder with `enwik8` or `enwik8.zip`; macro ENWIK8_PATH. None means the environment variable
+      ENWIK8_PATH, or else the folder of --data_dir.
     sha1: of the file, in hexadecimal.
 
   Raises:
     ConfigError: if there is no such file, or it is another one.
   """
-  found = settings.path(_MACRO, path)
+  found = settings.data_path(_MACRO, path)
   if found is None:
-    raise ConfigError(
-      f'{_MACRO} is not set: get {_URL} and give its path with {settings.how_to_set(_MACRO)}.'
-    )
+    raise ConfigError(f'{_MACRO} is not set: {_get_it()}.')
+  if os.path.isdir(found):
+    found = _file_in(found)
   try:
     status = os.stat(found)
     return _read(found, sha1, status.st_size, status.st_mtime_ns)
   except (OSError, zipfile.BadZipFile) as e:
-    raise ConfigError(
-      f'{_MACRO} = {found!r} can not be read ({e}): give the path of enwik8 or of enwik8.zip, from '
-      f'{_URL}.'
-    ) from e
+    raise ConfigError(f'{found!r} can not be read ({e}): {_get_it()}.') from e
+
+
+def _file_in(folder: str) -> str:
+  paths = [os.path.join(folder, name) for name in _NAMES]
+  for path in paths:
+    if os.path.isfile(path):
+      return path
+  raise ConfigError(f'there is no {" and no ".join(_NAMES)} in {folder!r}: {_get_it()}.')
+
+
+def _get_it() -> str:
+  return f'get {_URL} and give its path with {settings.how_to_set_data(_MACRO)}'
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,8 +81,8 @@ def _read(path: str, sha1: str, size: int, mtime_ns: int) -> np.ndarray:
   found = hashlib.sha1(data).hexdigest() if len(data) == _SIZE else f'not {_SIZE:,} bytes'
   if found != sha1:
     raise ConfigError(
-      f'{_MACRO} = {path!r} is not enwik8: it has SHA-1 {sha1} and {_SIZE:,} bytes, this is '
-      f'{found}. Get {_URL}.'
+      f'{path!r} is not enwik8, which has SHA-1 {sha1} and {_SIZE:,} bytes: this is {found}; '
+      f'{_get_it()}.'
     )
   return np.frombuffer(data, np.uint8)
 

@@ -2,7 +2,7 @@
 
 An image is one sequence of 12,288 tokens: its rows from the top, in each its pixels from the left,
 of each pixel red, green and blue. There is no EOS. A value is a byte and a dimension, so the metric
-`bits_per_byte` is what the literature calls bits per dimension.
+`bits_per_byte` of training is what the literature calls bits per dimension.
 
 Both are read as TFDS prepared them. The first 1,200,000 training images train, the rest of them
 validate, and the official validation images test. The two hold the same photographs but are not
@@ -38,10 +38,10 @@ def corpus(path: str | None = None, name: str = _RESIZED) -> corpora.Corpus:
 
   Args:
     path: of TFDS's data directory; macro IMAGENET64_PATH. None means the environment variable
-      IMAGENET64_PATH, or else TFDS's default.
+      IMAGENET64_PATH, or else the folder of --data_dir, or else TFDS's default.
     name: of the dataset.
   """
-  return corpora.TfdsCorpus(name, 'image', _SPLITS, settings.path(_MACRO, path), _MACRO)
+  return corpora.TfdsCorpus(name, 'image', _SPLITS, settings.data_path(_MACRO, path), _MACRO)
 
 
 for _name, _corpus in (

@@ -5,7 +5,7 @@ Read as TFDS prepared them (`pg19:0.1.1`), or as they are published at gs://deep
 
 The vocabulary is the user's, with 32,000 pieces in the paper:
 
-    PG19_PATH=... python -m tvq_t5x.train_vocab --task=pg19 --output=pg19
+    python -m tvq_t5x.train_vocab --task=pg19 --data_dir=FOLDER --output=pg19
 
 Results are told as perplexity of words: exp(nats of all tokens / words of the split), with the
 published numbers of words.
@@ -39,9 +39,10 @@ def corpus(path: str | None = None) -> corpora.Corpus:
 
   Args:
     path: of the folder with `metadata.csv`, or of TFDS's data directory; macro PG19_PATH. None
-      means the environment variable PG19_PATH, or else TFDS's default.
+      means the environment variable PG19_PATH, or else the folder of --data_dir, or else TFDS's
+      default.
   """
-  found = settings.path(_MACRO, path)
+  found = settings.data_path(_MACRO, path)
   if found and os.path.exists(os.path.join(found, 'metadata.csv')):
     return PublishedBooks(found)
   return corpora.TfdsCorpus(
@@ -79,6 +80,10 @@ class PublishedBooks:
       digest.update(f'{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}\n'.encode())
     return {'dataset': 'PG-19 as published', 'split': split, 'files': digest.hexdigest()}
 
+  @property
+  def _shown(self) -> str:
+    return f'{self.folder!r} ({_MACRO} or --data_dir)'
+
   def _files(self, split: str) -> list[str]:
     """Paths of a split's books in the order of `metadata.csv`."""
     with open(os.path.join(self.folder, 'metadata.csv'), encoding='utf-8', newline='') as f:
@@ -86,13 +91,13 @@ class PublishedBooks:
     folders = {s: os.path.join(self.folder, s) for s in _PUBLISHED}
     there = {s: set(os.listdir(path)) for s, path in folders.items() if os.path.isdir(path)}
     if split not in there:
-      raise ConfigError(f'{_MACRO} = {self.folder!r} has metadata.csv, but no folder {split!r}.')
+      raise ConfigError(f'{self._shown} has metadata.csv, but no folder {split!r}.')
     unknown = sorted(there[split] - set(names))
     # With all folders there, nothing may be missing: the download was perhaps interrupted.
     missing = [name for name in names if not any(name in files for files in there.values())]
     if unknown or (missing and len(there) == len(folders)):
       raise ConfigError(
-        f'{_MACRO} = {self.folder!r} is not PG-19 as published: '
+        f'{self._shown} is not PG-19 as published: '
         + '; '.join(
           f'{len(found):,} {what}, such as {found[0]}'
           for found, what in (

@@ -12,7 +12,6 @@ import tensorflow as tf
 from tvq_t5x import checkpoint_layout as layout
 from tvq_t5x.datasets import POSITION, TrainingIterator
 from tvq_t5x.errors import CheckpointError, ConfigError
-from tvq_t5x.standalone import checkpoints
 from tvq_t5x.standalone.checkpoints import Checkpoints
 from tvq_t5x.train_step import TrainState
 
@@ -228,8 +227,8 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch, part):
 
 
 def test_newest_metadata_needs_no_readable_newest_checkpoint(tmp_path):
-  assert checkpoints.newest_metadata(tmp_path) is None
+  assert layout.newest_metadata(tmp_path) is None
   _write(tmp_path, [10, 20])
   _truncate(tmp_path / 'checkpoint_20' / 'metadata' / 'metadata')
-  step, metadata = checkpoints.newest_metadata(tmp_path)
+  step, metadata = layout.newest_metadata(tmp_path)
   assert (step, metadata['note']) == (10, 10)

@@ -11,6 +11,7 @@ import pytest
 from util import HEADS, LIGHT, assert_close, random_params, random_tokens, small_config
 
 from tvq_t5x import decoding
+from tvq_t5x.errors import ConfigError
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.transformer import Transformer
 
@@ -226,3 +227,13 @@ def test_state_is_updated_in_place(scan_layers):
   # And the layers of a scanned network are those of one that isn't.
   expected = d.generate(d.start(2), 9, jax.random.key(0), SAMPLED)[0]
   np.testing.assert_array_equal(compiled(params, state)[0], expected)
+
+
+def test_the_quadratic_baseline_is_refused():
+  module = Transformer(small_config(attention_type='quadratic', **LIGHT))
+  with pytest.raises(ConfigError, match="attention_type = 'quadratic' keeps no state"):
+    decoding.start(module, 2)
+  tokens = jnp.ones([2, 1], jnp.int32)
+  for argument in ({'lengths': jnp.ones([2], jnp.int32)}, {'oldest': jnp.int32(0)}):
+    with pytest.raises(ConfigError, match="attention_type = 'quadratic' keeps no state"):
+      jax.eval_shape(lambda kwargs: module.init(jax.random.key(0), tokens, **kwargs), argument)

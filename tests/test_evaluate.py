@@ -8,11 +8,13 @@ import pathlib
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 import tiny_task
 from absl import flags
 from util import one_device
 
-from tvq_t5x import evaluate, indexed
+from tvq_t5x import datasets, evaluate, indexed, settings, stretches, vocabularies
+from tvq_t5x.errors import ConfigError
 from tvq_t5x.standalone import run_log
 
 _TINY = str(pathlib.Path(__file__).parent / 'tiny.gin')
@@ -25,6 +27,23 @@ seqio.TaskRegistry.add(
   source=indexed.text_source(lambda split: [b'text'], ['train', 'validation']),
   preprocessors=indexed.text_preprocessors(),
   output_features={'targets': seqio.Feature(seqio.ByteVocabulary())},
+)
+
+# Images of 2 x 4 pixels.
+seqio.TaskRegistry.add(
+  'tiny_images',
+  source=seqio.FunctionDataSource(
+    lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+      {'targets': np.arange(72, dtype=np.int32).reshape(3, 24) + 3}
+    ),
+    splits=['train', 'validation', 'test'],
+  ),
+  preprocessors=[],
+  output_features={
+    'targets': seqio.Feature(vocabularies.ImageVocabulary((2, 4, 3)), add_eos=False)
+  },
+  task_cls=indexed.InMemoryTask,
+  sequence_len=24,
 )
 
 
@@ -75,6 +94,26 @@ def test_the_numbers_of_the_run(call, tiny_run, recorded, tmp_path):
   ]  # fmt: skip
   assert float(rows['bits_per_byte']) == pytest.approx(recorded['bits_per_byte'], abs=1e-4)
   assert rows['tokens'] == str(_SIZE + 1)
+
+
+def test_bits_of_images_are_per_dimension(call, tiny_run):
+  bindings = (
+    "MIXTURE_OR_TASK_NAME = 'tiny_images'",
+    "TASK_FEATURE_LENGTHS = {'targets': 24}",
+    'UPDATE_LEN = None',
+  )
+  args = [f'--checkpoint={tiny_run}', '--split=test']
+  args += [f'--gin_bindings={binding}' for binding in bindings]
+  found = json.loads(call(*args, '--json=-'))
+  bits = found['cross_entropy'] / math.log(2)
+  assert found['bits_per_dimension'] == pytest.approx(bits, rel=1e-6)
+  assert found['dimensions'] == found['tokens'] == 72
+  assert not {'bits_per_byte', 'bytes'} & set(found)
+  rows = [line.split()[0] for line in call(*args).splitlines()[1:]]
+  assert rows == [
+    'bits_per_dimension', 'cross_entropy', 'perplexity', 'accuracy', 'tokens', 'dimensions',
+    'seconds',
+  ]  # fmt: skip
 
 
 def test_an_older_checkpoint_and_the_default_split(call, tiny_run):
@@ -138,6 +177,7 @@ def test_carried_state_sees_all_of_the_split(call, tiny_run, recorded):
     ),
   ],
 )
+@pytest.mark.usefixtures('_unread')
 def test_mistakes_are_one_line(call, tiny_run, compiled, args, parts):
   args = f'--checkpoint={tiny_run}', *args
   message = call(*args, expected=2, mesh=contextlib.nullcontext)
@@ -145,7 +185,45 @@ def test_mistakes_are_one_line(call, tiny_run, compiled, args, parts):
   for part in parts:
     assert part in message
   assert not compiled
-  assert len(message.splitlines()) == (2 if '--checkpoint=' in args else 1)
+  assert len(message.splitlines()) == 1
+
+
+@pytest.fixture
+def _unread(monkeypatch):
+  """Fails where a split is read: of a large corpus, that takes hours."""
+
+  def read(*args):
+    raise AssertionError('read')
+
+  for module in (datasets, stretches):
+    monkeypatch.setattr(module, 'evaluation_batches', read)
+
+
+def test_what_needs_no_data_is_said_before_it_is_looked_for(call, tiny_run, monkeypatch):
+  def find(self, split):
+    raise ConfigError('there is no data')
+
+  monkeypatch.setattr(indexed.IndexedTask, 'find', find)
+  for args, part in (
+    (['BATCH_SIZE = 3'], 'BATCH_SIZE = 3'),
+    (['UPDATE_LEN = 12'], 'UPDATE_LEN'),
+    (
+      ["train_eval/datasets.DatasetConfig.mixture_or_task_name = 'tiny_images'"],
+      'TransformerVQModel.vocabulary',
+    ),
+    ([], 'there is no data'),
+  ):
+    args = [f'--gin_bindings={binding}' for binding in args]
+    message = call(f'--checkpoint={tiny_run}', *args, expected=2, mesh=contextlib.nullcontext)
+    assert part in message
+
+
+def test_a_folder_of_data(call, tiny_run, tmp_path, monkeypatch):
+  monkeypatch.setenv('TVQ_DATA_DIR', '')
+  message = call(f'--checkpoint={tiny_run}', '--data_dir=no', expected=2)
+  assert message.startswith('error: --data_dir=no: there is no such folder')
+  call('--checkpoint=nothing', f'--data_dir={tmp_path}', expected=2)
+  assert settings.data_path('PG19_PATH', None) == str(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_another_exit_code(call, tiny_run, tmp_path):

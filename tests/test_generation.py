@@ -8,7 +8,7 @@ import pytest
 import tiny_task
 from util import assert_close, one_device, small_config
 
-from tvq_t5x import datasets, generation, stretches
+from tvq_t5x import datasets, decoding, generation, stretches
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.standalone.evaluation import Evaluator
@@ -220,4 +220,4 @@ def test_no_tokens_are_refused(lm):
 
 def test_the_quadratic_baseline_is_refused():
   with pytest.raises(ConfigError, match="attention_type = 'quadratic' keeps no state"):
-    generation.check_keeps_state(small_config(attention_type='quadratic'))
+    decoding.check_keeps_state(small_config(attention_type='quadratic'))

@@ -80,6 +80,12 @@ def test_a_sequence_is_an_image(task):
     sequences(task, 8192, 'test')
 
 
+def test_the_folder_of_the_data(data_dir, monkeypatch):
+  monkeypatch.delenv('IMAGENET64_PATH')
+  monkeypatch.setenv('TVQ_DATA_DIR', str(data_dir))
+  assert len(sequences('imagenet64', SIZE, 'test')) == 2
+
+
 def test_path_in_gin(data_dir, monkeypatch):
   monkeypatch.delenv('IMAGENET64_PATH')
   gin.parse_config_file(f'{gin_utils.gin_root()}/tasks/imagenet64.gin')

@@ -123,13 +123,13 @@ def test_a_batch_that_does_not_divide_is_refused():
   with pytest.raises(ConfigError) as error:
     partitioner.validate(config, 40, 4)
   assert str(error.value) == (
-    'BATCH_SIZE = 40 is not accepted: give a multiple of num_microbatches x data axis = 4 x 4 = '
-    '16, such as 32, 48; or num_microbatches one of 1, 2, 5, 10 '
+    'BATCH_SIZE = 40 is not accepted: give a multiple of NUM_MICROBATCHES x data axis = 4 x 4 = '
+    '16, such as 32, 48; or NUM_MICROBATCHES one of 1, 2, 5, 10 '
     '(data axis 4 x model axis 2 = 8 devices).'
   )
   with pytest.raises(ConfigError, match='such as 4 .data axis 4'):
     partitioner.validate(config, 3, 1)
-  with pytest.raises(ConfigError, match='num_microbatches = 0 .* a positive integer'):
+  with pytest.raises(ConfigError, match='NUM_MICROBATCHES = 0 .* a positive integer'):
     partitioner.validate(config, 4, 0)
 
 

@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _settings(model, monkeypatch):
-  for name in ('PG19_PATH', 'TOKEN_CACHE_DIR'):
+  for name in ('PG19_PATH', 'TOKEN_CACHE_DIR', 'TVQ_DATA_DIR'):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv('SENTENCEPIECE_MODEL', model)
   gin.clear_config()
@@ -140,7 +140,7 @@ def test_files_that_are_not_pg19(tmp_path, monkeypatch, change, words):
   pg19_as_published(tmp_path)
   change(tmp_path)
   monkeypatch.setenv('PG19_PATH', str(tmp_path))
-  with pytest.raises(errors.ConfigError, match='PG19_PATH = .*') as e:
+  with pytest.raises(errors.ConfigError, match=f'^{str(tmp_path)!r} .PG19_PATH or') as e:
     sequences('pg19', 9, 'test')
   assert words in str(e.value)
 
@@ -159,6 +159,13 @@ def test_a_damaged_book_is_named(tmp_path, monkeypatch):
   monkeypatch.setenv('PG19_PATH', str(tmp_path))
   with pytest.raises(errors.ConfigError, match=f'^{book} is damaged: it is no text in UTF-8'):
     sequences('pg19', 9, 'test')
+
+
+@pytest.mark.parametrize('write', [pg19_as_tfds, pg19_as_published])
+def test_the_folder_of_the_data(tmp_path, model, monkeypatch, write):
+  write(tmp_path)
+  monkeypatch.setenv('TVQ_DATA_DIR', str(tmp_path))
+  assert np.concatenate(sequences('pg19', 9, 'train')).tolist() == expected_tokens(model, 'train')
 
 
 def test_without_data(tmp_path, monkeypatch):

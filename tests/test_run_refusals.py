@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 
+from tvq_t5x import checkpoint_layout as layout
 from tvq_t5x import train
 from tvq_t5x.standalone import run_checks
 
@@ -62,10 +63,11 @@ def _refused(capsys, model_dir, *bindings, **macros):
     (['TRAIN_STEPS = 25'], ['TRAIN_STEPS', '25', '24 or 26']),
     (['LOG_PERIOD = 3'], ['train.log_period = 3', 'multiple of 2', '2 or 4']),
     (['EVAL_PERIOD = 0'], ['train.eval_period = 0', 'or None']),
+    (['runner.train.keep_checkpoints = 0'], ['train.keep_checkpoints = 0', 'at least 1, or None']),
     (['CHECKPOINT_PERIOD = 5'], ['train.checkpoint_period = 5', '4 or 6']),
     (['BATCH_SIZE = 12'], ['BATCH_SIZE = 12', 'multiple of', '8 devices']),
     (['train_eval/datasets.DatasetConfig.batch_size = 3'], ['BATCH_SIZE = 3', 'multiple of']),
-    (['NUM_MICROBATCHES = 3'], ['num_microbatches']),
+    (['NUM_MICROBATCHES = 3'], ['NUM_MICROBATCHES']),
     (['NUM_PARTITIONS = 3'], ['Partitioner.num_partitions = 3', '1, 2, 4, 8']),
     (["MIXTURE_OR_TASK_NAME = 'tiny_byte'"], ['tiny_byte', 'tiny_bytes']),
     (["TEST_SPLIT = 'tset'"], ["'tset'", 'test, train, validation']),
@@ -113,6 +115,17 @@ def test_the_model_dir_of_another_model_is_refused(whole, capsys):
   assert 'emb_dim' not in message
 
 
+def test_t5x_s_model_dir_of_another_model_is_refused(copied, capsys):
+  # T5X writes the same arrays, and says nothing of the model.
+  for folder in copied.glob(f'checkpoint_*/{layout.METADATA}'):
+    shutil.rmtree(folder)
+  assert _run(copied, dry_run=True) == 0
+  capsys.readouterr()
+  message = _refused(capsys, copied, 'config.TransformerConfig.num_codes = 24')
+  assert 'MODEL_DIR' in message and 'another model' in message
+  assert 'quantizer/c_sum is [' in message
+
+
 def test_the_model_dir_of_another_optimizer_is_refused(whole, capsys):
   files = [_GIN, 'gin/optimizers/lion.gin']
   assert train.run(files, _bindings(whole), dry_run=True) == 2
@@ -120,19 +133,36 @@ def test_the_model_dir_of_another_optimizer_is_refused(whole, capsys):
   assert 'opt_state' in message and 'another optimizer' in message
 
 
-def test_speed_settings_may_change(whole, capsys):
-  bindings = ["TransformerConfig.reduction = 'serial'", 'TransformerConfig.block_len = 16']
-  assert _run(whole, *bindings, dry_run=True) == 0
+def test_speed_settings_may_change(copied, caplog):
+  bindings = ["TransformerConfig.reduction = 'serial'", "TransformerConfig.remat = 'none'"]
+  assert _run(copied, *bindings) == 0
+  assert 'with other settings' not in caplog.text
 
 
 def test_changed_training_settings_are_told(copied, caplog):
-  assert _run(copied, 'TransformerConfig.commit_weight = 0.5', RANDOM_SEED=3) == 0
+  bindings = ['TransformerConfig.commit_weight = 0.5', 'TransformerConfig.block_len = 16']
+  assert _run(copied, *bindings, 'runner.train.random_seed = 4') == 0
   assert 'TransformerConfig.commit_weight = 0.5, there 0.0001' in caplog.text
+  assert 'TransformerConfig.block_len = 16, there 8' in caplog.text
+  assert 'random_seed = 4, there 3' in caplog.text
 
 
-def test_other_data_is_refused(copied, capsys):
-  assert _run(copied, 'train/datasets.DatasetConfig.seed = 99') == 2
-  assert 'DatasetConfig.seed = 99' in capsys.readouterr().err
+@pytest.mark.parametrize('dry_run', [True, False])
+@pytest.mark.parametrize(
+  ('setting', 'said'),
+  [
+    (
+      'train/datasets.DatasetConfig.seed = 99',
+      'seed = 99 (macro RANDOM_SEED), there 3',
+    ),
+    ('BATCH_SIZE = 16', 'batch_size = 16 (macro BATCH_SIZE), there 8'),
+  ],
+)
+def test_other_batches_are_refused(copied, capsys, setting, said, dry_run):
+  before = (copied / 'config.gin').read_text()
+  assert _run(copied, setting, dry_run=dry_run) == 2
+  assert said in capsys.readouterr().err
+  assert (copied / 'config.gin').read_text() == before
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):

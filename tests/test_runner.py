@@ -1,7 +1,6 @@
 """Whole runs: what they write, and that an interruption of any kind changes none of it."""
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -17,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
+from util import next_batch
 
 from tvq_t5x import checkpoint_layout as layout
 from tvq_t5x import datasets, gin_utils, train
@@ -91,22 +91,9 @@ def _assert_same_end(folder, expected):
     np.testing.assert_array_equal, _arrays(folder, steps[-1]), _arrays(expected, steps[-1])
   )
   assert _comparable(folder) == _comparable(expected)
-  assert _next_batch(folder, steps[-1]) == _next_batch(expected, steps[-1])
+  assert next_batch(folder, steps[-1]) == next_batch(expected, steps[-1])
   for path in expected.glob('samples/*'):
     assert (folder / 'samples' / path.name).read_text() == path.read_text()
-
-
-def _next_batch(folder, step):
-  # Whatever the checkpoint says that it was for.
-  position = folder / f'checkpoint_{step}' / 'dataset'
-  saved = json.loads((position / 'config.json').read_text())
-  assert not saved.pop('carry_state')
-  cfg = datasets.DatasetConfig(**saved)
-  from tvq_t5x.feature_converters import TransformerVQFeatureConverter
-
-  batches = datasets.training_batches(cfg, TransformerVQFeatureConverter)
-  batches.restore(position)
-  return {name: value.tolist() for name, value in next(batches).items()}
 
 
 def test_everything_is_written(whole):

@@ -1,5 +1,6 @@
 """`python -m tvq_t5x.sample`: texts as they are made, images, scores, sessions in parts."""
 
+import itertools
 import json
 import pathlib
 
@@ -11,7 +12,7 @@ from data_util import other_sentencepiece_model
 from matplotlib import image as matplotlib_image
 from util import one_device, programs_kept_in
 
-from tvq_t5x import generation, sample, sampling_session
+from tvq_t5x import generation, sample, sampling_session, vocabularies
 from tvq_t5x.sampling import SamplingConfig
 
 _TESTS = pathlib.Path(__file__).parent
@@ -135,6 +136,51 @@ def test_a_session_in_parts_is_as_whole(call, tmp_path):
   assert joined == [record['tokens'] for record in whole]
 
 
+def _chooses(monkeypatch, tokens):
+  """Makes models write these tokens, whatever they are asked."""
+  stream = iter(tokens)
+
+  def generate(self, state, number, seed, sampling):
+    part = list(itertools.islice(stream, number))
+    rows = [part] * len(state.token)
+    state, nats = self.read(state, rows)
+    return generation.Generated(np.array(rows), -np.array(nats), state)
+
+  monkeypatch.setattr(generation.LanguageModel, 'generate', generate)
+
+
+@pytest.mark.parametrize('cut', [3, 6, 9])  # Within a character of two bytes, of four; none.
+def test_a_character_that_two_sessions_share(call, tmp_path, monkeypatch, cut):
+  text = 'na\u00efve \U0001f680!'
+  tokens = [value + 3 for value in text.encode()]
+  state = tmp_path / 'state.npz'
+  for head in (['--num_samples=2'], ['--score', f'--prompt_file={tmp_path / "head"}']):
+    (tmp_path / 'head').write_bytes(text.encode()[:cut])
+    _chooses(monkeypatch, tokens if '--score' not in head else tokens[cut:])
+    first = _json(call, *head, f'--max_tokens={cut}', f'--state_out={state}')
+    second = _json(call, f'--state_in={state}', f'--max_tokens={len(tokens) - cut}')
+    shown = text.encode()[:cut].decode(errors='ignore')
+    assert all(record.get('text', shown) == shown for record in first)
+    assert {shown + record['text'] for record in second} == {text}
+  # Nobody is to continue this one.
+  _chooses(monkeypatch, tokens)
+  (last,) = _json(call, f'--max_tokens={cut}')
+  assert last['text'] == text.encode()[:cut].decode(errors='replace')
+
+
+def test_a_space_where_a_session_goes_on(call, tmp_path, monkeypatch):
+  """The vocabulary puts one before a text, where it is left out, and there it is a real one."""
+  pieces = _pieces(tmp_path, add_dummy_prefix=True)
+  vocabulary = vocabularies.SentencePieceVocabulary(lambda: str(tmp_path / 'other.model'))
+  tokens, state = vocabulary.encode('the sea and'), tmp_path / 'state.npz'
+  texts = vocabularies.texts_of_tokens(vocabulary)
+  cut = next(i for i, token in enumerate(tokens) if i and texts[token].startswith(b' '))
+  _chooses(monkeypatch, tokens)
+  (first,) = _json(call, pieces, f'--max_tokens={cut}', f'--state_out={state}')
+  (second,) = _json(call, pieces, f'--max_tokens={len(tokens) - cut}', f'--state_in={state}')
+  assert (first['text'], second['text']) == ('the', ' sea and')
+
+
 def test_a_prompt_from_a_file(call, tmp_path):
   path = tmp_path / 'prompt.txt'
   path.write_text(_PROMPT)
@@ -144,6 +190,16 @@ def test_a_prompt_from_a_file(call, tmp_path):
   # It is known already: only what is new is shown.
   out = call(f'--prompt_file={path}', '--max_tokens=8')
   assert out == _shown(of_file[0]['text'] + '\n')
+
+
+def test_files_in_the_home_folder(call, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'prompt').write_text(_PROMPT)
+  args = '--max_tokens=8', '--state_out=~/state.npz'
+  call('--prompt_file=~/prompt', '--json=~/a.jsonl', *args)
+  call('--state_in=~/state.npz', '--json=~/b.jsonl', *args)
+  for name in ('a', 'b'):
+    assert json.loads((tmp_path / f'{name}.jsonl').read_text())['tokens']
 
 
 def test_what_a_terminal_would_obey_is_not_shown(capsys):
@@ -193,9 +249,9 @@ def _images(tmp_path):
   return _other(tmp_path, 'ImageVocabulary', 'vocabularies.ImageVocabulary.shape = (2, 3, 3)')
 
 
-def _pieces(tmp_path):
+def _pieces(tmp_path, **changes):
   """The same with pieces of text, and few characters."""
-  path = other_sentencepiece_model(tmp_path, byte_fallback=False, vocab_size=60)
+  path = other_sentencepiece_model(tmp_path, byte_fallback=False, vocab_size=60, **changes)
   binding = f"vocabularies.sentencepiece_model.path = '{path}'"
   return _other(tmp_path, 'SentencePieceVocabulary', binding)
 
@@ -234,6 +290,7 @@ def test_pieces(call, tmp_path):
 @pytest.mark.parametrize(
   ('args', 'part'),
   [
+    (['--checkpoint='], 'no --checkpoint was given: try python -m tvq_t5x.sample'),
     (['--checkpoint=nothing'], '--checkpoint=nothing: there is no such folder'),
     (['--gin_file=nothing.gin'], '--gin_file=nothing.gin: no such file'),
     (['--max_tokens=0'], '--max_tokens=0: give a whole number of at least 1'),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import seqio
 from data_util import BOOKS, other_sentencepiece_model, sentencepiece_model
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tvq_t5x import text_streams, vocabularies
@@ -81,6 +81,18 @@ def test_a_character_that_never_ends_is_marked(pieces):
     assert text_of([*tokens, *vocabulary.encode('a')], vocabulary) == '\ufffda'
 
 
+@given(_TEXT, st.integers(0, 200))
+def test_another_decoder_goes_on_where_one_stopped(pieces, with_prefix, text, cut):
+  for vocabulary in (_BYTES, pieces, with_prefix):
+    tokens = vocabulary.encode(text)
+    first = TextDecoder(vocabulary)
+    head = first.push(tokens[:cut])
+    # Before any text, nothing is there to go on from.
+    second = TextDecoder(vocabulary, first.undecoded if tokens[:cut] else None)
+    assert head + second.push(tokens[cut:]) + second.finish() == text_of(tokens, vocabulary)
+    assert not second.undecoded
+
+
 def test_documents_end_with_an_empty_line_and_padding_is_nothing(pieces):
   for vocabulary in (_BYTES, pieces):
     a, b = vocabulary.encode('a'), vocabulary.encode('b')
@@ -130,6 +142,49 @@ def test_a_file_in_blocks_has_the_tokens_of_the_whole(pieces, with_prefix, monke
     np.testing.assert_array_equal(np.concatenate(parts), vocabulary.encode(content))
     if block == 7 and vocabulary is not with_prefix:
       assert len(parts) > 20
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+  st.lists(st.sampled_from(['the ', 'sea', ' ', '  sky', 's', '\u00e9', '\u65e5']), max_size=20)
+)
+def test_one_line_in_blocks_has_the_tokens_of_the_whole(pieces, monkeypatch, words):
+  monkeypatch.setattr(text_streams, '_BLOCK', 3)
+  text = ''.join(words)
+  parts = list(encode_file(io.BytesIO(text.encode()), pieces, 'file'))
+  assert [token for part in parts for token in part] == pieces.encode(text)
+
+
+class _Sizes(io.RawIOBase):
+  """A file of one line, which notes how much is asked for at a time."""
+
+  def __init__(self, content):
+    self._file, self.sizes = io.BytesIO(content), []
+
+  def read(self, size=-1):
+    self.sizes.append(size)
+    return self._file.read(size)
+
+
+@pytest.mark.parametrize('text', ['the sea and the sky ' * 50, '0123456789' * 99, '\u65e5' * 333])
+def test_a_file_without_line_feeds_is_read_in_parts(pieces, monkeypatch, text):
+  monkeypatch.setattr(text_streams, '_BLOCK', 64)
+  file = _Sizes(text.encode())
+  parts = list(encode_file(file, pieces, 'file'))
+  assert set(file.sizes) == {64}
+  assert max(len(text_of(part, pieces)) for part in parts) < 100
+  assert np.concatenate(parts).tolist() == pieces.encode(text)
+
+
+def test_a_file_without_a_place_to_cut_is_cut_all_the_same(tmp_path, monkeypatch):
+  path = sentencepiece_model(tmp_path, 265, 'x' * 1000 + 'y')
+  vocabulary = vocabularies.SentencePieceVocabulary(lambda: path)
+  assert b'xx' in vocabularies.texts_of_tokens(vocabulary)
+  monkeypatch.setattr(text_streams, '_BLOCK', 64)
+  monkeypatch.setattr(text_streams, '_LONGEST', 100)
+  parts = list(encode_file(io.BytesIO(b'x' * 1000), vocabulary, 'file'))
+  assert {len(text_of(part, vocabulary)) for part in parts[:-1]} == {128}
+  assert text_of(np.concatenate(parts), vocabulary) == 'x' * 1000
 
 
 def test_any_bytes_are_tokens_of_a_vocabulary_of_bytes():

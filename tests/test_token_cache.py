@@ -224,3 +224,9 @@ def test_ids_that_do_not_fit_are_refused(corpus, model):
   task = make_task(corpus, model, first_id=2)  # EOS is 1.
   with pytest.raises(ValueError, match='document 0 has ids out of range'):
     task.read('train')
+
+
+def test_looking_for_the_data_writes_nothing(corpus, model, tmp_path):
+  make_task(corpus, model).check('train', 8)
+  assert corpus.read == 0
+  assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import tiny_task  # Registers tiny_bytes.
-from data_util import BOOKS, processor
+from data_util import BOOKS, pg19_as_published, processor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +21,14 @@ def text_file(tmp_path):
   return str(path)
 
 
-def run(folder, task=None, inputs=(), vocab_size=300, max_bytes=10**6, output='out'):
-  return train_vocab.run(task, inputs, str(folder / output), vocab_size, max_bytes)
+def run(folder, task=None, inputs=(), vocab_size=300, max_bytes=10**6, output='out', **kwargs):
+  return train_vocab.run(task, inputs, str(folder / output), vocab_size, max_bytes, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch):
+  for name in ('ENWIK8_PATH', 'PG19_PATH', 'TVQ_DATA_DIR'):
+    monkeypatch.setenv(name, '')
 
 
 @given(st.lists(st.binary(max_size=30), max_size=5))
@@ -104,15 +110,34 @@ def test_a_refused_size_comes_with_one_that_works(tmp_path, text_file, capsys, v
     ({'task': 'tiny_byte'}, ['--task=tiny_byte', 'tiny_bytes', 'pg19', 'kjv_bytes']),
     ({'task': 'photos64'}, ['--task=photos64', 'no text']),
     ({'task': 'tiny_bytes', 'output': 'no/folder/out'}, ['--output=', 'no/folder']),
-    ({'task': 'enwik8'}, ['ENWIK8_PATH']),
+    ({'task': 'enwik8'}, ['the environment variable ENWIK8_PATH or --data_dir=']),
+    ({'task': 'pg19', 'data_dir': '/'}, ['PG19_PATH or --data_dir=']),
+    ({'task': 'pg19', 'data_dir': 'no/folder'}, ['--data_dir=no/folder: there is no']),
   ],
 )
-def test_refusals(tmp_path, capsys, monkeypatch, arguments, words):
-  monkeypatch.delenv('ENWIK8_PATH', raising=False)
+def test_refusals(tmp_path, capsys, arguments, words):
   assert run(tmp_path, **arguments) == 2
   message = capsys.readouterr().err
-  assert message.startswith('error: ')
+  assert message.startswith('error: ') and len(message.splitlines()) == 1
   assert all(word in message for word in words)
+  assert '--gin' not in message  # The command has no such flags.
+
+
+def test_a_task_in_the_folder_of_the_data(tmp_path):
+  pg19_as_published(tmp_path)
+  assert run(tmp_path, task='pg19', data_dir=str(tmp_path), vocab_size=300) == 0
+  assert processor(str(tmp_path / 'out.model')).vocab_size() == 300
+
+
+def test_a_damaged_book_is_named(tmp_path, capsys):
+  pg19_as_published(tmp_path)
+  book = tmp_path / 'train' / '11.txt'
+  book.write_bytes(book.read_bytes()[:6])  # Within a character.
+  assert run(tmp_path, task='pg19', data_dir=str(tmp_path)) == 2
+  message = capsys.readouterr().err
+  assert message.startswith(f'error: {book} is damaged: it is no text in UTF-8')
+  assert len(message.splitlines()) == 1
+  assert not list(tmp_path.glob('out*'))
 
 
 def test_no_text():

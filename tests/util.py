@@ -1,6 +1,8 @@
 """A small model with random parameters and data, and helpers, shared by tests."""
 
 import contextlib
+import json
+import pathlib
 from unittest import mock
 
 import jax
@@ -10,7 +12,9 @@ import optax
 import seqio
 from jax.experimental.compilation_cache import compilation_cache
 
+from tvq_t5x import datasets
 from tvq_t5x.config import TransformerConfig
+from tvq_t5x.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.transformer import Transformer
 
@@ -94,6 +98,18 @@ def assert_close(ours, expected, atol=1e-5, rtol=1e-5):
     assert jnp.shape(a) == jnp.shape(b), jax.tree_util.keystr(path)
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     np.testing.assert_allclose(a, b, atol=atol, rtol=rtol, err_msg=jax.tree_util.keystr(path))
+
+
+def next_batch(folder, step):
+  """The batch after a checkpoint, as lists."""
+  # Whatever the checkpoint says that it was for.
+  position = pathlib.Path(folder) / f'checkpoint_{step}' / 'dataset'
+  saved = json.loads((position / 'config.json').read_text())
+  assert not saved.pop('carry_state')
+  cfg = datasets.DatasetConfig(**saved)
+  batches = datasets.training_batches(cfg, TransformerVQFeatureConverter)
+  batches.restore(position)
+  return {name: value.tolist() for name, value in next(batches).items()}
 
 
 @contextlib.contextmanager

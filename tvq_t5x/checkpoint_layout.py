@@ -8,19 +8,24 @@ MODEL_DIR/checkpoint_N/
   metadata/  of the standalone runner only: settings, checksums
 """
 
+import json
 import pathlib
 import re
 from typing import Any
 
+import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
 
+from tvq_t5x import named_arrays
+from tvq_t5x.errors import ConfigError
 from tvq_t5x.train_step import TrainState
 
 STATE, DATASET, METADATA = 'state', 'dataset', 'metadata'  # Items of a checkpoint.
 PREFIX = 'checkpoint'
 # Beside a position that T5X saved: batches before it, in digits, for a start with other hosts.
 BATCHES = 'batches'
+_METADATA_FILE = 'metadata'  # Where Orbax puts an item of JSON.
 
 
 def folder(model_dir: pathlib.Path, step: int) -> pathlib.Path:
@@ -34,6 +39,30 @@ def steps_in(model_dir: pathlib.Path) -> list[int]:
     return []
   names = (re.fullmatch(rf'{PREFIX}_(\d+)', path.name) for path in model_dir.iterdir())
   return sorted(int(match[1]) for match in names if match)
+
+
+def find(checkpoint: str, setting: str) -> pathlib.Path:
+  """The folder of a checkpoint.
+
+  Args:
+    checkpoint: that folder, `MODEL_DIR/checkpoint_N`, or MODEL_DIR, whose newest one is meant.
+    setting: that gives it, for the message.
+
+  Raises:
+    ConfigError: if there is none.
+  """
+  what = 'give a MODEL_DIR, or one of the checkpoint_N folders in it'
+  if not checkpoint or '://' in checkpoint:
+    raise ConfigError(f'{setting}={checkpoint}: {what}, on a local disk.')
+  path = pathlib.Path(checkpoint).expanduser().absolute()
+  if not path.is_dir():
+    raise ConfigError(f'{setting}={checkpoint}: there is no such folder; {what}.')
+  if re.fullmatch(rf'{PREFIX}_\d+', path.name) and (path / STATE).is_dir():
+    return path
+  steps = steps_in(path)
+  if not steps:
+    raise ConfigError(f'{setting}={checkpoint}: there is no checkpoint in it; {what}.')
+  return folder(path, steps[-1])
 
 
 def batches_before(checkpoint: pathlib.Path | epath.Path, updates: int) -> int:
@@ -53,6 +82,34 @@ def batches_before(checkpoint: pathlib.Path | epath.Path, updates: int) -> int:
 def step_of(checkpoint: pathlib.Path | epath.Path) -> int:
   """The step of a checkpoint's folder, complete or being written."""
   return int(checkpoint.name.removeprefix(f'{PREFIX}_').partition('.')[0])
+
+
+def is_standalone(checkpoint: pathlib.Path) -> bool:
+  """Whether the standalone runner wrote a checkpoint, not T5X."""
+  return (checkpoint / METADATA).exists()
+
+
+def read_metadata(directory: pathlib.Path, step: int) -> dict[str, Any]:
+  """What was saved as metadata with a checkpoint."""
+  path = folder(directory, step) / METADATA / _METADATA_FILE
+  text = path.read_text(encoding='utf-8')
+  return json.loads(text)
+
+
+def newest_metadata(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
+  """Step and metadata of the newest checkpoint that has any."""
+  for step in reversed(steps_in(directory)):
+    try:
+      return step, read_metadata(directory, step)
+    except (OSError, ValueError):
+      continue
+  return None
+
+
+def param_shapes(checkpoint: pathlib.Path) -> dict[str, list[int]]:
+  """Shapes of the parameters in a checkpoint of either engine, by name."""
+  arrays = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / STATE))
+  return named_arrays.shapes(arrays.tree['target'])
 
 
 def state_dict(state: TrainState) -> dict[str, Any]:

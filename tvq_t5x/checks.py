@@ -1,11 +1,9 @@
 """What is wrong with the settings of a run, in either engine, said before anything is compiled."""
 
-from typing import Any
-
 from tvq_t5x import datasets
 from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.datasets import DatasetConfig
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.errors import ConfigError, is_count
 from tvq_t5x.models import TransformerVQModel
 
 
@@ -31,7 +29,7 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
     ConfigError: if blocks, updates and sequences are no multiples of each other.
   """
   name = f"task_feature_lengths['targets'] = {length} (macro TASK_FEATURE_LENGTHS)"
-  if update_len is not None and not _is_count(update_len):
+  if update_len is not None and not is_count(update_len):
     raise ConfigError(
       f'train.update_len = {update_len!r} (macro UPDATE_LEN): give a whole number of tokens, or '
       'None for whole sequences.'
@@ -74,7 +72,7 @@ def check_steps(updates: int, total_steps: int, **periods: int | None) -> None:
     if value is None and name in periods:
       continue
     shown = names.get(name, f'train.{name}')
-    if value is None or not _is_count(value):
+    if not is_count(value):
       accepted = ' or None' if name in periods else ''
       raise ConfigError(f'{shown} = {value!r}: give a whole number of at least 1{accepted}.')
     if value % updates:
@@ -87,7 +85,3 @@ def check_steps(updates: int, total_steps: int, **periods: int | None) -> None:
 def _multiples_near(value: int, unit: int) -> str:
   low = max(value // unit, 1) * unit
   return ' or '.join(map(str, dict.fromkeys([low, -(-value // unit) * unit])))
-
-
-def _is_count(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value > 0

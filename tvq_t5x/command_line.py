@@ -39,6 +39,36 @@ def define_checkpoint_flag(flag_values: flags.FlagValues) -> None:
   )
 
 
+def define_data_flag(flag_values: flags.FlagValues) -> None:
+  """Adds --data_dir, which `settings.set_data_dir` takes."""
+  define_path_flag(
+    'data_dir',
+    None,
+    "Folder of the task's data, where no setting of its own says where it lies.",
+    flag_values,
+  )
+
+
+def define_path_flag(
+  name: str, default: str | None, text: str, flag_values: flags.FlagValues
+) -> None:
+  """Adds a flag for a path, in which `~` is filled in: the shell leaves it in --FLAG=~/FILE."""
+  flags.DEFINE(_Path(), name, default, text, flag_values, flags.ArgumentSerializer())
+
+
+def define_path_list_flag(name: str, text: str, flag_values: flags.FlagValues) -> None:
+  """`define_path_flag` for one that may be repeated, by default []."""
+  flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, [], text, flag_values)
+
+
+class _Path(flags.ArgumentParser[str]):
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+  def flag_type(self) -> str:
+    return 'string'
+
+
 def parse_flags(args: Sequence[str]) -> list[str]:
   """`app.run`'s `flags_parser`, for which --gin.NAME=VALUE is a flag."""
   from tvq_t5x import gin_utils
@@ -78,7 +108,7 @@ def check_output(flag: str, path: str | None) -> None:
   """
   if path in (None, '-'):
     return
-  full = os.path.abspath(os.path.expanduser(path))
+  full = os.path.abspath(path)
   folder = os.path.dirname(full)
   if not path or os.path.isdir(full):
     raise ConfigError(f'{flag}={path}: give the path of a file.')

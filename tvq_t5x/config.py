@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.errors import ConfigError, is_count
 
 
 class HeadType(enum.StrEnum):
@@ -78,7 +78,8 @@ class TransformerConfig:
     value_dim: V, width of a value head: 2D for SHGA; None means 2D / H (gated) or K (MHA, MQA).
     num_layers: layers; each is two gated attention sublayers, or attention and MLP.
     num_codes: S, codebook size per key head.
-    block_len: L, positions processed together. Changes speed, never values.
+    block_len: L, positions processed together. Changes speed and no value; only keys of a
+      block and of its window get gradients, so it changes which do.
     window_len: M, positions before a block that are attended uncompressed.
     head_type: see `HeadType`.
     attention_type: see `AttentionType`.
@@ -148,7 +149,7 @@ class TransformerConfig:
       object.__setattr__(self, 'value_dim', width)
     for name in _POSITIVE:
       value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      if not is_count(value):
         raise _error(name, value, 'a positive integer')
     for name in _RATES:
       if not 0.0 <= getattr(self, name) < 1.0:

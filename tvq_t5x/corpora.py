@@ -45,7 +45,7 @@ class TfdsCorpus:
     splits: TFDS's splits or slices of splits, by the task's split.
     data_dir: TFDS's; None means T5X's --tfds_data_dir or else TFDS's default, ~/tensorflow_datasets
       or the environment variable TFDS_DATA_DIR.
-    macro: that sets `data_dir`.
+    macro: that `data_dir` comes from, for messages.
   """
 
   name: str
@@ -94,7 +94,7 @@ class TfdsCorpus:
     if not tf.io.gfile.exists(self._record):
       raise ConfigError(
         f'TFDS has no dataset {self.name} in {self.folder}. Set its data directory with '
-        f'{settings.how_to_set(self.macro)}, or prepare it there with '
+        f'{settings.how_to_set_data(self.macro)}, or prepare it there with '
         f"tfds.builder('{self.name}', data_dir={self.folder!r}).download_and_prepare()."
       )
 

@@ -16,6 +16,7 @@ import tensorflow as tf
 from clu.data import dataset_iterator
 
 from tvq_t5x import errors
+from tvq_t5x.indexed import IndexedTask
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
@@ -60,7 +61,7 @@ class TrainingIterator(Iterator[Batch]):
 
     Args:
       dataset: batches.
-      identity: the settings that a saved position depends on, by `DatasetConfig` field.
+      identity: the settings that a saved position depends on, as `datasets.identity` gives them.
     """
     self._iterator = dataset_iterator.TfDatasetIterator(dataset, checkpoint=True)
     stop_with(self, self._iterator.iterator, dataset)
@@ -95,12 +96,11 @@ class TrainingIterator(Iterator[Batch]):
     path = directory / _IDENTITY
     # T5X does not say what settings the position is for.
     saved = json.loads(path.read_text(encoding='utf-8')) if path.exists() else self._identity
-    for name, value in self._identity.items():
-      if saved.get(name) != value:
-        raise errors.ConfigError(
-          f'DatasetConfig.{name} = {value!r}, but the position saved in {directory} belongs to '
-          f'{saved.get(name)!r}: set that to continue, or start from an empty directory.'
-        )
+    if different := differences(saved, self._identity):
+      raise errors.ConfigError(
+        f'The position saved in {directory} is of other batches: {"; ".join(different)}. Give the '
+        'settings there to continue, or start from an empty directory.'
+      )
     self._iterator.restore(position)
 
 
@@ -154,22 +154,38 @@ def training_batches(
     ConfigError: if a setting is refused; nothing is read before.
   """
   provider = validate(cfg, feature_converter_cls)
+  check_seed(cfg)
+  dataset = _read(cfg, provider, feature_converter_cls, shuffle=cfg.shuffle, num_epochs=None)
+  dataset = dataset.batch(cfg.batch_size, drop_remainder=True)
+  return TrainingIterator(dataset, identity(cfg))
+
+
+def check_seed(cfg: DatasetConfig) -> None:
+  """Refuses training batches whose order nothing determines."""
   if cfg.shuffle and cfg.seed is None:
     raise errors.ConfigError(
       'DatasetConfig.seed = None: training batches can be reproduced and resumed only from a given '
       'seed; set a whole number, or DatasetConfig.shuffle = False.'
     )
-  dataset = _read(cfg, provider, feature_converter_cls, shuffle=cfg.shuffle, num_epochs=None)
-  dataset = dataset.batch(cfg.batch_size, drop_remainder=True)
-  return TrainingIterator(dataset, identity(cfg, provider))
 
 
-def identity(
-  cfg: DatasetConfig, provider: seqio.Task | seqio.Mixture, carry_state: bool = False
-) -> dict[str, Any]:
-  """The settings that the position in a task's or mixture's batches depends on."""
+def check(cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory) -> None:
+  """Validates what to read and looks for its data; no token cache is written.
+
+  Raises:
+    ConfigError: if a setting is refused, or the data is not there.
+  """
+  provider = validate(cfg, feature_converter_cls)
+  if isinstance(provider, IndexedTask):
+    provider.check(cfg.split, cfg.task_feature_lengths['targets'])
+  else:
+    _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
+
+
+def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
+  """The settings that the position in training batches depends on, as JSON has them."""
   return {
-    'mixture_or_task_name': provider.name,
+    'mixture_or_task_name': task_or_mixture(cfg.mixture_or_task_name, cfg.module).name,
     'task_feature_lengths': dict(cfg.task_feature_lengths),
     'split': cfg.split,
     'batch_size': cfg.batch_size,
@@ -178,6 +194,26 @@ def identity(
     'use_cached': cfg.use_cached,
     'carry_state': carry_state,
   }
+
+
+_MACROS = {
+  'mixture_or_task_name': 'MIXTURE_OR_TASK_NAME',
+  'task_feature_lengths': 'TASK_FEATURE_LENGTHS',
+  'batch_size': 'BATCH_SIZE',
+  'seed': 'RANDOM_SEED',
+  'carry_state': 'CARRY_STATE',
+}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """What differs between two results of `identity`, in words."""
+
+  def words(name: str) -> str:
+    owner = 'TransformerVQModel' if name == 'carry_state' else 'DatasetConfig'
+    macro = f' (macro {_MACROS[name]})' if name in _MACROS else ''
+    return f'{owner}.{name} = {new[name]!r}{macro}, there {old.get(name)!r}'
+
+  return [words(name) for name in new if old.get(name) != new[name]]
 
 
 def evaluation_batches(
@@ -252,10 +288,6 @@ def _read(
   )
 
 
-def _is_count(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def task_or_mixture(
   name: str | seqio.Task | seqio.Mixture, module: str | None
 ) -> seqio.Task | seqio.Mixture:
@@ -303,14 +335,14 @@ def validate(
   if (
     not isinstance(lengths, Mapping)
     or set(lengths) != set(needed)
-    or not all(map(_is_count, lengths.values()))
+    or not all(map(errors.is_count, lengths.values()))
   ):
     example = {name: 512 for name in needed}
     raise errors.ConfigError(
       f'DatasetConfig.task_feature_lengths = {lengths!r} (macro TASK_FEATURE_LENGTHS): give the '
       f'features {", ".join(needed)} and no other, with a length of at least 1, such as {example}.'
     )
-  if not _is_count(cfg.batch_size):
+  if not errors.is_count(cfg.batch_size):
     raise errors.ConfigError(
       f'DatasetConfig.batch_size = {cfg.batch_size!r} (macro BATCH_SIZE): give a whole number '
       'of at least 1.'

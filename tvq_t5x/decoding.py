@@ -14,6 +14,8 @@ import optax
 
 from tvq_t5x import sampling
 from tvq_t5x.cache import AttentionState
+from tvq_t5x.config import AttentionType, TransformerConfig
+from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import EOS
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.transformer import DecoderState, Transformer, batch_axes, init_decoder_state
@@ -28,8 +30,22 @@ class GenerationState(NamedTuple):
   token: jax.Array  # [B] int32, the last token: the next input.
 
 
+def check_keeps_state(config: TransformerConfig) -> None:
+  """Refuses the quadratic baseline, which keeps no state to generate with."""
+  if config.attention_type == AttentionType.QUADRATIC:
+    raise ConfigError(
+      f'TransformerConfig.attention_type = {config.attention_type.value!r} keeps no state to '
+      "generate with: give 'vq', or the checkpoint of a model that has it."
+    )
+
+
 def start(module: Transformer, batch_size: int, start_token: int = EOS) -> GenerationState:
-  """The state of B sequences without tokens; `start_token` stands before the first one."""
+  """The state of B sequences without tokens; `start_token` stands before the first one.
+
+  Raises:
+    ConfigError: for the quadratic baseline, which keeps no state.
+  """
+  check_keeps_state(module.config)
   token = jnp.full([batch_size], start_token, jnp.int32)
   return GenerationState(init_decoder_state(module.config, batch_size), token)
 

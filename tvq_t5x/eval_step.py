@@ -9,9 +9,6 @@ from tvq_t5x import metrics as metrics_lib
 from tvq_t5x.models import Batch, Params, TransformerVQModel
 from tvq_t5x.transformer import DecoderState
 
-# Means over segments of what is no sum over tokens: they would depend on the batch size.
-_INEXACT = ('codebook_perplexity/', 'codebook_dead_codes/')
-
 
 def batch_metrics(
   model: TransformerVQModel, params: Params, batch: Batch, segment_len: int
@@ -32,7 +29,7 @@ def continued_metrics(
 
   def segment(state: Any, part: Batch) -> tuple[Any, metrics_lib.Metrics]:
     _, (state, metrics) = model.segment_loss(params, part, state, None, 1.0)
-    return state, {k: v for k, v in metrics.items() if not k.startswith(_INEXACT)}
+    return state, metrics
 
   state, metrics = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
   return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)

@@ -3,25 +3,26 @@
 Example: python -m tvq_t5x.evaluate --checkpoint=runs/kjv --split=test
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
-from tvq_t5x import command_line
+from tvq_t5x import command_line, files
 from tvq_t5x.errors import ConfigError
 
 _EXAMPLE = 'python -m tvq_t5x.evaluate --checkpoint=runs/kjv --split=test'
 # Rows of the table, in this order; the codebooks' metrics are in the JSON.
 _SHOWN = (
   'bits_per_byte',
+  'bits_per_dimension',
   'cross_entropy',
   'perplexity',
   'word_perplexity',
   'accuracy',
   'tokens',
   'bytes',
+  'dimensions',
   'seconds',
 )
 
@@ -30,10 +31,11 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   """Adds T5X's flags and the command's own."""
   command_line.define_gin_flags(flag_values)
   command_line.define_checkpoint_flag(flag_values)
+  command_line.define_data_flag(flag_values)
   flags.DEFINE_string(
     'split', None, "Split of the task to evaluate; by default the run's validation.", flag_values
   )
-  flags.DEFINE_string(
+  command_line.define_path_flag(
     'json', None, 'File to write the results to, or - to print them in place of the table.',
     flag_values,
   )  # fmt: skip
@@ -54,6 +56,7 @@ def run(
   split: str | None = None,
   json_file: str | None = None,
   carry_state: bool = False,
+  data_dir: str | None = None,
 ) -> int:
   """Evaluates a checkpoint, prints a table and writes JSON.
 
@@ -64,15 +67,16 @@ def run(
   with command_line.quiet():
     import tensorflow as tf
 
-    from tvq_t5x import loading
+    from tvq_t5x import loading, settings
     from tvq_t5x.standalone import checkpoint_evaluation
 
   tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
 
   def command() -> None:
     if not checkpoint:
-      raise ConfigError(f'no --checkpoint was given: try\n{_EXAMPLE}')
+      raise ConfigError(f'no --checkpoint was given: try {_EXAMPLE}')
     command_line.check_output('--json', json_file)
+    settings.set_data_dir(data_dir)
     configured = loading.configure(checkpoint, gin_files, gin_bindings, search_paths)
     _write(checkpoint_evaluation.evaluate(configured, split, carry_state), json_file)
 
@@ -80,9 +84,8 @@ def run(
 
 
 def _write(result: dict[str, Any], json_file: str | None) -> None:
-  from tvq_t5x.standalone import run_log
 
-  line = run_log.json_line(result)
+  line = files.json_line(result)
   if json_file == '-':
     print(line, end='')
     return
@@ -90,7 +93,7 @@ def _write(result: dict[str, Any], json_file: str | None) -> None:
   print(f'{result["task"]}, {result["split"]}, {result["checkpoint"]}{how}')
   print(command_line.table({name: result[name] for name in _SHOWN if name in result}))
   if json_file:
-    with open(os.path.expanduser(json_file), 'w', encoding='utf-8') as f:
+    with open(json_file, 'w', encoding='utf-8') as f:
       f.write(line)
 
 
@@ -104,6 +107,7 @@ def run_flags(values: flags.FlagValues) -> int:
     values.split,
     values.json,
     values.carry_state,
+    values.data_dir,
   )
 
 

@@ -1,10 +1,12 @@
-"""Files that are complete or not there."""
+"""Files that are complete or not there, and lines of JSON."""
 
 import contextlib
+import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -20,3 +22,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+  """A record as a line of JSON, which has null for what is no finite number."""
+  finite = {
+    k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+  }
+  return json.dumps(finite) + '\n'

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from tvq_t5x import decoding, loading, state_files, text_streams
-from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.decoding import GenerationState
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.loading import Loaded
@@ -97,15 +96,6 @@ def load(
   return LanguageModel(loading.load(checkpoint, files, gin_bindings, search_paths))
 
 
-def check_keeps_state(config: TransformerConfig) -> None:
-  """Refuses the quadratic baseline, which keeps no state to generate with."""
-  if config.attention_type == AttentionType.QUADRATIC:
-    raise ConfigError(
-      f'TransformerConfig.attention_type = {config.attention_type.value!r} keeps no state to '
-      "generate with: take a checkpoint of a model with 'vq'."
-    )
-
-
 class LanguageModel:
   """A model with the parameters of a checkpoint, that reads and writes.
 
@@ -123,7 +113,7 @@ class LanguageModel:
     Raises:
       ConfigError: for the quadratic baseline, which keeps no state.
     """
-    check_keeps_state(loaded.model.config)
+    decoding.check_keeps_state(loaded.model.config)
     self.loaded = loaded
     self.vocabulary = loaded.model.output_vocabulary
     self._programs: dict[Any, Callable[..., Any]] = {}
@@ -285,9 +275,21 @@ class LanguageModel:
     shardings = self._state_shardings(batch_size)
     return self._program(('repeat', batch_size, times), batch_size, repeat, None, shardings)(state)
 
-  def save_state(self, path: str | os.PathLike[str], state: GenerationState) -> None:
-    """Writes a state to a file, an .npz archive; replaces it at once."""
-    state_files.save(path, state, self.loaded)
+  def save_state(
+    self,
+    path: str | os.PathLike[str],
+    state: GenerationState,
+    undecoded: Sequence[bytes] | None = None,
+  ) -> None:
+    """Writes a state to a file, an .npz archive; replaces it at once.
+
+    Args:
+      path: of the file.
+      state: of B sequences.
+      undecoded: B times the `TextDecoder.undecoded` of their texts, for `sample --state_in`; None
+        means that they end with whole characters.
+    """
+    state_files.save(path, state, self.loaded, undecoded)
 
   def load_state(self, path: str | os.PathLike[str]) -> GenerationState:
     """Reads a state that `save_state` wrote, on these devices or others.

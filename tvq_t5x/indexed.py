@@ -124,19 +124,34 @@ class IndexedTask(seqio.Task):
     """
     raise NotImplementedError
 
+  def find(self, split: str) -> None:
+    """Looks for the data of a split, and prepares nothing.
+
+    Raises:
+      ConfigError: if it is not there; the message says where to get it.
+    """
+    self.read(split)
+
+  def check(self, split: str, length: int) -> None:
+    """Refuses what `get_dataset` would refuse for sequences of `length` tokens."""
+    self._check_length(length)
+    self.find(split)
+
+  def _check_length(self, length: int) -> None:
+    if self.sequence_len not in (None, length):
+      raise errors.ConfigError(
+        f"DatasetConfig.task_feature_lengths = {{'targets': {length}}} (macro "
+        f'TASK_FEATURE_LENGTHS): a sequence of {self.name} is one image; give '
+        f"{{'targets': {self.sequence_len}}}."
+      )
+
   def documents(self, split: str) -> Iterator[Document]:
     """The documents of a split in order."""
     # Said here, that it can't be loaded is one message; said while TensorFlow traces, it is many.
     _ = self.output_features['targets'].vocabulary.vocab_size
     dataset = super().get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
-    try:
-      for example in dataset.as_numpy_iterator():
-        yield Document(example['targets'], example.get('targets_pretokenized'))
-    except tf.errors.OpError as e:
-      # What a source says in Python comes here within TensorFlow's own error.
-      if found := re.search(r'ConfigError: (.*)', str(e)):
-        raise errors.ConfigError(found[1]) from e
-      raise
+    for example in examples(dataset):
+      yield Document(example['targets'], example.get('targets_pretokenized'))
 
   def _likelihood(self, targets: Sequence[Any], scores: Any) -> dict[str, float]:
     """The metrics of the model's scores."""
@@ -183,12 +198,7 @@ class IndexedTask(seqio.Task):
         trim_output_features=trim_output_features,
         try_in_mem_cache=try_in_mem_cache,
       )
-    if self.sequence_len not in (None, length):
-      raise errors.ConfigError(
-        f"DatasetConfig.task_feature_lengths = {{'targets': {length}}} (macro "
-        f'TASK_FEATURE_LENGTHS): a sequence of {self.name} is one image; give '
-        f"{{'targets': {self.sequence_len}}}."
-      )
+    self._check_length(length)
     tokens, self._counts[split] = self.read(split)
     size = -(-len(tokens) // length)
     if not size:
@@ -274,6 +284,21 @@ class _ByteLevelTask(IndexedTask):
     texts = self._texts(split)
     tokens = ByteTokens(texts)
     return IndexedSplit(tokens, Counts(len(texts), len(tokens), len(tokens) - len(texts), None))
+
+
+def examples(dataset: tf.data.Dataset) -> Iterator[Any]:
+  """The examples of a dataset, their features as NumPy arrays.
+
+  Raises:
+    ConfigError: if its source does, in Python.
+  """
+  try:
+    yield from dataset.as_numpy_iterator()
+  except tf.errors.OpError as e:
+    # It comes here within TensorFlow's own error.
+    if found := re.search(r'ConfigError: (.*)', str(e)):
+      raise errors.ConfigError(found[1]) from e
+    raise
 
 
 def text_preprocessors() -> list[Callable[..., tf.data.Dataset]]:

@@ -14,11 +14,11 @@ from absl import logging
 from etils import epath
 
 from tvq_t5x import checkpoint_layout as layout
-from tvq_t5x import gin_utils
+from tvq_t5x import errors, gin_utils, model_settings, named_arrays
 from tvq_t5x.errors import CheckpointError, ConfigError
 from tvq_t5x.models import Params, TransformerVQModel
 from tvq_t5x.partitioning import DATA, Partitioner
-from tvq_t5x.standalone import checkpoints, run_checks, runner
+from tvq_t5x.standalone import runner
 
 _TARGET = 'target'  # What the layout calls the parameters.
 _OF_T5X = re.compile(r'^(?:from t5x |import t5x|import __main__)', re.MULTILINE)
@@ -56,29 +56,6 @@ class Loaded:
     return jax.tree.map(lambda x: x.sharding, self.params)
 
 
-def find(checkpoint: str) -> pathlib.Path:
-  """The folder of a checkpoint.
-
-  Args:
-    checkpoint: that folder, `MODEL_DIR/checkpoint_N`, or MODEL_DIR, whose newest one is meant.
-
-  Raises:
-    ConfigError: if there is none.
-  """
-  what = 'give a MODEL_DIR, or one of the checkpoint_N folders in it'
-  if not checkpoint or '://' in checkpoint:
-    raise ConfigError(f'--checkpoint={checkpoint}: {what}, on a local disk.')
-  path = pathlib.Path(checkpoint).expanduser().absolute()
-  if not path.is_dir():
-    raise ConfigError(f'--checkpoint={checkpoint}: there is no such folder; {what}.')
-  if re.fullmatch(rf'{layout.PREFIX}_\d+', path.name) and (path / layout.STATE).is_dir():
-    return path
-  steps = layout.steps_in(path)
-  if not steps:
-    raise ConfigError(f'--checkpoint={checkpoint}: there is no checkpoint in it; {what}.')
-  return layout.folder(path, steps[-1])
-
-
 def load(
   checkpoint: str,
   gin_files: Sequence[str] = (),
@@ -98,7 +75,7 @@ def configure(
   """Parses the gin files of a checkpoint's run, in place of the configuration that gin holds now.
 
   Args:
-    checkpoint: as for `find`.
+    checkpoint: as for `checkpoint_layout.find`.
     gin_files: of the run that wrote it; none means the `config.gin` that the standalone runner
       left in MODEL_DIR.
     gin_bindings: more settings, such as 'NUM_PARTITIONS = 2' for another mesh than the run's.
@@ -108,7 +85,7 @@ def configure(
     ConfigError: if there is no checkpoint, or a setting is wrong; also where the parameters do not
       fit on this machine's devices evenly.
   """
-  path = find(checkpoint)
+  path = layout.find(checkpoint, '--checkpoint')
   # Nothing is written, so a run without a folder is complete.
   bindings = ["MODEL_DIR = ''", *gin_bindings]
   gin_utils.parse_gin(gin_files or [_config_beside(path)], bindings, search_paths)
@@ -129,7 +106,8 @@ def restore(configured: Configured) -> Loaded:
   metadata = _metadata(path)
   params = _restore(path, model, partitioner, metadata)
   if metadata:
-    changed, _ = run_checks.differences(metadata['model'], run_checks.settings_of(model.config))
+    settings = model_settings.settings_of(model.config)
+    changed, _ = model_settings.differences(metadata['model'], settings)
     for text in changed:
       logging.warning('%s was trained with another setting: %s', path, text)
   logging.info('Read the parameters of %s.', path)
@@ -164,10 +142,10 @@ def _config_beside(checkpoint: pathlib.Path) -> str:
 
 def _metadata(path: pathlib.Path) -> Mapping[str, Any]:
   """What the standalone runner says of its checkpoint."""
-  if not checkpoints.is_standalone(path):
+  if not layout.is_standalone(path):
     return {}
   try:
-    return checkpoints.read_metadata(path.parent, layout.step_of(path))
+    return layout.read_metadata(path.parent, layout.step_of(path))
   except (OSError, ValueError) as e:
     raise _unreadable(path, e) from e
 
@@ -179,45 +157,29 @@ def _restore(
   metadata: Mapping[str, Any],
 ) -> Params:
   abstract = partitioner.abstract_params(model)
-  handler = ocp.PyTreeCheckpointHandler()
-  folder = epath.Path(path / layout.STATE)
   try:
-    saved = handler.metadata(folder).tree[_TARGET]
+    saved = layout.param_shapes(path)
   except Exception as e:  # Whatever a reader of broken files may raise.
     raise _unreadable(path, e) from e
-  _check_same_arrays(path, _shapes(saved), _shapes(abstract))
+  if different := named_arrays.different_shapes(saved, named_arrays.shapes(abstract)):
+    raise ConfigError(
+      f'--checkpoint={path} is of another model than --gin_file and --gin.* say: '
+      f'{"; ".join(different)}. Give the settings that it was trained with.'
+    )
   item = {_TARGET: abstract}
   restore = ocp.args.PyTreeRestore(
     item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
   )
   try:
-    params = handler.restore(folder, args=restore)[_TARGET]
-    checkpoints.check_values({'params': params}, metadata)
+    folder = epath.Path(path / layout.STATE)
+    params = ocp.PyTreeCheckpointHandler().restore(folder, args=restore)[_TARGET]
+    named_arrays.check_values({'params': params}, metadata)
   except Exception as e:
     raise _unreadable(path, e) from e
   return params
 
 
-def _shapes(tree: Any) -> dict[str, list[int]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, 'shape'))
-  return {checkpoints.array_name(path): list(x.shape) for path, x in leaves}
-
-
-def _check_same_arrays(
-  path: pathlib.Path, saved: dict[str, list[int]], expected: dict[str, list[int]]
-) -> None:
-  names = [n for n in sorted(saved | expected) if saved.get(n) != expected.get(n)]
-  if not names:
-    return
-  shown = [f'{n} is {expected.get(n, "missing")}, there {saved.get(n, "missing")}' for n in names]
-  rest = f'; and {len(names) - 3} more arrays' if len(names) > 3 else ''
-  raise ConfigError(
-    f'--checkpoint={path} is of another model than --gin_file and --gin.* say: '
-    f'{"; ".join(shown[:3])}{rest}. Give the settings that it was trained with.'
-  )
-
-
 def _unreadable(path: pathlib.Path, error: Exception) -> CheckpointError:
   return CheckpointError(
-    f'The checkpoint {path} can not be read: {checkpoints.reason(error)} Give another one.'
+    f'The checkpoint {path} can not be read: {errors.reason(error)} Give another one.'
   )

@@ -264,11 +264,7 @@ class TransformerVQModel:
     Raises:
       ConfigError: for the quadratic baseline, which keeps no state, or no decodes.
     """
-    if self.config.attention_type == AttentionType.QUADRATIC:
-      raise ConfigError(
-        f'TransformerConfig.attention_type = {self.config.attention_type.value!r} keeps no state '
-        "to sample with: give 'vq'."
-      )
+    decoding.check_keeps_state(self.config)
     if num_decodes < 1:
       raise ConfigError(f'predict_batch_with_aux.num_decodes = {num_decodes}: give at least 1.')
     prompts = batch['decoder_target_tokens'].astype(jnp.int32)

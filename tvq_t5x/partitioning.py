@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from flax.core import unfreeze
 from flax.linen import partitioning as nn_partitioning
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tvq_t5x import named_arrays
 from tvq_t5x.config import TransformerConfig
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.errors import ConfigError, is_count
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.train_step import TrainState, init_train_state
 from tvq_t5x.transformer import DecoderState, Transformer, decoder_state_axes
@@ -130,8 +130,7 @@ class Partitioner:
       ConfigError: if num_partitions does not divide the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    whole = isinstance(num_partitions, int) and not isinstance(num_partitions, bool)
-    if not whole or num_partitions < 1 or len(devices) % num_partitions:
+    if not is_count(num_partitions) or len(devices) % num_partitions:
       raise ConfigError(
         f'Partitioner.num_partitions = {num_partitions!r} is not accepted with {len(devices)} '
         f'devices: give one of {_join(_divisors(len(devices)))}.'
@@ -159,8 +158,8 @@ class Partitioner:
     self._validate_parameters(config)
 
   def _validate_batch(self, batch_size: int, num_microbatches: int) -> None:
-    for name, value in (('BATCH_SIZE', batch_size), ('num_microbatches', num_microbatches)):
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    for name, value in (('BATCH_SIZE', batch_size), ('NUM_MICROBATCHES', num_microbatches)):
+      if not is_count(value):
         raise ConfigError(f'{name} = {value!r} is not accepted: give a positive integer.')
     data = self.mesh.shape[DATA]
     unit = num_microbatches * data
@@ -168,11 +167,11 @@ class Partitioner:
       return
     near = sorted({max(batch_size // unit, 1) * unit, -(-batch_size // unit) * unit})
     message = (
-      f'BATCH_SIZE = {batch_size} is not accepted: give a multiple of num_microbatches x data '
+      f'BATCH_SIZE = {batch_size} is not accepted: give a multiple of NUM_MICROBATCHES x data '
       f'axis = {num_microbatches} x {data} = {unit}, such as {_join(near)}'
     )
     if batch_size % data == 0:
-      message += f'; or num_microbatches one of {_join(_divisors(batch_size // data))}'
+      message += f'; or NUM_MICROBATCHES one of {_join(_divisors(batch_size // data))}'
     raise ConfigError(f'{message} ({self._mesh_in_words()}).')
 
   def _validate_parameters(self, config: TransformerConfig) -> None:
@@ -282,7 +281,7 @@ class Partitioner:
     def info(path, x, names):
       sharding = self._sharding(names)
       return ArrayInfo(
-        name=_name(path),
+        name=named_arrays.array_name(path),
         shape=x.shape,
         dtype=x.dtype.name,
         logical_axes=names,
@@ -336,7 +335,8 @@ def _abstract_variables(module: Transformer) -> tuple[dict[str, Any], dict[str, 
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
   axes = nn_partitioning.get_axis_names(variables['params_axes'])
-  return _by_name(variables['params']), {name: tuple(x) for name, x in _by_name(axes).items()}
+  axes = {name: tuple(x) for name, x in named_arrays.leaves_of(axes).items()}
+  return named_arrays.leaves_of(variables['params']), axes
 
 
 def _abstract_train_state(
@@ -377,7 +377,7 @@ def optimizer_axes(
 
   def axes_of(path, x):
     # Optimizers keep trees like that of the parameters, deep inside their own state.
-    keys = _name(path).split('/')
+    keys = named_arrays.array_name(path).split('/')
     suffixes = ('/'.join(keys[i:]) for i in range(len(keys)))
     name = next((suffix for suffix in suffixes if suffix in axes), None)
     return (None,) * x.ndim if name is None else _reduced(axes[name], shapes[name].shape, x.shape)
@@ -407,14 +407,6 @@ def _field_of_axis(config: TransformerConfig, axis: str | None, size: int) -> st
   if axis == 'kv':
     return 'key_dim' if size == config.key_dim else 'value_dim'
   return _FIELDS[axis]
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-  return traverse_util.flatten_dict(unfreeze(tree), sep='/')
-
-
-def _name(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _divisors(n: int) -> list[int]:

@@ -7,6 +7,7 @@ Examples:
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -24,7 +25,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   command_line.define_checkpoint_flag(flag_values)
   fv = {'flag_values': flag_values}
   flags.DEFINE_multi_string('prompt', [], 'Text to continue; repeat it for more.', **fv)
-  flags.DEFINE_string('prompt_file', None, 'File with the text to continue, of any length.', **fv)
+  path_flag = functools.partial(command_line.define_path_flag, **fv)
+  path_flag('prompt_file', None, 'File with the text to continue, of any length.')
   flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', **fv)
   flags.DEFINE_integer(
     'max_tokens', None, 'Tokens of a continuation; by default 256, or a whole image.', **fv
@@ -37,17 +39,14 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer('top_k', 0, 'How many of the likeliest tokens to sample from; 0: all.', **fv)
   flags.DEFINE_integer('seed', 0, 'Another one gives other samples.', **fv)
-  flags.DEFINE_string(
-    'json', None, 'File for a line of JSON for each result, or - to print them instead of text.',
-    **fv,
-  )  # fmt: skip
-  flags.DEFINE_string(
-    'png', None, 'File for the images, if the task is one of images; by default samples.png.', **fv
+  path_flag(
+    'json', None, 'File for a line of JSON for each result, or - to print them instead of text.'
   )
-  flags.DEFINE_string('state_in', None, 'File of a --state_out, to continue from there.', **fv)
-  flags.DEFINE_string(
-    'state_out', None, 'File for the state at the end, from which --state_in continues.', **fv
+  path_flag(
+    'png', None, 'File for the images, if the task is one of images; by default samples.png.'
   )
+  path_flag('state_in', None, 'File of a --state_out, to continue from there.')
+  path_flag('state_out', None, 'File for the state at the end, from which --state_in continues.')
   flags.DEFINE_bool(
     'score', False, 'Print how well the prompts are predicted, and continue none.', **fv
   )
@@ -72,7 +71,7 @@ def run(
 
   def command() -> None:
     if not checkpoint:
-      raise ConfigError(f'no --checkpoint was given: try\n{_EXAMPLE}')
+      raise ConfigError(f'no --checkpoint was given: try {_EXAMPLE}')
     options.check()
     configured = loading.configure(checkpoint, gin_files, gin_bindings, search_paths)
     sampling_session.run(configured, options)

@@ -2,28 +2,38 @@
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import seqio
 from absl import logging
 
-from tvq_t5x import command_line, generation, images, loading, metrics, text_streams, vocabularies
+from tvq_t5x import (
+  command_line,
+  decoding,
+  files,
+  images,
+  loading,
+  metrics,
+  state_files,
+  text_streams,
+  vocabularies,
+)
 from tvq_t5x.decoding import GenerationState
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.generation import Generated, LanguageModel, Score
 from tvq_t5x.loading import Configured
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.sampling_options import Options
-from tvq_t5x.standalone import run_log
 
 _MAX_TOKENS = 256
 _PNG = 'samples.png'
 # Tokens that are shown at a time.
 _TEXT_CHUNK, _IMAGE_CHUNK = 32, 1024
+# Tokens of a prompt that is read in parts, with which the last character is complete.
+_LAST = 8
 _RULE = '-' * 80
 # A terminal would obey them.
 _CONTROLS = {i: '\ufffd' for i in (*range(32), *range(127, 160)) if chr(i) not in '\n\t'}
@@ -41,22 +51,40 @@ def run(configured: Configured, options: Options) -> None:
     CheckpointError: if the checkpoint can't be read.
   """
   vocabulary = configured.model.output_vocabulary
-  generation.check_keeps_state(configured.model.config)
+  decoding.check_keeps_state(configured.model.config)
   if isinstance(vocabulary, vocabularies.ImageVocabulary):
     _check_for_images(options, vocabulary)
   else:
     _check_texts(options, vocabulary)
   sampling = _sampling(options)
   lm = LanguageModel(loading.restore(configured))
-  state = lm.load_state(options.state_in) if options.state_in else None
+  session = _load(lm, options.state_in) if options.state_in else None
   if options.score:
-    state = _score(lm, state or lm.start(), options)
+    session = _score(lm, session or _begin(lm), options)
   elif isinstance(vocabulary, vocabularies.ImageVocabulary):
-    state = _write_images(lm, options, sampling)
+    session = _write_images(lm, options, sampling)
   else:
-    state = _write_texts(lm, state, options, sampling)
+    session = _write_texts(lm, session, options, sampling)
   if options.state_out:
-    lm.save_state(os.path.expanduser(options.state_out), state)
+    lm.save_state(options.state_out, session.state, [x or b'' for x in session.undecoded])
+
+
+class _Session(NamedTuple):
+  """Where B sequences stand, and their texts: what `TextDecoder` continues from."""
+
+  state: GenerationState
+  undecoded: list[bytes | None]
+
+
+def _begin(lm: LanguageModel, batch_size: int = 1) -> _Session:
+  return _Session(lm.start(batch_size), [None] * batch_size)
+
+
+def _load(lm: LanguageModel, path: str) -> _Session:
+  state = lm.load_state(path)
+  begun = np.asarray(state.decoder.position) > 0
+  saved = state_files.load_undecoded(path)
+  return _Session(state, [x if b else None for x, b in zip(saved, begun, strict=True)])
 
 
 def _check_for_images(options: Options, vocabulary: vocabularies.ImageVocabulary) -> None:
@@ -106,18 +134,21 @@ def _sampling(options: Options) -> SamplingConfig:
 
 
 def _read(
-  lm: LanguageModel, state: GenerationState | None, options: Options
-) -> tuple[GenerationState, list[np.ndarray]]:
-  """The state after the prompts, and the last tokens of each: all, unless they are of a file."""
+  lm: LanguageModel, session: _Session | None, options: Options
+) -> tuple[_Session, list[np.ndarray]]:
+  """The session, its state after the prompts, and the last tokens of each prompt.
+
+  All tokens of a prompt, unless it is of a file.
+  """
   prompts = _prompts(options, lm.vocabulary)
-  state = lm.start(max(len(prompts), 1)) if state is None else state
-  number = len(state.token)
+  session = session or _begin(lm, max(len(prompts), 1))
+  state, number = session.state, len(session.undecoded)
   if options.prompt_file and number == 1:
-    tail = np.zeros(0, np.int32)
+    last = np.zeros(0, np.int32)
     for part in prompts[0]:
       state, _ = lm.read(state, [part])
-      tail = np.concatenate([tail, part])[-8:]
-    return state, [tail]
+      last = np.concatenate([last, part])[-_LAST:]
+    return session._replace(state=state), [last]
   texts = [np.concatenate([np.zeros(0, np.int32), *parts]) for parts in prompts]
   if len(texts) == 1:
     texts *= number
@@ -127,7 +158,7 @@ def _read(
     )
   if texts:
     state, _ = lm.read(state, texts)
-  return state, texts or [np.zeros(0, np.int32)] * number
+  return session._replace(state=state), texts or [np.zeros(0, np.int32)] * number
 
 
 def _generated(
@@ -146,13 +177,15 @@ def _generated(
 
 
 def _write_texts(
-  lm: LanguageModel, state: GenerationState | None, options: Options, sampling: SamplingConfig
-) -> GenerationState:
-  state, prompts = _read(lm, state, options)
+  lm: LanguageModel, session: _Session | None, options: Options, sampling: SamplingConfig
+) -> _Session:
+  (state, undecoded), prompts = _read(lm, session, options)
   if options.num_samples > 1:
     state = lm.repeat(state, options.num_samples)
-  prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
-  decoders = [text_streams.TextDecoder(lm.vocabulary) for _ in prompts]
+  prompts, undecoded = (
+    [x for x in rows for _ in range(options.num_samples)] for rows in (prompts, undecoded)
+  )
+  decoders = [text_streams.TextDecoder(lm.vocabulary, x) for x in undecoded]
   heads = [decoder.push(prompt) for decoder, prompt in zip(decoders, prompts, strict=True)]
   if options.prompt_file:
     heads = [''] * len(heads)
@@ -167,7 +200,8 @@ def _write_texts(
       text.append(decoder.push(row))
     _show(texts[0][-1], in_text)
   for text, decoder in zip(texts, decoders, strict=True):
-    text.append(decoder.finish())
+    # The session that continues this one may complete the character.
+    text.append('' if options.state_out else decoder.finish())
   _show(f'{texts[0][-1]}\n', in_text)
   # The others have come at the same time; one after the other they can be read.
   for head, text in zip(heads[1:], texts[1:], strict=True):
@@ -175,7 +209,7 @@ def _write_texts(
   seconds = time.monotonic() - start
   logging.info('%s tokens in %.1f seconds.', f'{number * len(texts):,}', seconds)
   _write_records(lm, options, sampling, parts, list(map(''.join, texts)))
-  return parts[-1].state
+  return _Session(parts[-1].state, [decoder.undecoded for decoder in decoders])
 
 
 def _show(text: str, wanted: bool) -> None:
@@ -220,48 +254,47 @@ def _json(options: Options) -> Iterator[Callable[[dict[str, Any]], None]]:
   with contextlib.ExitStack() as stack:
     file = None
     if options.json not in (None, '-'):
-      path = os.path.expanduser(options.json)
-      file = stack.enter_context(open(path, 'w', encoding='utf-8'))
+      file = stack.enter_context(open(options.json, 'w', encoding='utf-8'))
 
     def write(record: dict[str, Any]) -> None:
       if options.json:
-        print(run_log.json_line(record), end='', file=file)
+        print(files.json_line(record), end='', file=file)
 
     yield write
 
 
-def _write_images(lm: LanguageModel, options: Options, sampling: SamplingConfig) -> GenerationState:
+def _write_images(lm: LanguageModel, options: Options, sampling: SamplingConfig) -> _Session:
   vocabulary = lm.vocabulary
   assert isinstance(vocabulary, vocabularies.ImageVocabulary)
   number = options.max_tokens or math.prod(vocabulary.shape)
-  state = lm.start(options.num_samples)
+  begin = _begin(lm, options.num_samples)
   parts: list[Generated] = []
-  for part in _generated(lm, state, number, _IMAGE_CHUNK, options, sampling):
+  for part in _generated(lm, begin.state, number, _IMAGE_CHUNK, options, sampling):
     parts.append(part)
     done = min(len(parts) * _IMAGE_CHUNK, number)
     logging.info('%s of %s values.', f'{done:,}', f'{number:,}')
   tokens = np.concatenate([part.tokens for part in parts], axis=1)
-  path = os.path.expanduser(options.png or _PNG)
+  path = options.png or _PNG
   images.write_grid(path, vocabulary.images(tokens))
   if options.json != '-':
     print(path)
   _write_records(lm, options, sampling, parts, [])
-  return parts[-1].state
+  return begin._replace(state=parts[-1].state)
 
 
-def _score(lm: LanguageModel, state: GenerationState, options: Options) -> GenerationState:
-  if len(state.token) != 1:
-    raise ConfigError(f'--state_in has {len(state.token)} sequences: --score continues one.')
+def _score(lm: LanguageModel, session: _Session, options: Options) -> _Session:
+  if len(session.undecoded) != 1:
+    raise ConfigError(f'--state_in has {len(session.undecoded)} sequences: --score continues one.')
   sources = options.prompt or [options.prompt_file or '']
-  after = state
+  after, last = session.state, np.zeros(0, np.int32)
   with _json(options) as write:
     for source, parts in zip(sources, _prompts(options, lm.vocabulary), strict=True):
       start, sums = time.monotonic(), np.zeros(3)
-      for score in lm.score_parts(parts, state):
+      for score in lm.score_parts(parts, session.state):
         if options.per_token:
           _write_tokens(lm, options, write, score, int(sums[1]))
         sums += score.total_nats, len(score.tokens), score.num_bytes or 0
-        after = score.state
+        after, last = score.state, np.concatenate([last, score.tokens])[-_LAST:]
       nats, tokens, size = float(sums[0]), int(sums[1]), int(sums[2])
       if not tokens:
         raise ConfigError(f'{"--prompt" if options.prompt else source}: there is no text to score.')
@@ -278,7 +311,9 @@ def _score(lm: LanguageModel, state: GenerationState, options: Options) -> Gener
       if options.json != '-':
         print(source if len(source) <= 80 else f'{source[:77]}...')
         print(command_line.table(values))
-  return after
+  decoder = text_streams.TextDecoder(lm.vocabulary, session.undecoded[0])
+  decoder.push(last)
+  return _Session(after, [decoder.undecoded])
 
 
 def _write_tokens(

@@ -11,6 +11,8 @@ from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import EOS
 from tvq_t5x.indexed import IndexedTask, Tokens
 
+_CARRY_STATE = 'TransformerVQModel.carry_state = True (macro CARRY_STATE)'
+
 
 def training_batches(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
@@ -18,14 +20,19 @@ def training_batches(
   """Endless batches, as `datasets.training_batches`, but in the order of the text.
 
   Args:
-    cfg: what to read; `cfg.shuffle` has no effect.
+    cfg: what to read; `cfg.shuffle` has no effect on the order.
     feature_converter_cls: as there.
 
   Raises:
     ConfigError: if a setting is refused, or the tokens of the task don't lie end to end.
   """
-  provider = datasets.validate(cfg, feature_converter_cls)
-  return TrainingIterator(training_dataset(cfg), datasets.identity(cfg, provider, carry_state=True))
+  datasets.validate(cfg, feature_converter_cls)
+  return TrainingIterator(training_dataset(cfg), datasets.identity(cfg, carry_state=True))
+
+
+def check(cfg: DatasetConfig, setting: str = _CARRY_STATE) -> None:
+  """Refuses a task whose tokens don't lie end to end, as `setting` needs it; reads nothing."""
+  _task(cfg, setting)
 
 
 def training_dataset(cfg: DatasetConfig, shard_id: int = 0, num_shards: int = 1) -> tf.data.Dataset:
@@ -43,7 +50,7 @@ def training_dataset(cfg: DatasetConfig, shard_id: int = 0, num_shards: int = 1)
   Raises:
     ConfigError: if the tokens of the task don't lie end to end.
   """
-  tokens = _tokens(cfg, 'TransformerVQModel.carry_state = True (macro CARRY_STATE)')
+  tokens = _task(cfg, _CARRY_STATE).read(cfg.split).tokens
   length, rows = cfg.task_feature_lengths['targets'], cfg.batch_size
   size = -(-len(tokens) // length)
 
@@ -80,18 +87,18 @@ def evaluation_batches(
     ConfigError: if a setting is refused, or the tokens of the task don't lie end to end.
   """
   datasets.validate(cfg, feature_converter_cls)
-  tokens = _tokens(cfg, '--carry_state')
+  tokens = _task(cfg, '--carry_state').read(cfg.split).tokens
   return _batches(tokens, cfg.batch_size, cfg.task_feature_lengths['targets'])
 
 
-def _tokens(cfg: DatasetConfig, setting: str) -> Tokens:
+def _task(cfg: DatasetConfig, setting: str) -> IndexedTask:
   task = datasets.task_or_mixture(cfg.mixture_or_task_name, cfg.module)
   if not isinstance(task, IndexedTask) or task.sequence_len is not None:
     raise ConfigError(
       f'{setting}: the sequences of {task.name} are not parts of one text that goes on from '
       'each to the next; leave it out.'
     )
-  return task.read(cfg.split).tokens
+  return task
 
 
 def _batches(tokens: Tokens, batch_size: int, length: int) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """Text to tokens and back, part by part: no character is broken where one part ends."""
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import BinaryIO
 
 import numpy as np
@@ -13,17 +13,22 @@ from tvq_t5x.errors import ConfigError
 # What is shown where a document ends, for EOS.
 DOCUMENT_END = '\n\n'
 _UNKNOWN = '\ufffd'
+# SentencePiece's own sign for a space.
+_SPACE = '\u2581'
 _BLOCK = 1 << 20
+# Characters that are kept until there is a place to cut.
+_LONGEST = 1 << 20
 
 
 class TextDecoder:
   """Turns tokens into text as they come, each character once all of it is there."""
 
-  def __init__(self, vocabulary: seqio.Vocabulary):
-    """Starts a text.
+  def __init__(self, vocabulary: seqio.Vocabulary, continues: bytes | None = None):
+    """Starts a text, or goes on where another decoder stopped.
 
     Args:
       vocabulary: of bytes or of SentencePiece.
+      continues: the `undecoded` of that decoder; None means that a text begins.
 
     Raises:
       ConfigError: for another one.
@@ -36,8 +41,14 @@ class TextDecoder:
       )
     self._texts = texts
     self._ends, self._unknown = vocabulary.eos_id, vocabulary.unk_id
-    self._drops_space = _adds_space(vocabulary)
+    self._drops_space = continues is None and _adds_space(vocabulary)
     self._decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    self._decoder.setstate((continues or b'', 0))
+
+  @property
+  def undecoded(self) -> bytes:
+    """The bytes of a character that is not complete yet, up to three."""
+    return self._decoder.getstate()[0]
 
   def push(self, tokens: Iterable[int]) -> str:
     """The text that is complete with these tokens, and was not before.
@@ -91,8 +102,10 @@ def encode_file(file: BinaryIO, vocabulary: seqio.Vocabulary, source: str) -> It
   """The tokens of a text of any size, which is read in parts.
 
   The tokens are those of the whole text. Memory is constant with a vocabulary of bytes, and with
-  one in which no piece spans lines, as `python -m tvq_t5x.train_vocab` makes them; with others, the
-  text is read as a whole.
+  one that changes no character, as `python -m tvq_t5x.train_vocab` makes them: the text is cut
+  between characters that no piece has side by side. A stretch of 2**20 characters without such a
+  place is cut at its end, and may have other tokens there, for the same text. With other
+  vocabularies, the text is read as a whole.
 
   Args:
     file: of bytes, which a vocabulary of bytes takes as they are, or else text in UTF-8.
@@ -109,24 +122,35 @@ def encode_file(file: BinaryIO, vocabulary: seqio.Vocabulary, source: str) -> It
     while block := file.read(_BLOCK):
       yield np.frombuffer(block, np.uint8).astype(np.int32) + vocabularies.FIRST_BYTE
     return
-  by_line, rest = _keeps_lines_apart(vocabulary), b''
-  while True:
-    block = file.read(_BLOCK if by_line else -1)
-    rest += block
-    # A line feed is a piece of its own: nothing before it depends on what comes after it.
-    end = rest.rfind(b'\n') + 1 if block and by_line else len(rest)
+  pairs, rest = _pairs_in_pieces(vocabulary), ''
+  for text in _texts(file, _BLOCK if pairs is not None else -1, source):
+    rest += text
+    end = len(rest) if pairs is None else _last_cut(rest, pairs)
     part, rest = rest[:end], rest[end:]
     if part:
-      yield np.asarray(encode(_utf8(part, source), vocabulary, source), np.int32)
-    if not block:
-      return
+      yield np.asarray(encode(part, vocabulary, source), np.int32)
+  if rest:
+    yield np.asarray(encode(rest, vocabulary, source), np.int32)
 
 
-def _utf8(text: bytes, source: str) -> str:
+def _texts(file: BinaryIO, size: int, source: str) -> Iterator[str]:
+  """A text in UTF-8, in blocks of about `size` bytes; -1 means as a whole."""
+  decoder = codecs.getincrementaldecoder('utf-8')()
   try:
-    return text.decode()
+    while block := file.read(size):
+      yield decoder.decode(block)
+    decoder.decode(b'', final=True)
   except UnicodeDecodeError as e:
     raise ConfigError(f'{source} is no text in UTF-8 ({e}).') from e
+
+
+def _last_cut(text: str, pairs: Set[str]) -> int:
+  """Where no piece holds what is on both sides, as late as possible; 0 is nowhere."""
+  text = text.replace(_SPACE, ' ')
+  for end in range(len(text) - 1, 0, -1):
+    if text[end - 1 : end + 1] not in pairs:
+      return end
+  return len(text) if len(text) >= _LONGEST else 0
 
 
 def _adds_space(vocabulary: seqio.Vocabulary) -> bool:
@@ -135,10 +159,15 @@ def _adds_space(vocabulary: seqio.Vocabulary) -> bool:
   return vocabularies.sentencepiece_proto(vocabulary).normalizer_spec.add_dummy_prefix
 
 
-def _keeps_lines_apart(vocabulary: seqio.Vocabulary) -> bool:
+def _pairs_in_pieces(vocabulary: seqio.Vocabulary) -> Set[str] | None:
+  """The pairs of characters in pieces; None if a token may depend on more than its characters."""
   if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    return False
+    return None
   model = vocabularies.sentencepiece_proto(vocabulary)
-  return vocabularies.is_lossless(vocabulary) and any(
-    piece.piece == '\n' and piece.type == vocabularies.Piece.USER_DEFINED for piece in model.pieces
-  )
+  # A word without a piece of its own becomes bytes as a whole.
+  of_words = model.trainer_spec.model_type == model.trainer_spec.WORD
+  if of_words or not vocabularies.is_lossless(vocabulary):
+    return None
+  kinds = vocabularies.Piece.NORMAL, vocabularies.Piece.USER_DEFINED, vocabularies.Piece.UNUSED
+  texts = (piece.piece.replace(_SPACE, ' ') for piece in model.pieces if piece.type in kinds)
+  return {text[i : i + 2] for text in texts for i in range(len(text) - 1)}

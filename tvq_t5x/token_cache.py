@@ -62,6 +62,22 @@ class CachedTask(IndexedTask):
     Raises:
       ConfigError: if the corpus is not there or the file can't be written.
     """
+    corpus, cache = self._place(split)
+    found = cache.open()
+    if found is None:
+      with cache.locked():
+        found = cache.open()  # Another process may have written it meanwhile.
+        if found is None:
+          cache.write(self.documents(split), corpus.num_documents(split))
+          found = cache.open()
+    assert found is not None
+    return found
+
+  def find(self, split: str) -> None:
+    """See the base class."""
+    self._place(split)
+
+  def _place(self, split: str) -> tuple[Corpus, '_Cache']:
     corpus, vocabulary = self._corpus(), self.output_features['targets'].vocabulary
     identity = {
       **corpus.identity(split),
@@ -75,16 +91,7 @@ class CachedTask(IndexedTask):
         f'{_MACRO}: token caches are memory-mapped, which {folder} can not be; give a local folder '
         f'with {settings.how_to_set(_MACRO)}.'
       )
-    cache = _Cache(pathlib.Path(folder), f'{self.name}-{split}', identity)
-    found = cache.open()
-    if found is None:
-      with cache.locked():
-        found = cache.open()  # Another process may have written it meanwhile.
-        if found is None:
-          cache.write(self.documents(split), corpus.num_documents(split))
-          found = cache.open()
-    assert found is not None
-    return found
+    return corpus, _Cache(pathlib.Path(folder), f'{self.name}-{split}', identity)
 
 
 class _StoredTokens:

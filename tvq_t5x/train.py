@@ -16,8 +16,9 @@ _EXAMPLE = 'python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
-  """Adds T5X's flags, and --dry_run."""
+  """Adds T5X's flags, --data_dir and --dry_run."""
   command_line.define_gin_flags(flag_values)
+  command_line.define_data_flag(flag_values)
   flags.DEFINE_bool(
     'dry_run',
     False,
@@ -31,6 +32,7 @@ def run(
   gin_bindings: Sequence[str] = (),
   search_paths: Sequence[str] = (),
   dry_run: bool = False,
+  data_dir: str | None = None,
 ) -> int:
   """Trains as the gin files say.
 
@@ -43,13 +45,14 @@ def run(
     import gin
     import tensorflow as tf
 
-    from tvq_t5x import gin_utils
+    from tvq_t5x import gin_utils, settings
     from tvq_t5x.standalone import runner
 
   tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
   try:
     if not gin_files:
-      raise ConfigError(f'no --gin_file was given: try\n{_EXAMPLE}')
+      raise ConfigError(f'no --gin_file was given: try {_EXAMPLE}')
+    settings.set_data_dir(data_dir)
     gin_utils.parse_gin(gin_files, gin_bindings, search_paths)
     if not gin_utils.is_bound(runner.train):
       raise ConfigError(
@@ -73,7 +76,13 @@ def run(
 def _main(args: Sequence[str]) -> int:
   command_line.prepare(args)
   values = flags.FLAGS
-  return run(values.gin_file, values.gin_bindings, values.gin_search_paths, values.dry_run)
+  return run(
+    values.gin_file,
+    values.gin_bindings,
+    values.gin_search_paths,
+    values.dry_run,
+    values.data_dir,
+  )
 
 
 if __name__ == '__main__':

@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from absl import app, flags, logging
 
-from tvq_t5x import command_line, files, gin_utils
+from tvq_t5x import command_line, files, gin_utils, settings
 from tvq_t5x.errors import ConfigError
 
-_EXAMPLE = 'python -m tvq_t5x.train_vocab --task=pg19 --output=pg19'
+_EXAMPLE = 'python -m tvq_t5x.train_vocab --task=pg19 --data_dir=FOLDER --output=pg19'
 # SentencePiece drops longer lines without a word.
 _MAX_LINE = 16_384
 _BLOCK = 1 << 20
@@ -32,8 +32,9 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   """Adds the command's flags."""
   fv = flag_values
   flags.DEFINE_string('task', None, 'Task of this package: its training split is read.', fv)
-  flags.DEFINE_multi_string('input', [], 'Text file in UTF-8; repeat it for more.', fv)
-  flags.DEFINE_string('output', None, 'Where to write: this path and .model.', fv)
+  command_line.define_path_list_flag('input', 'Text file in UTF-8; repeat it for more.', fv)
+  command_line.define_path_flag('output', None, 'Where to write: this path and .model.', fv)
+  command_line.define_data_flag(fv)
   flags.DEFINE_integer(
     'vocab_size',
     32_000,
@@ -51,7 +52,12 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 
 def run(
-  task: str | None, inputs: Sequence[str], output: str | None, vocab_size: int, max_bytes: int
+  task: str | None,
+  inputs: Sequence[str],
+  output: str | None,
+  vocab_size: int,
+  max_bytes: int,
+  data_dir: str | None = None,
 ) -> int:
   """Trains a vocabulary and writes it.
 
@@ -61,18 +67,18 @@ def run(
     output: path of the vocabulary, without '.model'.
     vocab_size: pieces.
     max_bytes: of text.
+    data_dir: of the task, see `settings.set_data_dir`.
 
   Returns:
     Exit code: 0, or 2 for a wrong setting.
   """
   try:
     if (task is None) == (not inputs):
-      raise ConfigError(f'give either --task or --input: try\n{_EXAMPLE}')
+      raise ConfigError(f'give either --task or --input: try {_EXAMPLE}')
     if not output:
-      raise ConfigError(f'--output has to be given: try\n{_EXAMPLE}')
-    folder = os.path.dirname(os.path.abspath(output))
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-      raise ConfigError(f'--output={output}: {folder} is no folder that can be written.')
+      raise ConfigError(f'--output has to be given: try {_EXAMPLE}')
+    command_line.check_output('--output', f'{output}.model')
+    settings.set_data_dir(data_dir)
     blocks = _blocks_of_task(task) if task else _blocks_of_files(inputs)
     model = train(lines(_capped(blocks, max_bytes)), vocab_size)
   except (ConfigError, ModuleNotFoundError) as e:
@@ -221,7 +227,7 @@ def _blocks_of_task(name: str) -> Iterator[bytes]:
     import seqio
     import tensorflow as tf
 
-    from tvq_t5x import tasks
+    from tvq_t5x import indexed, tasks
 
     for module in pkgutil.iter_modules(tasks.__path__):
       importlib.import_module(f'{tasks.__name__}.{module.name}')
@@ -231,7 +237,7 @@ def _blocks_of_task(name: str) -> Iterator[bytes]:
   texts = seqio.TaskRegistry.get(name).source.get_dataset('train', shuffle=False)
   if texts.element_spec['targets'].dtype != tf.string:
     raise ConfigError(f'--task={name} has no text.')
-  return _read_texts(texts.as_numpy_iterator())
+  return _read_texts(indexed.examples(texts))
 
 
 def _read_texts(examples: Iterable[dict[str, bytes]]) -> Iterator[bytes]:
@@ -243,7 +249,14 @@ def _read_texts(examples: Iterable[dict[str, bytes]]) -> Iterator[bytes]:
 def _main(args: Sequence[str]) -> int:
   command_line.prepare(args)
   values = flags.FLAGS
-  return run(values.task, values.input, values.output, values.vocab_size, values.max_bytes)
+  return run(
+    values.task,
+    values.input,
+    values.output,
+    values.vocab_size,
+    values.max_bytes,
+    values.data_dir,
+  )
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from jax.nn import initializers
 from tvq_t5x.attention import Keys, Queries, vq_attention
 from tvq_t5x.cache import AttentionState, init_attention_state
 from tvq_t5x.config import AttentionType, HeadType, Remat, TransformerConfig
+from tvq_t5x.errors import ConfigError
 from tvq_t5x.layers import (
   KEEP_MARKED,
   Einsum,
@@ -155,8 +156,8 @@ class Attention(nn.Module):
     rate = self.config.sinusoid_dropout_rate
     if self.deterministic or not rate:
       return x
-    keep = jax.random.bernoulli(self.make_rng(SEQUENCE_DROPOUT), 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0)
+    kept = jax.random.bernoulli(self.make_rng(SEQUENCE_DROPOUT), 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0)
 
 
 class Layer(nn.Module):
@@ -229,7 +230,8 @@ class Transformer(nn.Module):
 
     Args:
       tokens: [B, T] int32; L divides T, or T < L.
-      state: of the tokens before the segment; None at the start of a sequence.
+      state: of the tokens before the segment; None at the start of a sequence. The quadratic
+        baseline keeps none: with it, a segment is a whole sequence.
       loss_mask: [B, T]; positions with 0 enter attention but no loss and no statistic.
       example_ids: [B] int32, place of each example in the global batch; None means 0 to B - 1.
       lengths: [B] int32, how many tokens of each row the state after the segment is of; the rest is
@@ -242,9 +244,17 @@ class Transformer(nn.Module):
     Returns:
       Logits [B, T, W] float32, the state after the segment, and the quantizers' losses and
       metrics, every leaf [layers, attention sublayers] (None for the quadratic baseline).
+
+    Raises:
+      ConfigError: for the quadratic baseline with `lengths` or `oldest`.
     """
     c = self.config
     batch_size, length = tokens.shape
+    if c.attention_type == AttentionType.QUADRATIC and not (lengths is None and oldest is None):
+      raise ConfigError(
+        f'TransformerConfig.attention_type = {c.attention_type.value!r} keeps no state, which '
+        "`lengths` and `oldest` are about: give 'vq'."
+      )
     if state is None:
       state = init_decoder_state(c, batch_size)
     call = Call(

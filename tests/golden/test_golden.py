@@ -1,5 +1,7 @@
 """Every array of the reference implementation's files, within 1e-5 absolute or 1e-4 relative."""
 
+import re
+
 import case as golden
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,8 @@ def needs(prefix):
 
 
 def segments(case):
-  return ['seg1/', 'seg2/'] if case.has('seg1/') else ['']
+  numbers = {int(match[1]) for key in case.arrays if (match := re.match(r'seg(\d+)/', key))}
+  return [f'seg{i}/' for i in sorted(numbers)] or ['']
 
 
 def run(case, overrides):
@@ -250,9 +253,12 @@ def test_tokens_one_by_one_in_place(case, scan_layers):
 
 
 @needs('steps/')
-@pytest.mark.parametrize('num_microbatches', [1, 2])
-def test_training_trace(case, num_microbatches):
+@pytest.mark.parametrize('in_parts', [False, True])
+def test_training_trace(case, in_parts):
   r = case.reference
+  batch_size = r['global_batch_size']
+  divisors = [n for n in range(2, batch_size + 1) if batch_size % n == 0]
+  num_microbatches = divisors[0] if in_parts and divisors else 1
   model = case.model()
   batch_ids = sorted({int(key.split('/')[1]) for key in case.arrays if key.startswith('batches/')})
   params = case.to_params(case.tree('params_init/'), model.config)

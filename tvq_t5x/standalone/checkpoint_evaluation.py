@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from tvq_t5x import checks, datasets, indexed, loading, metrics, stretches
+from tvq_t5x import checks, datasets, indexed, loading, metrics, stretches, vocabularies
 from tvq_t5x.config import AttentionType
 from tvq_t5x.datasets import Batch, DatasetConfig
 from tvq_t5x.errors import ConfigError
@@ -28,7 +28,8 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
 
   Returns:
     By name, as JSON has them: what was evaluated, `tokens`, `bytes` of text (where the vocabulary
-    says), `seconds`, `perplexity` (of tokens) and the metrics of `Evaluator`.
+    says), `seconds`, `perplexity` (of tokens) and the metrics of `Evaluator`. Of images there are
+    `dimensions` and `bits_per_dimension`, in place of bytes.
 
   Raises:
     ConfigError: for settings that do not fit; nothing is compiled before.
@@ -37,9 +38,7 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   model, partitioner = configured.model, configured.partitioner
   cfg: DatasetConfig = loading.setting('eval_dataset_cfg')
   cfg = dataclasses.replace(cfg, split=split or cfg.split)
-  with run_checks.missing_data():
-    read = stretches.evaluation_batches if carry_state else datasets.evaluation_batches
-    batches = read(cfg, model.FEATURE_CONVERTER_CLS)
+  datasets.validate(cfg, model.FEATURE_CONVERTER_CLS)
   checks.check_vocabulary(cfg, model)
   length = cfg.task_feature_lengths['targets']
   segments = checks.updates_in_batch(length, model.config, loading.setting('update_len'))
@@ -50,7 +49,14 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
       '--carry_state: the quadratic baseline (TransformerConfig.attention_type) keeps no state to '
       'carry on; leave it out.'
     )
+  else:
+    stretches.check(cfg, '--carry_state')
+  with run_checks.missing_data():
+    datasets.check(cfg, model.FEATURE_CONVERTER_CLS)
   loaded = loading.restore(configured)
+  # Last, as this may write a token cache, which takes hours.
+  read = stretches.evaluation_batches if carry_state else datasets.evaluation_batches
+  batches = read(cfg, model.FEATURE_CONVERTER_CLS)
   if carry_state:
     # There may be fewer stretches than devices.
     partitioner = partitioner.for_batch(cfg.batch_size)
@@ -61,7 +67,10 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   sums = evaluator.sums(loaded.params, _reported(batches))
   assert sums is not None  # Nothing stops it.
   seconds = time.monotonic() - start
-  values = sums.ratios()
+  values, bits, size = sums.ratios(), 'bits_per_byte', 'bytes'
+  if isinstance(model.output_vocabulary, vocabularies.ImageVocabulary):
+    bits, size = 'bits_per_dimension', 'dimensions'  # As the literature has it.
+    values[bits] = values.pop('bits_per_byte')
   task = datasets.task_or_mixture(cfg.mixture_or_task_name, cfg.module)
   counts = indexed.counts(task, cfg.split)
   return {
@@ -73,7 +82,7 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     'batch_size': cfg.batch_size,
     'carry_state': carry_state,
     'tokens': sums.count('cross_entropy'),
-    **({'bytes': sums.count('bits_per_byte')} if 'bits_per_byte' in values else {}),
+    **({size: sums.count('bits_per_byte')} if bits in values else {}),
     'seconds': seconds,
     **values,
     'perplexity': metrics.perplexity(values['cross_entropy']),

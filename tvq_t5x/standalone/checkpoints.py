@@ -1,24 +1,51 @@
 """Checkpoints of a run: arrays, data position and what they belong to, written as one, by Orbax."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tvq_t5x import checkpoint_layout as layout
+from tvq_t5x import errors, named_arrays
 from tvq_t5x.datasets import POSITION, TrainingIterator
 from tvq_t5x.errors import CheckpointError, ConfigError
 from tvq_t5x.train_step import TrainState
 
-_METADATA_FILE = 'metadata'  # Where Orbax puts an item of JSON.
 _DAMAGED = 'damaged'
+
+
+def initial_state(checkpoint: pathlib.Path, scratch: TrainState) -> TrainState:
+  """The state that a run starts from: that of a checkpoint, but what sequences carry on.
+
+  Args:
+    checkpoint: of another run, of either engine.
+    scratch: a state as it is at step 0.
+
+  Raises:
+    CheckpointError: if it can't be read.
+  """
+  try:
+    item = layout.state_dict(scratch._replace(carried=None))
+    restore = ocp.args.PyTreeRestore(
+      item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    folder = epath.Path(checkpoint / layout.STATE)
+    arrays = ocp.PyTreeCheckpointHandler().restore(folder, args=restore)
+    state = layout.from_state_dict(scratch._replace(carried=None), arrays)
+    ours = layout.is_standalone(checkpoint)
+    step = layout.step_of(checkpoint)
+    metadata = layout.read_metadata(checkpoint.parent, step) if ours else {}
+    named_arrays.check_values(state, metadata)
+  except Exception as e:  # Whatever a reader of broken files may raise.
+    raise CheckpointError(
+      f'The checkpoint {checkpoint} can not be read: {errors.reason(e)} Give another one.'
+    ) from e
+  return state._replace(carried=scratch.carried)
 
 
 class Restored(NamedTuple):
@@ -122,7 +149,9 @@ class Checkpoints:
       **{
         layout.STATE: ocp.args.StandardSave(layout.state_dict(state)),
         layout.DATASET: _Dataset(batches),
-        layout.METADATA: ocp.args.JsonSave({**metadata, 'checksums': checksums(state)}),
+        layout.METADATA: ocp.args.JsonSave(
+          {**metadata, 'checksums': named_arrays.checksums(state)}
+        ),
       }
     )
     try:
@@ -147,9 +176,9 @@ class Checkpoints:
     complete = [s for s in self.steps() if s != step]
     rest = f'that of step {complete[-1]} is complete and unharmed' if complete else 'there is none'
     return CheckpointError(
-      f'The checkpoint of step {step} could not be saved in {self._directory}: {reason(error)} '
-      f'Of earlier checkpoints, {rest}. Make room or mend the folder, then run the same command '
-      'again to continue from there.'
+      f'The checkpoint of step {step} could not be saved in {self._directory}: '
+      f'{errors.reason(error)} Of earlier checkpoints, {rest}. Make room or mend the folder, then '
+      'run the same command again to continue from there.'
     )
 
   def restore(self, abstract: TrainState, batches: TrainingIterator, updates: int = 1) -> Restored:
@@ -174,7 +203,7 @@ class Checkpoints:
       except ConfigError:
         raise
       except Exception as e:  # Whatever a reader of broken files may raise.
-        damaged[step] = reason(e)
+        damaged[step] = errors.reason(e)
         continue
       for broken, why in damaged.items():
         target = self._move_away(broken)
@@ -194,8 +223,8 @@ class Checkpoints:
     self, step: int, abstract: TrainState, batches: TrainingIterator, updates: int
   ) -> Restored:
     path = layout.folder(self._directory, step)
-    ours = is_standalone(path)
-    metadata = read_metadata(self._directory, step) if ours else {}
+    ours = layout.is_standalone(path)
+    metadata = layout.read_metadata(self._directory, step) if ours else {}
     items: dict[str, Any] = {layout.STATE: ocp.args.StandardRestore(layout.state_dict(abstract))}
     position = (path / layout.DATASET / f'{POSITION}.index').exists()
     if ours and not position:
@@ -204,7 +233,7 @@ class Checkpoints:
       items[layout.DATASET] = _Dataset(batches)
     arrays = self._manager.restore(step, args=ocp.args.Composite(**items))[layout.STATE]
     state = layout.from_state_dict(abstract, arrays)
-    check_values(state, metadata)
+    named_arrays.check_values(state, metadata)
     if int(state.step) != step:
       raise ValueError('wrong values in step')
     if not position:
@@ -221,70 +250,3 @@ class Checkpoints:
       target, i = folder / f'{source.name}.{i + 1}', i + 1
     source.rename(target)
     return target
-
-
-def is_standalone(checkpoint: pathlib.Path) -> bool:
-  """Whether the standalone runner wrote a checkpoint, not T5X."""
-  return (checkpoint / layout.METADATA).exists()
-
-
-def read_metadata(directory: pathlib.Path, step: int) -> dict[str, Any]:
-  """What was saved as metadata with a checkpoint."""
-  path = layout.folder(directory, step) / layout.METADATA / _METADATA_FILE
-  text = path.read_text(encoding='utf-8')
-  return json.loads(text)
-
-
-def newest_metadata(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
-  """Step and metadata of the newest checkpoint that has any."""
-  for step in reversed(layout.steps_in(directory)):
-    try:
-      return step, read_metadata(directory, step)
-    except (OSError, ValueError):
-      continue
-  return None
-
-
-def array_name(path: Any) -> str:
-  """Name of an array in a state, such as 'params/logits/kernel'."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def checksums(arrays: Any) -> dict[str, int]:
-  """Sums of the bits of each array, by name: the same on any mesh, different if a bit flips."""
-  return {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
-
-
-def check_values(arrays: Any, metadata: Mapping[str, Any]) -> None:
-  """Compares arrays with what was saved.
-
-  Args:
-    arrays: a TrainState, or a dict of its fields with some of them.
-    metadata: saved with them; T5X's checkpoints have none.
-
-  Raises:
-    ValueError: if an array is another.
-  """
-  found, expected = checksums(arrays), metadata.get('checksums', {})
-  wrong = [name for name, value in found.items() if expected.get(name, value) != value]
-  if wrong:
-    raise ValueError(f'wrong values in {", ".join(wrong[:3])}')
-
-
-@jax.jit
-def _checksums(arrays: Any) -> dict[str, jax.Array]:
-  def checksum(x: jax.Array) -> jax.Array:
-    unsigned = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
-    return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32), dtype=jnp.uint32)
-
-  leaves = jax.tree_util.tree_leaves_with_path(arrays)
-  return {array_name(path): checksum(x) for path, x in leaves}
-
-
-def reason(error: BaseException) -> str:
-  """The innermost message, on one short line."""
-  while error.__cause__ is not None:
-    error = error.__cause__
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  text = lines[0] if len(lines[0]) <= 200 else f'{lines[0][:197]}...'
-  return text if text.endswith('.') else f'{text}.'

@@ -15,13 +15,13 @@ import numpy as np
 import optax
 from absl import logging
 
-from tvq_t5x import compilation, datasets
+from tvq_t5x import compilation, datasets, words
 from tvq_t5x.datasets import DatasetConfig, TrainingIterator
 from tvq_t5x.errors import TrainingDiverged
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
 from tvq_t5x.standalone import reports
-from tvq_t5x.standalone.checkpoints import Checkpoints
+from tvq_t5x.standalone.checkpoints import Checkpoints, initial_state
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
 from tvq_t5x.standalone.samples import SampleConfig, Sampler
@@ -54,6 +54,7 @@ class Plan:
   checkpoint_period: int | None
   keep_checkpoints: int | None
   sample_cfg: SampleConfig | None
+  initial_checkpoint: pathlib.Path | None
   record: Mapping[str, Any]  # Is saved with each checkpoint.
 
 
@@ -113,6 +114,10 @@ class TrainingLoop:
     if not self._checkpoints.steps():
       init = plan.partitioner.init_state
       self._state = init(plan.model, self._init_rng, plan.batch_size)
+      if plan.initial_checkpoint:
+        self._state = initial_state(plan.initial_checkpoint, self._state)
+        self._step = int(self._state.step)
+        logging.info('Starting from %s.', plan.initial_checkpoint)
       return
     init = functools.partial(init_train_state, plan.model, batch_size=plan.batch_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -138,7 +143,7 @@ class TrainingLoop:
       plan.num_microbatches,
     )
     self._train_step = lowered.compile()
-    logging.info('Compiled in %s.', reports.duration(time.monotonic() - start))
+    logging.info('Compiled in %s.', words.duration(time.monotonic() - start))
 
   def _advance(self) -> None:
     """Trains on a batch, and writes metrics if they are due."""
@@ -175,7 +180,7 @@ class TrainingLoop:
     left = (plan.total_steps - step) * (time.monotonic() - start_time) / max(step - start_step, 1)
     where = (
       f'step {step}/{plan.total_steps} ({step / plan.total_steps:.0%}), {speed:,.0f} tokens/s, '
-      f'{reports.duration(left)} left: '
+      f'{words.duration(left)} left: '
     )
     self._log.write(TRAIN, step, metrics, where, tokens=self._tokens(step), tokens_per_second=speed)
     self._window = Sums()
@@ -228,7 +233,7 @@ class TrainingLoop:
     batches = datasets.evaluation_batches(cfg, self._plan.model.FEATURE_CONVERTER_CLS)
     metrics = self._evaluator(self._state.params, batches, lambda: bool(self._stop.received))
     if metrics is not None:
-      seconds = reports.duration(time.monotonic() - start)
+      seconds = words.duration(time.monotonic() - start)
       where = f'{split} after step {self._step} ({seconds}): '
       self._log.write(split, self._step, metrics, where, tokens=self._tokens(self._step))
 

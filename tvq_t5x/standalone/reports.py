@@ -1,4 +1,4 @@
-"""Pictures and tables of a run: the curve, the table of a dry run, durations."""
+"""Pictures and tables of a run: the curve, the table of a dry run."""
 
 import math
 import pathlib
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
+from tvq_t5x import files, words
 from tvq_t5x.partitioning import StateInfo
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, Record
 
@@ -45,9 +46,8 @@ def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> No
     axes.legend(title=f'last {unit}')
   axes.set(title=title, xlabel='tokens trained on', ylabel=unit)
   axes.grid(alpha=0.3)
-  unfinished = path.with_suffix('.tmp')
-  figure.savefig(unfinished, format='png', dpi=120)
-  unfinished.replace(path)
+  with files.replacing(path) as f:
+    figure.savefig(f, format='png', dpi=120)
 
 
 def state_table(info: StateInfo) -> str:
@@ -67,7 +67,8 @@ def state_table(info: StateInfo) -> str:
       *lines,
       '',
       f'parameters: {info.num_parameters:,}',
-      f'train state: {size(info.num_bytes)}, {size(info.num_bytes_per_device)} on each device',
+      f'train state: {words.size(info.num_bytes)}, '
+      f'{words.size(info.num_bytes_per_device)} on each device',
     ]
   )
 
@@ -78,22 +79,3 @@ def mesh(devices: jax.sharding.Mesh) -> str:
   plural = 's' if devices.size > 1 else ''
   axes = ' x '.join(f'{name} {length}' for name, length in devices.shape.items())
   return f'{devices.size} {kind} device{plural} ({axes})'
-
-
-def size(num_bytes: float) -> str:
-  """Bytes in words, such as '1.5 MB'."""
-  for unit in ('bytes', 'kB', 'MB', 'GB'):
-    if num_bytes < 1000:
-      return f'{num_bytes:.3g} {unit}'
-    num_bytes /= 1000
-  return f'{num_bytes:.3g} TB'
-
-
-def duration(seconds: float) -> str:
-  """Seconds in words, such as '3m 20s'."""
-  seconds = round(seconds)
-  if seconds < 60:
-    return f'{seconds}s'
-  if seconds < 3600:
-    return f'{seconds // 60}m {seconds % 60:02d}s'
-  return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'

@@ -1,7 +1,6 @@
 """What is wrong with where a standalone run is to write, said before anything is compiled."""
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import pathlib
@@ -10,26 +9,13 @@ from typing import Any
 
 import jax
 
-from tvq_t5x.config import TransformerConfig
+from tvq_t5x import checkpoint_layout as layout
+from tvq_t5x import datasets, errors, model_settings, named_arrays
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import StateInfo
-from tvq_t5x.standalone import checkpoints
 
-# They change speed and memory only.
-_FREE = frozenset({'block_len', 'reduction', 'remat'})
-# They change how a model is trained, not what it is: a run may go on with others.
-_TRAINING = frozenset(
-  {
-    'commit_weight',
-    'dtype',
-    'ema_decay',
-    'grad_through_cache',
-    'layer_drop_rate',
-    'residual_dropout_rate',
-    'sinusoid_dropout_rate',
-  }
-)
+_PARAMS = 'params/'  # Before the names of parameters in a train state.
 
 
 def check_one_process() -> None:
@@ -88,37 +74,20 @@ def locked(model_dir: pathlib.Path) -> Iterator[None]:
 
 
 def record_of(
-  model: TransformerVQModel, info: StateInfo, updates: int, random_seed: int
+  model: TransformerVQModel,
+  info: StateInfo,
+  updates: int,
+  random_seed: int,
+  data: dict[str, Any],
 ) -> dict[str, Any]:
   """What a checkpoint says of the run that wrote it."""
   return {
-    'model': settings_of(model.config),
+    'model': model_settings.settings_of(model.config),
     'arrays': {row.name: [list(row.shape), row.dtype] for row in info.rows},
     'updates_in_batch': updates,
     'random_seed': random_seed,
+    'data': data,
   }
-
-
-def settings_of(config: TransformerConfig) -> dict[str, Any]:
-  """The hyperparameters of a model as JSON has them."""
-  return {k: str(v) if k == 'dtype' else v for k, v in dataclasses.asdict(config).items()}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
-  """Compares two models' `settings_of`, less what changes speed and memory only.
-
-  Returns:
-    In words, differences of what the models compute, and of how they are trained.
-  """
-  changed = {
-    k: f'TransformerConfig.{k} = {new.get(k)!r}, there {old.get(k)!r}'
-    for k in sorted(old.keys() | new.keys())
-    if old.get(k) != new.get(k) and k not in _FREE
-  }
-  return (
-    [text for k, text in changed.items() if k not in _TRAINING],
-    [text for k, text in changed.items() if k in _TRAINING],
-  )
 
 
 def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[str]:
@@ -134,11 +103,12 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
   Raises:
     ConfigError: if the checkpoints are of another model or optimizer.
   """
-  found = checkpoints.newest_metadata(model_dir)
+  found = layout.newest_metadata(model_dir)
   if found is None:
+    _check_same_shapes(model_dir, record)
     return []
   step, saved = found
-  refused, accepted = differences(saved['model'], record['model'])
+  refused, accepted = model_settings.differences(saved['model'], record['model'])
   if not refused and saved['arrays'] != record['arrays']:
     refused = _different_arrays(saved['arrays'], record['arrays'])
   if not refused and step % record['updates_in_batch']:
@@ -147,14 +117,83 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
       f'{saved["updates_in_batch"]}'
     ]
   if refused:
-    raise ConfigError(
-      f'MODEL_DIR = {str(model_dir)!r} holds a checkpoint (step {step}) of another model: '
-      f'{"; ".join(refused)}. Give another MODEL_DIR, or the settings of that model.'
-    )
+    raise _of_another('model', model_dir, step, refused)
+  if refused := datasets.differences(saved.get('data', record['data']), record['data']):
+    raise _of_another('run', model_dir, step, refused)
   for name in ('updates_in_batch', 'random_seed'):
     if saved[name] != record[name]:
       accepted.append(f'{name} = {record[name]}, there {saved[name]}')
   return accepted
+
+
+def _check_same_shapes(model_dir: pathlib.Path, record: dict[str, Any]) -> None:
+  """Compares the parameters of a checkpoint that only T5X can have written."""
+  steps = layout.steps_in(model_dir)
+  if not steps:
+    return
+  try:
+    saved = layout.param_shapes(layout.folder(model_dir, steps[-1]))
+  except Exception:  # Whatever a reader of broken files may raise: its restoration will say more.
+    return
+  if refused := named_arrays.different_shapes(saved, _param_shapes(record)):
+    raise _of_another('model', model_dir, steps[-1], refused)
+
+
+def _param_shapes(record: dict[str, Any]) -> dict[str, list[int]]:
+  shapes = {name: shape for name, (shape, _) in record['arrays'].items()}
+  return {n.removeprefix(_PARAMS): x for n, x in shapes.items() if n.startswith(_PARAMS)}
+
+
+def check_initial_checkpoint(
+  checkpoint: str, record: dict[str, Any], total_steps: int
+) -> pathlib.Path:
+  """Finds the checkpoint that a run is to start from.
+
+  Args:
+    checkpoint: its folder, or that of its run.
+    record: from `record_of`.
+    total_steps: step to end after.
+
+  Raises:
+    ConfigError: if there is none, or it is of another model or optimizer.
+  """
+  setting = 'INITIAL_CHECKPOINT_PATH'
+  path = layout.find(checkpoint, setting)
+  step = layout.step_of(path)
+  try:
+    refused = named_arrays.different_shapes(layout.param_shapes(path), _param_shapes(record))
+    if layout.is_standalone(path) and not refused:
+      saved = layout.read_metadata(path.parent, step)
+      found, _ = model_settings.differences(saved['model'], record['model'])
+      # What the new run has no use for is left behind, as the count of a constant learning rate.
+      needed = {n: x for n, x in record['arrays'].items() if not n.startswith('carried/')}
+      there = {n: x for n, x in saved['arrays'].items() if n in needed}
+      refused = found or _different_arrays(there, needed)
+  except (OSError, ValueError) as e:
+    raise ConfigError(
+      f'{setting} = {str(path)!r} can not be read: {errors.reason(e)} Give another one.'
+    ) from e
+  if refused:
+    raise ConfigError(
+      f'{setting} = {str(path)!r} is of another model or optimizer: {"; ".join(refused)}. Give '
+      'another checkpoint, or its settings.'
+    )
+  if total_steps <= step or step % record['updates_in_batch']:
+    raise ConfigError(
+      f'train.total_steps = {total_steps} (macro TRAIN_STEPS) counts the {step} steps of '
+      f'{setting} too, and batches have {record["updates_in_batch"]} steps: give more steps than '
+      'those, and a checkpoint at the end of a batch.'
+    )
+  return path
+
+
+def _of_another(
+  what: str, model_dir: pathlib.Path, step: int, differences: list[str]
+) -> ConfigError:
+  return ConfigError(
+    f'MODEL_DIR = {str(model_dir)!r} holds a checkpoint (step {step}) of another {what}: '
+    f'{"; ".join(differences)}. Give another MODEL_DIR, or the settings of that {what}.'
+  )
 
 
 def _different_arrays(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

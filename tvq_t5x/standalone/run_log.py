@@ -33,7 +33,7 @@ class RunLog:
     self._path = model_dir / 'metrics.jsonl'
     self._records = [r for r in read_records(self._path) if r['step'] <= last_step]
     with files.replacing(self._path) as f:
-      f.write(''.join(map(json_line, self._records)).encode())
+      f.write(''.join(map(files.json_line, self._records)).encode())
     for path in self._dir.glob('samples/*'):
       if path.stem.isdecimal() and int(path.stem) > last_step:
         path.unlink()
@@ -61,7 +61,7 @@ class RunLog:
     record = {'step': step, 'split': split, **extra, **metrics}
     self._records.append(record)
     with self._path.open('a', encoding='utf-8') as f:
-      f.write(json_line(record))
+      f.write(files.json_line(record))
     writer = self._writer(split)
     writer.write_scalars(step, {**extra, **metrics})
     writer.flush()
@@ -132,14 +132,6 @@ def read_records(path: pathlib.Path) -> list[Record]:
       # JSON has no NaN.
       records.append({k: math.nan if v is None else v for k, v in record.items()})
   return records
-
-
-def json_line(record: Record) -> str:
-  """A record as a line of JSON, which has null for what is no finite number."""
-  finite = {
-    k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-  }
-  return json.dumps(finite) + '\n'
 
 
 def _summary(metrics: Mapping[str, float]) -> str:

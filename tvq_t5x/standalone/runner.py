@@ -5,9 +5,11 @@ import dataclasses
 import optax
 from absl import logging
 
-from tvq_t5x import checks, datasets, gin_utils, stretches
+from tvq_t5x import checkpoint_layout as layout
+from tvq_t5x import checks, datasets, files, gin_utils, stretches
 from tvq_t5x.config import AttentionType
 from tvq_t5x.datasets import DatasetConfig
+from tvq_t5x.errors import ConfigError, is_count
 from tvq_t5x.models import TransformerVQModel
 from tvq_t5x.partitioning import Partitioner
 from tvq_t5x.standalone import reports, run_checks
@@ -36,6 +38,7 @@ def train(
   checkpoint_period: int | None = 1000,
   keep_checkpoints: int | None = 2,
   sample_cfg: SampleConfig | None = None,
+  initial_checkpoint: str | None = None,
   dry_run: bool = False,
 ) -> TrainState | None:
   """Trains a model, or goes on with a training run that has been interrupted.
@@ -64,6 +67,8 @@ def train(
     keep_checkpoints: how many of the latest to keep, besides that of the lowest validation loss;
       None keeps all.
     sample_cfg: which samples; None means none at all.
+    initial_checkpoint: of another run, whose parameters, optimizer state and step a new run starts
+      from, at its own first batch: a checkpoint's folder, or that of the run. None means scratch.
     dry_run: print configuration, parameter count and placement, and do nothing else.
 
   Returns:
@@ -80,14 +85,15 @@ def train(
   evaluated = {VALIDATION: eval_dataset_cfg, TEST: test_dataset_cfg}
   evaluated = {split: cfg for split, cfg in evaluated.items() if cfg}
   with run_checks.missing_data():
-    make_batches = stretches.training_batches if model.carry_state else datasets.training_batches
-    batches = make_batches(train_dataset_cfg, make_converter)
-    for cfg in evaluated.values():
-      datasets.evaluation_batches(cfg, make_converter)
+    for cfg in (train_dataset_cfg, *evaluated.values()):
+      datasets.check(cfg, make_converter)
+      checks.check_vocabulary(cfg, model)
+      checks.updates_in_batch(_length(cfg), model.config, update_len)
+    if model.carry_state:
+      stretches.check(train_dataset_cfg)
+    else:
+      datasets.check_seed(train_dataset_cfg)
   updates = checks.updates_in_batch(_length(train_dataset_cfg), model.config, update_len)
-  for cfg in (train_dataset_cfg, *evaluated.values()):
-    checks.check_vocabulary(cfg, model)
-    checks.updates_in_batch(_length(cfg), model.config, update_len)
   periods = {
     'log_period': log_period,
     'eval_period': eval_period,
@@ -95,6 +101,11 @@ def train(
     'checkpoint_period': checkpoint_period,
   }
   checks.check_steps(updates, total_steps, **periods)
+  if keep_checkpoints is not None and not is_count(keep_checkpoints):
+    raise ConfigError(
+      f'train.keep_checkpoints = {keep_checkpoints!r}: give a whole number of at least 1, or None '
+      'to keep all.'
+    )
   partitioner.validate(model.config, train_dataset_cfg.batch_size, num_microbatches)
   if eval_dataset_cfg.batch_size != train_dataset_cfg.batch_size:
     partitioner.validate(model.config, eval_dataset_cfg.batch_size)
@@ -105,15 +116,22 @@ def train(
     sample_cfg = None
   directory = run_checks.resolve_model_dir(model_dir)
   info = partitioner.describe(model, train_dataset_cfg.batch_size)
-  record = run_checks.record_of(model, info, updates, random_seed)
+  data = datasets.identity(train_dataset_cfg, model.carry_state)
+  record = run_checks.record_of(model, info, updates, random_seed, data)
   differences = run_checks.check_same_model(directory, record)
+  initial = None
+  if initial_checkpoint is not None and not layout.steps_in(directory):
+    initial = run_checks.check_initial_checkpoint(initial_checkpoint, record, total_steps)
   if dry_run:
     print(f'{gin_utils.config_str()}\n{reports.state_table(info)}')
     return None
   with run_checks.locked(directory):
     for difference in differences:
       logging.warning('The checkpoints here were written with other settings: %s', difference)
-    (directory / 'config.gin').write_text(gin_utils.config_str(), encoding='utf-8')
+    make_batches = stretches.training_batches if model.carry_state else datasets.training_batches
+    batches = make_batches(train_dataset_cfg, make_converter)
+    with files.replacing(directory / 'config.gin') as f:
+      f.write(gin_utils.config_str().encode())
     plan = Plan(
       model=model,
       directory=directory,
@@ -130,6 +148,7 @@ def train(
       **periods,
       keep_checkpoints=keep_checkpoints,
       sample_cfg=sample_cfg,
+      initial_checkpoint=initial,
       record=record,
     )
     logging.info(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.errors import ConfigError, is_count
 from tvq_t5x.feature_converters import EOS
 from tvq_t5x.models import Params, TransformerVQModel
 from tvq_t5x.partitioning import DATA, Partitioner
@@ -37,7 +37,7 @@ class SampleConfig:
   def __post_init__(self):
     for name in ('num_samples', 'length'):
       value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      if not is_count(value):
         raise ConfigError(f'SampleConfig.{name} = {value!r} is not accepted: give at least 1.')
     SamplingConfig(self.temperature, self.top_p)
 

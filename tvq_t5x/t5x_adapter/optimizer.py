@@ -3,12 +3,10 @@
 from typing import Any
 
 import jax
-from flax import traverse_util
-from flax.core import unfreeze
 from jax.sharding import PartitionSpec
 from t5x import optimizers as t5x_optimizers
 
-from tvq_t5x import partitioning
+from tvq_t5x import named_arrays, partitioning
 
 
 class OptaxWrapper(t5x_optimizers.OptaxWrapper):
@@ -28,14 +26,10 @@ class OptaxWrapper(t5x_optimizers.OptaxWrapper):
     Returns:
       An Optimizer whose leaves are PartitionSpecs; None for scalars.
     """
-    axes = {name: tuple(spec) for name, spec in _by_name(param_logical_axes).items()}
+    axes = {name: tuple(spec) for name, spec in named_arrays.leaves_of(param_logical_axes).items()}
     state = optimizer.state.param_states
-    names = partitioning.optimizer_axes(state, _by_name(optimizer.target), axes)
+    names = partitioning.optimizer_axes(state, named_arrays.leaves_of(optimizer.target), axes)
     specs = jax.tree.map(lambda x, names: PartitionSpec(*names) if x.ndim else None, state, names)
     return optimizer.replace(
       target=param_logical_axes, state=optimizer.state.replace(step=None, param_states=specs)
     )
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-  return traverse_util.flatten_dict(unfreeze(tree), sep='/')

@@ -1,0 +1,20 @@
+"""Sizes and durations in words."""
+
+
+def size(num_bytes: float) -> str:
+  """Bytes in words, such as '1.5 MB'."""
+  for unit in ('bytes', 'kB', 'MB', 'GB'):
+    if num_bytes < 1000:
+      return f'{num_bytes:.3g} {unit}'
+    num_bytes /= 1000
+  return f'{num_bytes:.3g} TB'
+
+
+def duration(seconds: float) -> str:
+  """Seconds in words, such as '3m 20s'."""
+  seconds = round(seconds)
+  if seconds < 60:
+    return f'{seconds}s'
+  if seconds < 3600:
+    return f'{seconds // 60}m {seconds % 60:02d}s'
+  return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
