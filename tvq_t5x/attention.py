@@ -115,11 +115,14 @@ def vq_attention(
     return after, attend(x, before)
 
   at_once = _blocks_at_once(num_blocks, c.reduction)
+  if c.remat == Remat.ATTENTION and at_once == 1:
+    # The scan keeps the cache before each block anyway.
+    step = jax.checkpoint(step, policy=KEEP_MARKED)
+  elif c.remat == Remat.ATTENTION:
+    attend = jax.checkpoint(attend, policy=KEEP_MARKED)
   if at_once == num_blocks:
-    attend = jax.checkpoint(attend, policy=KEEP_MARKED) if c.remat == Remat.ATTENTION else attend
     cache, out = step(state.cache, blocks)
   else:
-    step = jax.checkpoint(step, policy=KEEP_MARKED) if c.remat == Remat.ATTENTION else step
     cache, out = _scan_blocks(step, state.cache, blocks, at_once)
   out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
 
