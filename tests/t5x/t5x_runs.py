@@ -1,6 +1,7 @@
 """T5X's programs, run in this process on a mesh of the tests' virtual devices."""
 
 import contextlib
+import gc
 import importlib
 import pathlib
 import sys
@@ -57,6 +58,9 @@ def run(program, function, files, settings, shape=(1, 1)):
   main = sys.modules['__main__']
   sys.modules['__main__'] = module  # The name that gin files have for it.
   gin.clear_config()
+  # TensorFlow's assertions flush every summary writer that is there when they are traced, those of
+  # earlier runs too, which are gone when they run.
+  gc.collect()
   try:
     with mesh(*shape):
       gin_utils.parse_gin_flags([str(ROOT)], files, settings)

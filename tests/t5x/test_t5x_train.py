@@ -68,7 +68,7 @@ def test_the_run_exercises_what_it_is_to_prove(trained):
     (['CHECKPOINT_PERIOD = 5'], ['train.checkpoint_period = 5', '4 or 6']),
     (['BATCH_SIZE = 6'], ['BATCH_SIZE = 6', 'multiple of', '4 x model axis 2 = 8 devices']),
     (['train_eval/utils.DatasetConfig.batch_size = 6'], ['BATCH_SIZE = 6', 'multiple of']),
-    (['NUM_MICROBATCHES = 4'], ['num_microbatches one of 1, 2']),
+    (['NUM_MICROBATCHES = 4'], ['NUM_MICROBATCHES one of 1, 2']),
     (['VOCAB_SIZE = 263'], ['TransformerConfig.vocab_size = 263', 'multiple of 2']),
     (['TransformerConfig.num_codes = 7'], ['TransformerConfig.num_codes = 7', 'NUM_PARTITIONS']),
     (['VOCAB_SIZE = 200'], ['TransformerConfig.vocab_size = 200', '259']),
