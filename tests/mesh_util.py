@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from tvq_t5x import optimizers
+from tvq_t5x import named_arrays, optimizers
 
 TOLERANCE = 1e-5  # Of the largest entry of each array.
 SIZES = {
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 def by_name(tree):
   """Leaves by their names, with slashes."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+  return {named_arrays.array_name(path): leaf for path, leaf in leaves}
 
 
 def on_host(arrays):

@@ -56,8 +56,8 @@ def tuned(source, tmp_path_factory):
 def test_it_starts_from_all_of_the_checkpoint(source, tuned):
   folder, sums = tuned
   # A constant learning rate needs no count of steps.
-  assert sums.items() <= layout.read_metadata(source, 8)[_CHECKSUMS].items()
-  end = layout.read_metadata(folder, 16)[_CHECKSUMS]
+  assert sums.items() <= layout.read_metadata(layout.folder(source, 8))[_CHECKSUMS].items()
+  end = layout.read_metadata(layout.folder(folder, 16))[_CHECKSUMS]
   assert end.keys() == sums.keys()
   assert all(end[name] != sums[name] for name in sums if name.startswith('params/'))
 
@@ -78,8 +78,8 @@ def test_an_interrupted_one_goes_on_by_itself(source, tuned, tmp_path):
   assert _finetune(layout.folder(initial, 8), folder, TRAIN_STEPS=12) == 0
   shutil.rmtree(initial)
   assert _finetune(initial, folder) == 0
-  whole = layout.read_metadata(tuned[0], 16)
-  assert layout.read_metadata(folder, 16)[_CHECKSUMS] == whole[_CHECKSUMS]
+  whole = layout.read_metadata(layout.folder(tuned[0], 16))
+  assert layout.read_metadata(layout.folder(folder, 16))[_CHECKSUMS] == whole[_CHECKSUMS]
 
 
 def test_state_that_sequences_carry_begins_anew(tmp_path):
@@ -88,7 +88,7 @@ def test_state_that_sequences_carry_begins_anew(tmp_path):
   # Of another batch size, so with states for other sequences.
   settings = {'TRAIN_STEPS': 12, 'BATCH_SIZE': 2 * jax.device_count()}
   assert _finetune(tmp_path / 'source', tmp_path / 'run', **settings, **carry) == 0
-  shapes = layout.read_metadata(tmp_path / 'run', 12)['arrays']
+  shapes = layout.read_metadata(layout.folder(tmp_path / 'run', 12))['arrays']
   carried = [shape for name, (shape, _) in shapes.items() if name == 'carried/position']
   assert carried == [[2 * jax.device_count()]]
 

@@ -18,7 +18,7 @@ from tvq_t5x.positions import relative_shift, window_mask
 
 MASKED = -1e30
 # So that time and memory for the caches of blocks stay linear in T.
-MOST_BLOCKS_AT_ONCE = 8
+_MOST_BLOCKS_AT_ONCE = 8
 
 
 class Queries(NamedTuple):
@@ -160,7 +160,7 @@ def _windows(x: jax.Array, num_blocks: int, block_len: int) -> jax.Array:
 
 def _blocks_at_once(num_blocks: int, reduction: Reduction) -> int:
   """How many blocks have their caches at the same time: a divisor of their number."""
-  most = 1 if reduction == Reduction.SERIAL else MOST_BLOCKS_AT_ONCE
+  most = 1 if reduction == Reduction.SERIAL else _MOST_BLOCKS_AT_ONCE
   return max(n for n in range(1, most + 1) if num_blocks % n == 0)
 
 

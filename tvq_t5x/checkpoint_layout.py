@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
 
-from tvq_t5x import named_arrays
-from tvq_t5x.errors import ConfigError
+from tvq_t5x import errors, named_arrays
+from tvq_t5x.errors import CheckpointError, ConfigError
 from tvq_t5x.train_step import TrainState
 
 STATE, DATASET, METADATA = 'state', 'dataset', 'metadata'  # Items of a checkpoint.
@@ -89,18 +89,19 @@ def is_standalone(checkpoint: pathlib.Path) -> bool:
   return (checkpoint / METADATA).exists()
 
 
-def read_metadata(directory: pathlib.Path, step: int) -> dict[str, Any]:
-  """What was saved as metadata with a checkpoint."""
-  path = folder(directory, step) / METADATA / _METADATA_FILE
-  text = path.read_text(encoding='utf-8')
-  return json.loads(text)
+def read_metadata(checkpoint: pathlib.Path) -> dict[str, Any]:
+  """What the standalone runner says of its checkpoint; those of T5X have nothing to say."""
+  if not is_standalone(checkpoint):
+    return {}
+  return json.loads((checkpoint / METADATA / _METADATA_FILE).read_text(encoding='utf-8'))
 
 
 def newest_metadata(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
   """Step and metadata of the newest checkpoint that has any."""
   for step in reversed(steps_in(directory)):
     try:
-      return step, read_metadata(directory, step)
+      if metadata := read_metadata(folder(directory, step)):
+        return step, metadata
     except (OSError, ValueError):
       continue
   return None
@@ -110,6 +111,21 @@ def param_shapes(checkpoint: pathlib.Path) -> dict[str, list[int]]:
   """Shapes of the parameters in a checkpoint of either engine, by name."""
   arrays = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / STATE))
   return named_arrays.shapes(arrays.tree['target'])
+
+
+def restore(checkpoint: pathlib.Path, item: Any) -> Any:
+  """The arrays of a checkpoint that `item` has, with shapes, dtypes and shardings as there."""
+  args = ocp.args.PyTreeRestore(
+    item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+  )
+  return ocp.PyTreeCheckpointHandler().restore(epath.Path(checkpoint / STATE), args=args)
+
+
+def unreadable(checkpoint: pathlib.Path, error: Exception) -> CheckpointError:
+  """What to say of a checkpoint that can't be read."""
+  return CheckpointError(
+    f'The checkpoint {checkpoint} can not be read: {errors.reason(error)} Give another one.'
+  )
 
 
 def state_dict(state: TrainState) -> dict[str, Any]:

@@ -84,7 +84,6 @@ def run(
 
 
 def _write(result: dict[str, Any], json_file: str | None) -> None:
-
   line = files.json_line(result)
   if json_file == '-':
     print(line, end='')

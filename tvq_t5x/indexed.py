@@ -240,6 +240,10 @@ def _indices(
 class InMemoryTask(IndexedTask):
   """An `IndexedTask` that is small enough to be tokenized whenever it is read."""
 
+  def find(self, split: str) -> None:
+    """See the base class; one document is tokenized."""
+    next(self.documents(split), None)
+
   def read(self, split: str) -> IndexedSplit:
     """See the base class; all tokens are read."""
     documents = list(self.documents(split))

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 
 import gin
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 
 from tvq_t5x import checkpoint_layout as layout
-from tvq_t5x import errors, gin_utils, model_settings, named_arrays
-from tvq_t5x.errors import CheckpointError, ConfigError
+from tvq_t5x import gin_utils, model_settings, named_arrays
+from tvq_t5x.errors import ConfigError
 from tvq_t5x.models import Params, TransformerVQModel
 from tvq_t5x.partitioning import DATA, Partitioner
 from tvq_t5x.standalone import runner
@@ -103,7 +101,10 @@ def restore(configured: Configured) -> Loaded:
     CheckpointError: if it can't be read.
   """
   path, model, partitioner = configured
-  metadata = _metadata(path)
+  try:
+    metadata = layout.read_metadata(path)
+  except (OSError, ValueError) as e:
+    raise layout.unreadable(path, e) from e
   params = _restore(path, model, partitioner, metadata)
   if metadata:
     settings = model_settings.settings_of(model.config)
@@ -140,16 +141,6 @@ def _config_beside(checkpoint: pathlib.Path) -> str:
   raise ConfigError(f'{why}: give the gin file of the run with --gin_file, and its settings.')
 
 
-def _metadata(path: pathlib.Path) -> Mapping[str, Any]:
-  """What the standalone runner says of its checkpoint."""
-  if not layout.is_standalone(path):
-    return {}
-  try:
-    return layout.read_metadata(path.parent, layout.step_of(path))
-  except (OSError, ValueError) as e:
-    raise _unreadable(path, e) from e
-
-
 def _restore(
   path: pathlib.Path,
   model: TransformerVQModel,
@@ -160,26 +151,15 @@ def _restore(
   try:
     saved = layout.param_shapes(path)
   except Exception as e:  # Whatever a reader of broken files may raise.
-    raise _unreadable(path, e) from e
-  if different := named_arrays.different_shapes(saved, named_arrays.shapes(abstract)):
+    raise layout.unreadable(path, e) from e
+  if different := named_arrays.differences(saved, named_arrays.shapes(abstract)):
     raise ConfigError(
       f'--checkpoint={path} is of another model than --gin_file and --gin.* say: '
       f'{"; ".join(different)}. Give the settings that it was trained with.'
     )
-  item = {_TARGET: abstract}
-  restore = ocp.args.PyTreeRestore(
-    item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-  )
   try:
-    folder = epath.Path(path / layout.STATE)
-    params = ocp.PyTreeCheckpointHandler().restore(folder, args=restore)[_TARGET]
+    params = layout.restore(path, {_TARGET: abstract})[_TARGET]
     named_arrays.check_values({'params': params}, metadata)
   except Exception as e:
-    raise _unreadable(path, e) from e
+    raise layout.unreadable(path, e) from e
   return params
-
-
-def _unreadable(path: pathlib.Path, error: Exception) -> CheckpointError:
-  return CheckpointError(
-    f'The checkpoint {path} can not be read: {errors.reason(error)} Give another one.'
-  )

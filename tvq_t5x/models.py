@@ -264,7 +264,6 @@ class TransformerVQModel:
     Raises:
       ConfigError: for the quadratic baseline, which keeps no state, or no decodes.
     """
-    decoding.check_keeps_state(self.config)
     if num_decodes < 1:
       raise ConfigError(f'predict_batch_with_aux.num_decodes = {num_decodes}: give at least 1.')
     prompts = batch['decoder_target_tokens'].astype(jnp.int32)

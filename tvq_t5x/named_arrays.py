@@ -25,13 +25,17 @@ def shapes(tree: Any) -> dict[str, list[int]]:
   return {array_name(path): list(x.shape) for path, x in leaves}
 
 
-def different_shapes(
-  saved: Mapping[str, list[int]], expected: Mapping[str, list[int]]
-) -> list[str]:
-  """What differs between the `shapes` of two trees, in words: three, and how many more."""
+def differences(saved: Mapping[str, Any], expected: Mapping[str, Any], hint: str = '') -> list[str]:
+  """What differs between what is said of two trees' arrays, in words: three, and how many more.
+
+  Args:
+    saved: by name, such as `shapes` gives it.
+    expected: the same.
+    hint: what more than three may mean.
+  """
   names = [n for n in sorted({*saved, *expected}) if saved.get(n) != expected.get(n)]
   shown = [f'{n} is {expected.get(n, "missing")}, there {saved.get(n, "missing")}' for n in names]
-  return shown[:3] + ([f'and {len(names) - 3} more arrays'] if len(names) > 3 else [])
+  return shown[:3] + ([f'and {len(names) - 3} more arrays{hint}'] if len(names) > 3 else [])
 
 
 def checksums(arrays: Any) -> dict[str, int]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tvq_t5x import checkpoint_layout as layout
@@ -30,21 +29,12 @@ def initial_state(checkpoint: pathlib.Path, scratch: TrainState) -> TrainState:
     CheckpointError: if it can't be read.
   """
   try:
-    item = layout.state_dict(scratch._replace(carried=None))
-    restore = ocp.args.PyTreeRestore(
-      item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    folder = epath.Path(checkpoint / layout.STATE)
-    arrays = ocp.PyTreeCheckpointHandler().restore(folder, args=restore)
-    state = layout.from_state_dict(scratch._replace(carried=None), arrays)
-    ours = layout.is_standalone(checkpoint)
-    step = layout.step_of(checkpoint)
-    metadata = layout.read_metadata(checkpoint.parent, step) if ours else {}
-    named_arrays.check_values(state, metadata)
+    like = scratch._replace(carried=None)
+    arrays = layout.restore(checkpoint, layout.state_dict(like))
+    state = layout.from_state_dict(like, arrays)
+    named_arrays.check_values(state, layout.read_metadata(checkpoint))
   except Exception as e:  # Whatever a reader of broken files may raise.
-    raise CheckpointError(
-      f'The checkpoint {checkpoint} can not be read: {errors.reason(e)} Give another one.'
-    ) from e
+    raise layout.unreadable(checkpoint, e) from e
   return state._replace(carried=scratch.carried)
 
 
@@ -224,7 +214,7 @@ class Checkpoints:
   ) -> Restored:
     path = layout.folder(self._directory, step)
     ours = layout.is_standalone(path)
-    metadata = layout.read_metadata(self._directory, step) if ours else {}
+    metadata = layout.read_metadata(path)
     items: dict[str, Any] = {layout.STATE: ocp.args.StandardRestore(layout.state_dict(abstract))}
     position = (path / layout.DATASET / f'{POSITION}.index').exists()
     if ours and not position:

@@ -135,7 +135,7 @@ def _check_same_shapes(model_dir: pathlib.Path, record: dict[str, Any]) -> None:
     saved = layout.param_shapes(layout.folder(model_dir, steps[-1]))
   except Exception:  # Whatever a reader of broken files may raise: its restoration will say more.
     return
-  if refused := named_arrays.different_shapes(saved, _param_shapes(record)):
+  if refused := named_arrays.differences(saved, _param_shapes(record)):
     raise _of_another('model', model_dir, steps[-1], refused)
 
 
@@ -161,9 +161,9 @@ def check_initial_checkpoint(
   path = layout.find(checkpoint, setting)
   step = layout.step_of(path)
   try:
-    refused = named_arrays.different_shapes(layout.param_shapes(path), _param_shapes(record))
-    if layout.is_standalone(path) and not refused:
-      saved = layout.read_metadata(path.parent, step)
+    refused = named_arrays.differences(layout.param_shapes(path), _param_shapes(record))
+    saved = layout.read_metadata(path)
+    if saved and not refused:
       found, _ = model_settings.differences(saved['model'], record['model'])
       # What the new run has no use for is left behind, as the count of a constant learning rate.
       needed = {n: x for n, x in record['arrays'].items() if not n.startswith('carried/')}
@@ -197,11 +197,7 @@ def _of_another(
 
 
 def _different_arrays(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-  shown = [f'{n} is {_shape(new.get(n))}, there {_shape(old.get(n))}' for n in names[:3]]
-  rest = [f'and {len(names) - 3} more arrays (another optimizer?)'] if len(names) > 3 else []
-  return shown + rest
-
-
-def _shape(array: list[Any] | None) -> str:
-  return 'missing' if array is None else f'{array[1]}{array[0]}'
+  old, new = (
+    {name: f'{dtype}{shape}' for name, (shape, dtype) in arrays.items()} for arrays in (old, new)
+  )
+  return named_arrays.differences(old, new, ' (another optimizer?)')
