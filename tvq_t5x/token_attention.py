@@ -54,7 +54,7 @@ def token_attention(
 
   # Distances M to 1 are those of the slots from the oldest one on.
   window_nearness = jnp.roll(nearness[..., :0:-1], oldest, axis=-1)
-  window_scores = scores_of(jnp.swapaxes(state.codes, 1, 2)) + window_nearness
+  window_scores = scores_of(_heads_first(state.codes)) + window_nearness
   own_score = scores_of(code[..., None]) + nearness[..., :1]
   cache_scores = code_scores + log_counts(state.cache.counts)[:, :, None]
   if not config.compressed_cache:
@@ -66,54 +66,57 @@ def token_attention(
   mass = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
   mass = mass + jnp.sum(cache_weights, axis=-1, keepdims=True)
 
-  is_oldest = jnp.arange(config.window_len) == oldest
-  total, old_value = _total_and_row(weights, is_oldest, jnp.swapaxes(state.values, 1, 2))
-  old_code = jax.lax.dynamic_index_in_dim(state.codes, oldest, 1, keepdims=False)
-  has_code = jax.nn.one_hot(old_code, config.num_codes, dtype=bool)
-  cached, old_mean = _total_and_row(cache_weights, has_code, state.cache.means)
-  total = total + cached + own_weight * value[:, :, None]
-  out = (total / mass).astype(dtype)
+  total = jnp.einsum('BNGJ,BNJV->BNGV', weights.astype(dtype), _heads_first(state.values), **f32)
+  cached = jnp.einsum('BNGS,BNSV->BNGV', cache_weights, state.cache.means)
+  out = ((total + own_weight * value[:, :, None] + cached) / mass).astype(dtype)
 
+  old_code = jax.lax.dynamic_index_in_dim(state.codes, oldest, 1, keepdims=False)
+  old_value = jax.lax.dynamic_index_in_dim(state.values, oldest, 1, keepdims=False)
+  old_value, old_mean = _read_once(old_value, _row(state.cache.means, old_code))
+  has_code = jax.nn.one_hot(old_code, config.num_codes, dtype=bool)
   counts = state.cache.counts + has_code
   count = jnp.sum(jnp.where(has_code, counts, 0), axis=-1, keepdims=True)
   mean = old_mean + (old_value - old_mean) / jnp.maximum(count, 1)
   new_state = AttentionState(
-    codes=jnp.where(is_oldest[:, None], code[:, None], state.codes),
+    codes=_put(state.codes, code, oldest),
     keys=_put(state.keys, key, oldest),
     values=_put(state.values, _after(total, _after(old_value, value)), oldest),
-    cache=CompressedCache(counts, _set_row(state.cache.means, old_code, _after(total, mean))),
+    cache=CompressedCache(counts, _set_row(state.cache.means, old_code, _after(cached, mean))),
   )
   return out[:, None], new_state
 
 
-def _total_and_row(weights: jax.Array, chosen: jax.Array, values: jax.Array):
-  """`weights @ values` and the chosen row of values, in one product.
+def _heads_first(window: jax.Array) -> jax.Array:
+  """[B, M, N, ...] to [B, N, M, ...]."""
+  return jnp.swapaxes(window, 1, 2)
 
-  XLA writes into an array in place only where everything else that reads the array comes before: a
-  second reader would make it copy the whole array for each token.
 
-  Args:
-    weights: [B, N, G, J] float32.
-    chosen: [..., J] bool, one row or none.
-    values: [B, N, J, V].
+def _read_once(value: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Rows [B, N, V] of the state as they are, in float32, by a product with the unit matrix.
 
-  Returns:
-    The weighted sum [B, N, G, V] and the row [B, N, V], zero if there is none; float32.
+  XLA writes into an array in place only where everything else that reads the array comes before.
+  It would copy the reading of a row into all that needs the row; a product it does not copy.
   """
-  chosen = jnp.broadcast_to(chosen, weights[:, :, 0].shape)[:, :, None]
-  rows = jnp.concatenate([weights, chosen], axis=2).astype(values.dtype)
-  rows = jnp.einsum('BNGJ,BNJV->BNGV', rows, values, preferred_element_type=jnp.float32)
-  return rows[:, :, :-1], rows[:, :, -1]
+  rows = jnp.stack([value.astype(jnp.float32), mean], axis=2)
+  unit = jnp.broadcast_to(jnp.eye(2), (*rows.shape[:2], 2, 2))
+  rows = jnp.einsum('BNIJ,BNJV->BNIV', unit, rows, precision=jax.lax.Precision.HIGHEST)
+  return rows[:, :, 0], rows[:, :, 1]
 
 
 def _after(read: jax.Array, row: jax.Array) -> jax.Array:
-  """The row [B, N, V], which XLA can't know without `read`: see `_total_and_row`."""
+  """The row [B, N, V], which XLA can't know without `read`: see `_read_once`."""
   read = read[:, :, 0] if read.ndim > row.ndim else read
   return jnp.where(jnp.isnan(read), 0, row)
 
 
 def _put(window: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(window, row.astype(window.dtype), slot, 1)
+
+
+def _row(means: jax.Array, code: jax.Array) -> jax.Array:
+  """The row of a code [B, N] in means [B, N, S, V]; zero for a code outside [0, S)."""
+  code = code[:, :, None, None]
+  return jnp.take_along_axis(means, code, axis=2, mode='fill', fill_value=0)[:, :, 0]
 
 
 def _set_row(means: jax.Array, code: jax.Array, row: jax.Array) -> jax.Array:
