@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from util import HEADS, LIGHT, assert_close, random_params, random_tokens, small_config
+from util import (
+  HEADS,
+  LIGHT,
+  assert_close,
+  lines_in_loops,
+  random_params,
+  random_tokens,
+  small_config,
+)
 
 from tvq_t5x import decoding
 from tvq_t5x.errors import ConfigError
@@ -197,14 +205,7 @@ def test_bfloat16_is_close():
 
 def copied_in_loops(program, size):
   """Lines of a compiled program, within its loops, that copy arrays of at least this size."""
-  computations = dict(
-    re.findall(r'^(?:ENTRY )?%([\w.-]+) \(.*?\{\n(.*?)^\}', program, re.MULTILINE | re.DOTALL)
-  )
-  left, seen = set(re.findall(r'body=%([\w.-]+)', program)), set()
-  while left:
-    seen.add(name := left.pop())
-    left |= set(re.findall(r'(?:calls|body)=%([\w.-]+)', computations[name])) - seen
-  lines = [line for name in seen for line in computations[name].splitlines()]
+  lines = lines_in_loops(program)
   found = [(line, re.search(r'= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(', line)) for line in lines]
   return [line for line, m in found if m and math.prod(map(int, m[1].split(','))) >= size]
 

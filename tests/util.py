@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 from unittest import mock
 
 import jax
@@ -135,3 +136,15 @@ def programs_kept_in(folder):
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
+
+
+def lines_in_loops(program: str) -> list[str]:
+  """Lines of a compiled program that are carried out more than once: all within its loops."""
+  computations = dict(
+    re.findall(r'^(?:ENTRY )?%([\w.-]+) \(.*?\{\n(.*?)^\}', program, re.MULTILINE | re.DOTALL)
+  )
+  left, seen = set(re.findall(r'body=%([\w.-]+)', program)), set()
+  while left:
+    seen.add(name := left.pop())
+    left |= set(re.findall(r'(?:calls|body)=%([\w.-]+)', computations[name])) - seen
+  return [line for name in seen for line in computations[name].splitlines()]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from tvq_t5x.config import Reduction, TransformerConfig
 
@@ -39,6 +40,20 @@ def init_attention_state(config: TransformerConfig, batch_size: int) -> Attentio
     cache=CompressedCache(
       counts=jnp.zeros(codes, jnp.float32),
       means=jnp.zeros((*codes, config.value_dim), jnp.float32),
+    ),
+  )
+
+
+def attention_state_axes(config: TransformerConfig) -> AttentionState:
+  """Logical axis names of the arrays of an AttentionState, a PartitionSpec in the place of each."""
+  heads = config.heads_axis(config.num_kv_heads)
+  window, codes = ('batch', None, heads), ('batch', heads, None)
+  return AttentionState(
+    codes=PartitionSpec(*window),
+    keys=PartitionSpec(*window, 'kv'),
+    values=PartitionSpec(*window, config.value_axis),
+    cache=CompressedCache(
+      counts=PartitionSpec(*codes), means=PartitionSpec(*codes, config.value_axis)
     ),
   )
 

@@ -17,6 +17,7 @@ from tvq_t5x.cache import AttentionState
 from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import EOS
+from tvq_t5x.layers import with_sharding_constraint
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.transformer import DecoderState, Transformer, batch_axes, init_decoder_state
 
@@ -135,8 +136,10 @@ def generate(
     decoder, token, tokens, scores = carry
     oldest = i % window_len
     logits, decoder = _apply(module, params, token[:, None], decoder, oldest=oldest)
-    token = sampling.choose(noise[i], logits[:, 0], config)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, 0], token)
+    # Gathered once, or each sum over the vocabulary would be one over devices.
+    logits = with_sharding_constraint(logits[:, 0], ('batch', None))
+    token = sampling.choose(noise[i], logits, config)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, token)
     return decoder, token, tokens.at[i].set(token), scores.at[i].set(-nats)
 
   shape = num_tokens, state.token.shape[0]
@@ -156,10 +159,8 @@ def generate(
 
 def repeat(module: Transformer, state: GenerationState, times: int) -> GenerationState:
   """Each of B sequences `times` times in a row: B * times sequences."""
-  axis = batch_axes(module.config).layers
-  layers = jax.tree.map(lambda x: jnp.repeat(x, times, axis), state.decoder.layers)
-  position, token = (jnp.repeat(x, times) for x in (state.decoder.position, state.token))
-  return GenerationState(DecoderState(position, layers), token)
+  axes = GenerationState(batch_axes(module.config), 0)
+  return jax.tree.map(lambda x, axis: jnp.repeat(x, times, axis), state, axes)
 
 
 def unscanned(module: Transformer, params: Params) -> tuple[Transformer, Params]:

@@ -128,10 +128,10 @@ class TransformerVQModel:
 
   def _carried_variables(self, batch_size: int) -> dict[str, Any]:
     state = traverse_util.flatten_dict(serialization.to_state_dict(self.init_state(batch_size)))
-    names = decoder_state_axes(self.config)._asdict()  # By the first part of a path.
+    names = serialization.to_state_dict(decoder_state_axes(self.config))
     axes = {
-      (*path[:-1], f'{path[-1]}_axes'): nn_partitioning.AxisMetadata(names=names[path[0]])
-      for path in state
+      (*path[:-1], f'{path[-1]}_axes'): nn_partitioning.AxisMetadata(names=tuple(x))
+      for path, x in traverse_util.flatten_dict(names).items()
     }
     variables = {'carried': state, 'carried_axes': axes}
     return {name: traverse_util.unflatten_dict(x) for name, x in variables.items()}

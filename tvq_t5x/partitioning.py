@@ -220,8 +220,8 @@ class Partitioner:
     return self._sharding(('batch',))
 
   def decoder_state_shardings(self, config: TransformerConfig) -> DecoderState:
-    """Shardings of what a model remembers of a batch, as a prefix of that tree."""
-    return DecoderState(*map(self._sharding, decoder_state_axes(config)))  # pyright: ignore
+    """Shardings of what a model remembers of a batch, as a DecoderState of them."""
+    return jax.tree.map(self._sharding, decoder_state_axes(config))
 
   def replicated(self) -> NamedSharding:
     """Sharding of arrays that every device has as a whole."""
@@ -284,7 +284,7 @@ class Partitioner:
         name=named_arrays.array_name(path),
         shape=x.shape,
         dtype=x.dtype.name,
-        logical_axes=names,
+        logical_axes=tuple(names),
         spec=sharding.spec,
         num_bytes=x.dtype.itemsize * math.prod(x.shape),
         num_bytes_per_device=x.dtype.itemsize * math.prod(sharding.shard_shape(x.shape)),
@@ -349,12 +349,7 @@ def _abstract_train_state(
   carried = carried_axes = None
   if model.carry_state:
     carried = jax.eval_shape(lambda: model.init_state(batch_size))
-    carried_axes = jax.tree.map(
-      lambda names, part: jax.tree.map(lambda _: names, part),
-      decoder_state_axes(model.config),
-      carried,
-      is_leaf=lambda x: isinstance(x, tuple) and not isinstance(x, DecoderState),
-    )
+    carried_axes = decoder_state_axes(model.config)
   state = TrainState(jax.ShapeDtypeStruct([], jnp.int32), params, opt_state, carried)
   params_axes = traverse_util.unflatten_dict(axes, sep='/')
   opt_axes = optimizer_axes(opt_state, shapes, axes)

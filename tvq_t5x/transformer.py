@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
+from jax.sharding import PartitionSpec
 
 from tvq_t5x.attention import Keys, Queries, vq_attention
-from tvq_t5x.cache import AttentionState, init_attention_state
+from tvq_t5x.cache import AttentionState, attention_state_axes, init_attention_state
 from tvq_t5x.config import AttentionType, HeadType, Remat, TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.layers import (
@@ -71,14 +72,19 @@ def init_decoder_state(config: TransformerConfig, batch_size: int) -> DecoderSta
 
 
 def decoder_state_axes(config: TransformerConfig) -> DecoderState:
-  """Logical names of the leading axes of a DecoderState's arrays, as a prefix of that tree."""
-  layers = ('layers', 'batch') if config.scan_layers else ('batch',)
-  return DecoderState(position=('batch',), layers=layers)  # pyright: ignore
+  """Logical axis names of the arrays of a DecoderState, a PartitionSpec in the place of each."""
+  position = PartitionSpec('batch')
+  if config.attention_type == AttentionType.QUADRATIC:
+    return DecoderState(position, ())
+  layer = (attention_state_axes(config),) * config.num_attention_sublayers
+  if config.scan_layers:
+    return DecoderState(position, jax.tree.map(lambda axes: PartitionSpec('layers', *axes), layer))
+  return DecoderState(position, (layer,) * config.num_layers)
 
 
 def batch_axes(config: TransformerConfig) -> DecoderState:
-  """The batch axis of a DecoderState's arrays, as a prefix of that tree."""
-  return DecoderState(*(names.index('batch') for names in decoder_state_axes(config)))  # pyright: ignore
+  """The batch axis of each array of a DecoderState."""
+  return jax.tree.map(lambda axes: tuple(axes).index('batch'), decoder_state_axes(config))
 
 
 class Attention(nn.Module):
