@@ -1,6 +1,7 @@
 """Reading and generating with the model shared by devices: the same tokens, few exchanges."""
 
 import functools
+import importlib.util
 import re
 
 import jax
@@ -12,6 +13,7 @@ from util import HEADS, assert_close, lines_in_loops, random_params, random_toke
 from tvq_t5x import decoding
 from tvq_t5x.decoding import GenerationState
 from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.planning import topologies
 from tvq_t5x.sampling import SamplingConfig
 
 pytestmark = pytest.mark.skipif(
@@ -25,44 +27,67 @@ SIZES = {'vocab_size': 12, 'num_codes': 6, 'value_dim': 8, 'window_len': 6}
 
 
 class Generation:
-  """A program on a data x model mesh that reads a prompt, and one that generates."""
+  """Programs on a data x model mesh: one reads prompts, one generates."""
 
-  def __init__(self, mesh, **overrides):
-    data, model_parallel = mesh
-    model = small_model(**{**SIZES, **overrides})
-    self.config, module = model.config, model.module
-    partitioner = Partitioner(model_parallel, devices=jax.devices('cpu')[: data * model_parallel])
+  def __init__(self, devices, num_partitions, **overrides):
+    self._model = small_model(**{**SIZES, **overrides})
+    self.config, module = self._model.config, self._model.module
+    partitioner = Partitioner(num_partitions, devices=devices)
     partitioner.validate(self.config, BATCH)
-    params = jax.tree.map(lambda x: x.sharding, partitioner.abstract_params(model))
+    self._abstract_params = partitioner.abstract_params(self._model)
+    params = self._shardings = jax.tree.map(lambda x: x.sharding, self._abstract_params)
     states = GenerationState(
       partitioner.decoder_state_shardings(self.config), partitioner.batch_sharding()
     )
     prompts = random_tokens(self.config, BATCH, PROMPT)
 
+    def start():
+      return decoding.start(module, BATCH, start_token=2)
+
     def read(params):
-      state = decoding.start(module, BATCH, start_token=2)
-      return decoding.read(module, params, state, prompts, LENGTHS)[0]
+      return decoding.read(module, params, start(), prompts, LENGTHS)[0]
 
     def generate(params, state, rng):
       return decoding.generate(module, params, state, NEW, rng, SAMPLED)
 
-    self.read = partitioner.jit(read, (params,), states)
-    self.generate = partitioner.jit(generate, (params, states, None), (None, None, states))
-    self.params = jax.device_put(random_params(self.config), params)
+    self._abstract_state = jax.eval_shape(start)
+    self._read = partitioner.jit(read, (params,), states)
+    self._generate = partitioner.jit(generate, (params, states, None), (None, None, states))
+
+  @functools.cached_property
+  def _params(self):
+    return jax.device_put(random_params(self.config), self._shardings)
+
+  def read(self):
+    return self._read(self._params)
 
   def run(self):
-    return self.generate(self.params, self.read(self.params), jax.random.key(0))
+    return self._generate(self._params, self.read(), jax.random.key(0))
+
+  def lower(self):
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    return self._generate.lower(self._abstract_params, self._abstract_state, rng)
 
 
 @functools.cache
 def expected(heads):
-  return jax.device_get(Generation((1, 1), **HEADS[heads]).run())
+  return jax.device_get(Generation(cpus(1), 1, **HEADS[heads]).run())
 
 
-@pytest.mark.parametrize('mesh', [(1, 2), (2, 2)], ids=str)
+def cpus(count):
+  return jax.devices('cpu')[:count]
+
+
+def tpus(count):
+  if not importlib.util.find_spec('libtpu'):
+    pytest.skip('libtpu is not installed: what the compiler for TPUs makes of it is not looked at')
+  return topologies.devices_of(f'v5e:1x{count}')
+
+
+@pytest.mark.parametrize('num_devices', [2, 4])
 @pytest.mark.parametrize('heads', ['gated_single', 'mha'])
-def test_tokens_are_the_same_on_every_mesh(heads, mesh):
-  tokens, scores, state = Generation(mesh, **HEADS[heads]).run()
+def test_tokens_are_the_same_on_every_mesh(heads, num_devices):
+  tokens, scores, state = Generation(cpus(num_devices), 2, **HEADS[heads]).run()
   np.testing.assert_array_equal(tokens, expected(heads)[0])
   assert_close((scores, state), expected(heads)[1:], atol=1e-4, rtol=1e-4)
 
@@ -71,21 +96,20 @@ def test_tokens_are_the_same_on_every_mesh(heads, mesh):
 @pytest.mark.parametrize('heads', ['gated_single', 'mha'])
 def test_devices_share_the_state(heads, scan_layers):
   """Of a single head the values, of more the heads."""
-  generation = Generation((2, 2), scan_layers=scan_layers, **HEADS[heads])
-  for name, x in by_name(generation.read(generation.params).decoder.layers).items():
+  generation = Generation(cpus(4), 2, scan_layers=scan_layers, **HEADS[heads])
+  for name, x in by_name(generation.read().decoder.layers).items():
     parts = 4 if heads == 'mha' or name.endswith(('values', 'means')) else 2
     assert x.size == parts * x.addressable_shards[0].data.size, name
 
 
+@pytest.mark.parametrize('devices', [cpus, tpus])
 @pytest.mark.parametrize('heads', ['gated_single', 'mha'])
-def test_a_token_takes_one_exchange_a_sublayer_and_two_more(heads):
+def test_a_token_takes_one_exchange_a_sublayer_and_two_more(heads, devices):
   """For the embedding and the logits: devices wait for each of them."""
-  generation = Generation((1, 2), scan_layers=False, **HEADS[heads])
-  state = generation.read(generation.params)
-  lowered = generation.generate.lower(generation.params, state, jax.random.key(0))
+  generation = Generation(devices(2), 2, scan_layers=False, **HEADS[heads])
+  lines = lines_in_loops(generation.lower().compile().as_text())
   exchange = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\('
-  lines = lines_in_loops(lowered.compile().as_text())
   found = [line for line in lines if re.search(exchange, line)]
-  sublayers = generation.config.num_layers * (generation.config.num_attention_sublayers)
-  sublayers += generation.config.num_layers * (heads == 'mha')  # An MLP each.
-  assert len(found) == sublayers + 2, found
+  config = generation.config
+  sublayers = config.num_attention_sublayers + (heads == 'mha')  # An MLP.
+  assert len(found) == config.num_layers * sublayers + 2, found

@@ -5,12 +5,14 @@ prompt, or a text to score) and `generate` lets the model continue; in any order
 times. All of them are to be compiled: they loop inside, so a program does not grow with the length.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x import sampling
 from tvq_t5x.cache import AttentionState
@@ -18,6 +20,7 @@ from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import EOS
 from tvq_t5x.layers import with_sharding_constraint
+from tvq_t5x.named_arrays import array_name
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.transformer import DecoderState, Transformer, batch_axes, init_decoder_state
 
@@ -130,12 +133,15 @@ def generate(
   if scanned:
     module, params = unscanned(module, params)
     decoder = decoder._replace(layers=_apart(decoder.layers, module.config.num_layers))
+  with _whole_codebooks():
+    params = _place_codebooks(module.config, params)
   noise = _noise(rng, decoder.position, num_tokens)
 
   def step(i, carry):
     decoder, token, tokens, scores = carry
     oldest = i % window_len
-    logits, decoder = _apply(module, params, token[:, None], decoder, oldest=oldest)
+    with _whole_codebooks():
+      logits, decoder = _apply(module, params, token[:, None], decoder, oldest=oldest)
     # Gathered once, or each sum over the vocabulary would be one over devices.
     logits = with_sharding_constraint(logits[:, 0], ('batch', None))
     token = sampling.choose(noise[i], logits, config)
@@ -186,6 +192,26 @@ def _apply(
 ) -> tuple[jax.Array, DecoderState]:
   logits, state, _ = module.apply({'params': params}, tokens, state, **kwargs)  # pyright: ignore
   return logits, state
+
+
+def _whole_codebooks() -> contextlib.AbstractContextManager[None]:
+  """In it, every device has all codes, where the rules for devices share them out.
+
+  A layer needs all of them: on TPU it would gather them again for each token.
+  """
+  rules = nn_partitioning.get_axis_rules()
+  return nn_partitioning.axis_rules((('code', None), *rules) if rules else ())
+
+
+def _place_codebooks(config: TransformerConfig, params: Params) -> Params:
+  """Puts the parameters of quantizers where the present rules want them."""
+  axes = config.heads_axis(config.num_kv_heads), 'code', 'kv'
+
+  def place(path: Any, x: jax.Array) -> jax.Array:
+    is_codebook = 'quantizer' in array_name(path).split('/')
+    return with_sharding_constraint(x, axes[: x.ndim]) if is_codebook else x
+
+  return jax.tree_util.tree_map_with_path(place, params)
 
 
 def _apart(stacked: Any, num_layers: int) -> tuple[Any, ...]:
