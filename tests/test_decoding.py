@@ -210,10 +210,13 @@ def copied_in_loops(program, size):
   return [line for line, m in found if m and math.prod(map(int, m[1].split(','))) >= size]
 
 
-@pytest.mark.parametrize('scan_layers', [True, False])
-def test_state_is_updated_in_place(scan_layers):
+@pytest.mark.parametrize(
+  ('heads', 'scan_layers'), [('gated_single', True), ('gated_single', False), ('mha', False)]
+)
+def test_state_is_updated_in_place(heads, scan_layers):
   """Else each token would copy all of it."""
-  d = Decoder(window_len=512, num_codes=256, value_dim=64, scan_layers=scan_layers)
+  sizes = {'window_len': 512, 'num_codes': 256, 'value_dim': 64}
+  d = Decoder(**sizes, **HEADS[heads], scan_layers=scan_layers)
   module, params = (d.module, d.params)
   if scan_layers:
     module, params = decoding.unscanned(module, params)

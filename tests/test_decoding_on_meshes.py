@@ -24,6 +24,7 @@ LENGTHS = np.array([0, 3, 4, 7])
 BATCH, PROMPT, NEW = len(LENGTHS), 7, 9
 # All divisible by 2, and the window is no multiple of the block.
 SIZES = {'vocab_size': 12, 'num_codes': 6, 'value_dim': 8, 'window_len': 6}
+CASES = {**HEADS, 'mqa': {'head_type': 'mqa', 'num_heads': 2}}
 
 
 class Generation:
@@ -35,7 +36,7 @@ class Generation:
     partitioner = Partitioner(num_partitions, devices=devices)
     partitioner.validate(self.config, BATCH)
     self._abstract_params = partitioner.abstract_params(self._model)
-    params = self._shardings = jax.tree.map(lambda x: x.sharding, self._abstract_params)
+    self._placement = jax.tree.map(lambda x: x.sharding, self._abstract_params)
     states = GenerationState(
       partitioner.decoder_state_shardings(self.config), partitioner.batch_sharding()
     )
@@ -51,12 +52,14 @@ class Generation:
       return decoding.generate(module, params, state, NEW, rng, SAMPLED)
 
     self._abstract_state = jax.eval_shape(start)
-    self._read = partitioner.jit(read, (params,), states)
-    self._generate = partitioner.jit(generate, (params, states, None), (None, None, states))
+    self._read = partitioner.jit(read, (self._placement,), states)
+    self._generate = partitioner.jit(
+      generate, (self._placement, states, None), (None, None, states)
+    )
 
   @functools.cached_property
   def _params(self):
-    return jax.device_put(random_params(self.config), self._shardings)
+    return jax.device_put(random_params(self.config), self._placement)
 
   def read(self):
     return self._read(self._params)
@@ -71,7 +74,7 @@ class Generation:
 
 @functools.cache
 def expected(heads):
-  return jax.device_get(Generation(cpus(1), 1, **HEADS[heads]).run())
+  return jax.device_get(Generation(cpus(1), 1, **CASES[heads]).run())
 
 
 def cpus(count):
@@ -87,18 +90,19 @@ def tpus(count):
 @pytest.mark.parametrize('num_devices', [2, 4])
 @pytest.mark.parametrize('heads', ['gated_single', 'mha'])
 def test_tokens_are_the_same_on_every_mesh(heads, num_devices):
-  tokens, scores, state = Generation(cpus(num_devices), 2, **HEADS[heads]).run()
+  tokens, scores, state = Generation(cpus(num_devices), 2, **CASES[heads]).run()
   np.testing.assert_array_equal(tokens, expected(heads)[0])
   assert_close((scores, state), expected(heads)[1:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('scan_layers', [True, False])
-@pytest.mark.parametrize('heads', ['gated_single', 'mha'])
+@pytest.mark.parametrize('heads', ['gated_single', 'mha', 'mqa'])
 def test_devices_share_the_state(heads, scan_layers):
-  """Of a single head the values, of more the heads."""
-  generation = Generation(cpus(4), 2, scan_layers=scan_layers, **HEADS[heads])
+  """Of a single gated head the values, of more the heads."""
+  generation = Generation(cpus(4), 2, scan_layers=scan_layers, **CASES[heads])
   for name, x in by_name(generation.read().decoder.layers).items():
-    parts = 4 if heads == 'mha' or name.endswith(('values', 'means')) else 2
+    values = heads == 'gated_single' and name.endswith(('values', 'means'))
+    parts = 4 if heads == 'mha' or values else 2
     assert x.size == parts * x.addressable_shards[0].data.size, name
 
 
@@ -106,7 +110,7 @@ def test_devices_share_the_state(heads, scan_layers):
 @pytest.mark.parametrize('heads', ['gated_single', 'mha'])
 def test_a_token_takes_one_exchange_a_sublayer_and_two_more(heads, devices):
   """For the embedding and the logits: devices wait for each of them."""
-  generation = Generation(devices(2), 2, scan_layers=False, **HEADS[heads])
+  generation = Generation(devices(2), 2, scan_layers=False, **CASES[heads])
   lines = lines_in_loops(generation.lower().compile().as_text())
   exchange = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\('
   found = [line for line in lines if re.search(exchange, line)]

@@ -7,6 +7,8 @@ times. All of them are to be compiled: they loop inside, so a program does not g
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +17,13 @@ import optax
 from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x import sampling
-from tvq_t5x.cache import AttentionState
 from tvq_t5x.config import AttentionType, TransformerConfig
 from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import EOS
 from tvq_t5x.layers import with_sharding_constraint
 from tvq_t5x.named_arrays import array_name
 from tvq_t5x.sampling import SamplingConfig
+from tvq_t5x.token_attention import in_order, to_ring
 from tvq_t5x.transformer import DecoderState, Transformer, batch_axes, init_decoder_state
 
 Params = Any
@@ -133,15 +135,12 @@ def generate(
   if scanned:
     module, params = unscanned(module, params)
     decoder = decoder._replace(layers=_apart(decoder.layers, module.config.num_layers))
-  with _whole_codebooks():
-    params = _place_codebooks(module.config, params)
   noise = _noise(rng, decoder.position, num_tokens)
 
   def step(i, carry):
     decoder, token, tokens, scores = carry
     oldest = i % window_len
-    with _whole_codebooks():
-      logits, decoder = _apply(module, params, token[:, None], decoder, oldest=oldest)
+    logits, decoder = _apply(module, params, token[:, None], decoder, oldest=oldest)
     # Gathered once, or each sum over the vocabulary would be one over devices.
     logits = with_sharding_constraint(logits[:, 0], ('batch', None))
     token = sampling.choose(noise[i], logits, config)
@@ -149,18 +148,17 @@ def generate(
     return decoder, token, tokens.at[i].set(token), scores.at[i].set(-nats)
 
   shape = num_tokens, state.token.shape[0]
-  carry = decoder, state.token, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+  tokens, scores = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+  carry = _map_sublayers(to_ring, decoder), state.token, tokens, scores
   steps = num_tokens if count is None else count
-  decoder, token, tokens, scores = jax.lax.fori_loop(0, steps, step, carry)
-
-  def in_order(sublayer: AttentionState) -> AttentionState:
-    window = (jnp.roll(x, -(steps % window_len), axis=1) for x in sublayer[:3])
-    return AttentionState(*window, sublayer.cache)
-
-  layers = tuple(tuple(map(in_order, layer)) for layer in decoder.layers)
+  # The layers ask for their parameters as the rules say that they lie: the loop needs them, too.
+  with _whole_codebooks():
+    params = _place_codebooks(module.config, params)
+    decoder, token, tokens, scores = jax.lax.fori_loop(0, steps, step, carry)
+  decoder = _map_sublayers(functools.partial(in_order, oldest=steps % window_len), decoder)
   if scanned:
-    layers = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-  return tokens.T, scores.T, GenerationState(decoder._replace(layers=layers), token)
+    decoder = decoder._replace(layers=jax.tree.map(lambda *x: jnp.stack(x), *decoder.layers))
+  return tokens.T, scores.T, GenerationState(decoder, token)
 
 
 def repeat(module: Transformer, state: GenerationState, times: int) -> GenerationState:
@@ -192,6 +190,11 @@ def _apply(
 ) -> tuple[jax.Array, DecoderState]:
   logits, state, _ = module.apply({'params': params}, tokens, state, **kwargs)  # pyright: ignore
   return logits, state
+
+
+def _map_sublayers(function: Callable[[Any], Any], decoder: DecoderState) -> DecoderState:
+  """Maps the state of each attention sublayer of a network that isn't scanned."""
+  return decoder._replace(layers=tuple(tuple(map(function, layer)) for layer in decoder.layers))
 
 
 def _whole_codebooks() -> contextlib.AbstractContextManager[None]:

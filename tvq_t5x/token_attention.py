@@ -6,6 +6,7 @@ in one row. The window's keys aren't read at all, since a code's score is that o
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,40 @@ import jax.numpy as jnp
 from tvq_t5x.attention import MASKED, Keys, Queries, log_counts
 from tvq_t5x.cache import AttentionState, CompressedCache
 from tvq_t5x.config import TransformerConfig
+from tvq_t5x.layers import with_sharding_constraint
+
+
+class RingState(NamedTuple):
+  """An AttentionState for one token after the other. Any leading axes `...`.
+
+  The window is a ring: each position keeps its slot until a new one takes it, and slot 0 follows
+  the last one. Heads come first, the order in which products need no transposition.
+  """
+
+  codes: jax.Array  # [..., N, M] int32; S where the slot is empty
+  keys: jax.Array  # [..., N, M, K]
+  values: jax.Array  # [..., N, M, V]
+  cache: CompressedCache
+
+
+def to_ring(state: AttentionState) -> RingState:
+  """The same state, with the window's oldest position in slot 0."""
+  return RingState(
+    codes=jnp.swapaxes(state.codes, -1, -2),
+    keys=jnp.swapaxes(state.keys, -2, -3),
+    values=jnp.swapaxes(state.values, -2, -3),
+    cache=state.cache,
+  )
+
+
+def in_order(ring: RingState, oldest: jax.Array | int) -> AttentionState:
+  """The same state, given the slot of the window's oldest position."""
+  return AttentionState(
+    codes=jnp.swapaxes(jnp.roll(ring.codes, -oldest, -1), -1, -2),
+    keys=jnp.swapaxes(jnp.roll(ring.keys, -oldest, -2), -2, -3),
+    values=jnp.swapaxes(jnp.roll(ring.values, -oldest, -2), -2, -3),
+    cache=ring.cache,
+  )
 
 
 def token_attention(
@@ -20,10 +55,10 @@ def token_attention(
   keys: Keys,
   distances: jax.Array,
   codebook: jax.Array,
-  state: AttentionState,
+  state: RingState,
   oldest: jax.Array,
   config: TransformerConfig,
-) -> tuple[jax.Array, AttentionState]:
+) -> tuple[jax.Array, RingState]:
   """Attends from one token of each row to itself and all positions before it. Has no gradient.
 
   Args:
@@ -32,15 +67,15 @@ def token_attention(
       those of the state are.
     distances: [M + 1, N, K], projected sinusoids; row d scores keys at distance d.
     codebook: [N, S, K].
-    state: of the positions before the token, the window as a ring.
-    oldest: [] int32, the slot of the window's oldest position; the next positions follow it, and
-      slot 0 follows the last one.
+    state: of the positions before the token, [B, N, ...].
+    oldest: [] int32, the slot of the window's oldest position.
     config: for M, S and the cache switch.
 
   Returns:
     The values [B, 1, N, G, V] averaged with softmax weights, and the state after the token, in
     which the slot after `oldest` is the oldest one.
   """
+  state = _placed(state, config)
   content, position = (x[:, 0] for x in queries)  # [B, N, G, K]
   code, key, value = keys.codes[:, 0], keys.quantized[:, 0], keys.values[:, 0]
   dtype, f32 = value.dtype, {'preferred_element_type': jnp.float32}
@@ -54,7 +89,7 @@ def token_attention(
 
   # Distances M to 1 are those of the slots from the oldest one on.
   window_nearness = jnp.roll(nearness[..., :0:-1], oldest, axis=-1)
-  window_scores = scores_of(_heads_first(state.codes)) + window_nearness
+  window_scores = scores_of(state.codes) + window_nearness
   own_score = scores_of(code[..., None]) + nearness[..., :1]
   cache_scores = code_scores + log_counts(state.cache.counts)[:, :, None]
   if not config.compressed_cache:
@@ -66,36 +101,40 @@ def token_attention(
   mass = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
   mass = mass + jnp.sum(cache_weights, axis=-1, keepdims=True)
 
-  total = jnp.einsum('BNGJ,BNJV->BNGV', weights.astype(dtype), _heads_first(state.values), **f32)
+  total = jnp.einsum('BNGJ,BNJV->BNGV', weights.astype(dtype), state.values, **f32)
   cached = jnp.einsum('BNGS,BNSV->BNGV', cache_weights, state.cache.means)
   out = ((total + own_weight * value[:, :, None] + cached) / mass).astype(dtype)
 
-  old_code = jax.lax.dynamic_index_in_dim(state.codes, oldest, 1, keepdims=False)
-  old_value = jax.lax.dynamic_index_in_dim(state.values, oldest, 1, keepdims=False)
+  old_code = jax.lax.dynamic_index_in_dim(state.codes, oldest, 2, keepdims=False)
+  old_value = jax.lax.dynamic_index_in_dim(state.values, oldest, 2, keepdims=False)
   old_value, old_mean = _read_once(old_value, _row(state.cache.means, old_code))
   has_code = jax.nn.one_hot(old_code, config.num_codes, dtype=bool)
   counts = state.cache.counts + has_code
   count = jnp.sum(jnp.where(has_code, counts, 0), axis=-1, keepdims=True)
   mean = old_mean + (old_value - old_mean) / jnp.maximum(count, 1)
-  new_state = AttentionState(
+  new_state = RingState(
     codes=_put(state.codes, code, oldest),
     keys=_put(state.keys, key, oldest),
     values=_put(state.values, _after(total, _after(old_value, value)), oldest),
     cache=CompressedCache(counts, _set_row(state.cache.means, old_code, _after(cached, mean))),
   )
-  return out[:, None], new_state
+  return out[:, None], _placed(new_state, config)
 
 
-def _heads_first(window: jax.Array) -> jax.Array:
-  """[B, M, N, ...] to [B, N, M, ...]."""
-  return jnp.swapaxes(window, 1, 2)
+def _placed(state: RingState, config: TransformerConfig) -> RingState:
+  """Where `attention_state_axes` has it on devices: they would else exchange whole windows."""
+  axes = 'batch', config.heads_axis(config.num_kv_heads), None
+  keys, values = (*axes, 'kv'), (*axes, config.value_axis)
+  names = RingState(axes, keys, values, CompressedCache(axes, values))  # pyright: ignore
+  return jax.tree.map(with_sharding_constraint, state, names)
 
 
 def _read_once(value: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Rows [B, N, V] of the state as they are, in float32, by a product with the unit matrix.
 
   XLA writes into an array in place only where everything else that reads the array comes before.
-  It would copy the reading of a row into all that needs the row; a product it does not copy.
+  It would fuse the slice into each use of the row, some of them after the write; a product is
+  computed once. (On CPU XLA drops an `optimization_barrier` too early to help.)
   """
   rows = jnp.stack([value.astype(jnp.float32), mean], axis=2)
   unit = jnp.broadcast_to(jnp.eye(2), (*rows.shape[:2], 2, 2))
@@ -110,7 +149,7 @@ def _after(read: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _put(window: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_update_index_in_dim(window, row.astype(window.dtype), slot, 1)
+  return jax.lax.dynamic_update_index_in_dim(window, row.astype(window.dtype), slot, 2)
 
 
 def _row(means: jax.Array, code: jax.Array) -> jax.Array:

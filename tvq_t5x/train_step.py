@@ -132,11 +132,7 @@ def _emptied(model: TransformerVQModel, state: DecoderState, rows: jax.Array) ->
 
 def _map_rows(function: Any, model: TransformerVQModel, state: DecoderState) -> DecoderState:
   """Maps the arrays of a state, each given with its batch axis."""
-  return jax.tree.map(
-    lambda axis, part: jax.tree.map(lambda x: function(x, axis), part),
-    batch_axes(model.config),
-    state,
-  )
+  return jax.tree.map(function, state, batch_axes(model.config))
 
 
 def _split_rows(parts: int, x: jax.Array, axis: int) -> jax.Array:

@@ -28,13 +28,14 @@ from tvq_t5x.layers import (
 from tvq_t5x.positions import sinusoids
 from tvq_t5x.quadratic import quadratic_attention
 from tvq_t5x.quantizer import QuantizerAux, VectorQuantizer
-from tvq_t5x.token_attention import token_attention
+from tvq_t5x.token_attention import RingState, token_attention
 
 # Masks drawn from this collection stay the same for all updates of a sequence.
 SEQUENCE_DROPOUT = 'sequence_dropout'
 DROPOUT = 'dropout'
 
-LayerState = tuple[AttentionState, ...]  # One for each attention sublayer of a layer.
+# One for each attention sublayer of a layer; RingStates for one token after the other.
+LayerState = tuple[AttentionState | RingState, ...]
 
 
 class DecoderState(NamedTuple):
@@ -52,7 +53,7 @@ class Call(NamedTuple):
   loss_mask: jax.Array  # [B, T] float32
   example_ids: jax.Array  # [B] int32, place in the global batch: selects dropout masks
   lengths: jax.Array | None  # [B] int32, how many tokens the state takes in; None means all
-  oldest: jax.Array | None  # [] int32, of windows that are rings; None means in order
+  oldest: jax.Array | None  # [] int32, slot in the windows of RingStates
 
 
 def init_decoder_state(config: TransformerConfig, batch_size: int) -> DecoderState:
@@ -95,8 +96,8 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, state: AttentionState | None, call: Call
-  ) -> tuple[jax.Array, AttentionState | None, QuantizerAux | None]:
+    self, x: jax.Array, state: AttentionState | RingState | None, call: Call
+  ) -> tuple[jax.Array, AttentionState | RingState | None, QuantizerAux | None]:
     """[B, T, D] to the residual branch [B, T, D], the new state and the quantizer's losses."""
     c = self.config
     d, n, g, h = c.emb_dim, c.num_kv_heads, c.queries_per_kv_head, c.num_heads
@@ -144,11 +145,11 @@ class Attention(nn.Module):
       self.sow('intermediates', 'keys', keys)
       self.sow('intermediates', 'codes', codes)
       segment = Keys(quantized, codes, values)
-      args = queries, segment, distances, codebook, state
-      if call.oldest is None:
-        out, new_state = vq_attention(*args, call.position, c, call.lengths)
+      args = queries, segment, distances, codebook
+      if isinstance(state, RingState):
+        out, new_state = token_attention(*args, state, call.oldest, c)
       else:
-        out, new_state = token_attention(*args, call.oldest, c)
+        out, new_state = vq_attention(*args, state, call.position, c, call.lengths)
     out = out.reshape(*out.shape[:2], h, v)
     if gated:
       out = out * jax.nn.silu(project('gate', v, h, heads, c.value_axis)(x))
@@ -242,8 +243,8 @@ class Transformer(nn.Module):
       example_ids: [B] int32, place of each example in the global batch; None means 0 to B - 1.
       lengths: [B] int32, how many tokens of each row the state after the segment is of; the rest is
         padding. None means all T.
-      oldest: [] int32, given with one token a row: the windows of `state` are rings, see
-        `token_attention`. None means that they are in order.
+      oldest: [] int32, of a `state` of RingStates, which take one token a row: the slot of the
+        windows' oldest position.
       deterministic: False applies dropout, with rngs 'dropout' (new for each update) and
         'sequence_dropout' (the same for all updates of a sequence).
 

@@ -1,5 +1,6 @@
 """Every array of the reference implementation's files, within 1e-5 absolute or 1e-4 relative."""
 
+import functools
 import re
 
 import case as golden
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from case import assert_close, assert_trees_close
 
-from tvq_t5x import sampling, train_step
+from tvq_t5x import sampling, token_attention, train_step
 from tvq_t5x.attention import log_counts
 from tvq_t5x.cache import AttentionState
 from tvq_t5x.config import Reduction
@@ -239,17 +240,20 @@ def test_tokens_one_by_one_in_place(case, scan_layers):
     )
     return (state, i + 1), jax.nn.log_softmax(logits[:, 0])
 
-  carry = model.init_state(len(tokens)), jnp.int32(0)
+  def map_sublayers(function, state):
+    def is_sublayer(x):
+      return isinstance(x, AttentionState | token_attention.RingState)
+
+    return state._replace(layers=jax.tree.map(function, state.layers, is_leaf=is_sublayer))
+
+  state = model.init_state(len(tokens))
+  carry = map_sublayers(token_attention.to_ring, state), jnp.int32(0)
   (state, _), logprobs = jax.lax.scan(decode, carry, tokens.T)
   assert_close(jnp.swapaxes(logprobs, 0, 1), case['logprobs'])
 
-  def in_order(ring):
-    axis = 2 if scan_layers else 1  # After layers and batch.
-    window = (jnp.roll(x, -(tokens.shape[1] % config.window_len), axis) for x in ring[:3])
-    return AttentionState(*window, ring.cache)
-
-  layers = jax.tree.map(in_order, state.layers, is_leaf=lambda x: isinstance(x, AttentionState))
-  check_state(case, '', config, state._replace(layers=layers))
+  oldest = tokens.shape[1] % config.window_len
+  in_order = functools.partial(token_attention.in_order, oldest=oldest)
+  check_state(case, '', config, map_sublayers(in_order, state))
 
 
 @needs('steps/')
