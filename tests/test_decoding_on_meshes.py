@@ -13,7 +13,7 @@ from util import HEADS, assert_close, lines_in_loops, random_params, random_toke
 from tvq_t5x import decoding
 from tvq_t5x.decoding import GenerationState
 from tvq_t5x.partitioning import Partitioner
-from tvq_t5x.planning import topologies
+from tvq_t5x.planning import hlo, topologies
 from tvq_t5x.sampling import SamplingConfig
 
 pytestmark = pytest.mark.skipif(
@@ -31,11 +31,11 @@ class Generation:
   """Programs on a data x model mesh: one reads prompts, one generates."""
 
   def __init__(self, devices, num_partitions, **overrides):
-    self._model = small_model(**{**SIZES, **overrides})
-    self.config, module = self._model.config, self._model.module
+    model = small_model(**{**SIZES, **overrides})
+    self.config, module = model.config, model.module
     partitioner = Partitioner(num_partitions, devices=devices)
     partitioner.validate(self.config, BATCH)
-    self._abstract_params = partitioner.abstract_params(self._model)
+    self._abstract_params = partitioner.abstract_params(model)
     self._placement = jax.tree.map(lambda x: x.sharding, self._abstract_params)
     states = GenerationState(
       partitioner.decoder_state_shardings(self.config), partitioner.batch_sharding()
@@ -112,7 +112,7 @@ def test_a_token_takes_one_exchange_a_sublayer_and_two_more(heads, devices):
   """For the embedding and the logits: devices wait for each of them."""
   generation = Generation(devices(2), 2, scan_layers=False, **CASES[heads])
   lines = lines_in_loops(generation.lower().compile().as_text())
-  exchange = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\('
+  exchange = rf' ({"|".join(hlo.COLLECTIVES)})(-start)?\('
   found = [line for line in lines if re.search(exchange, line)]
   config = generation.config
   sublayers = config.num_attention_sublayers + (heads == 'mha')  # An MLP.

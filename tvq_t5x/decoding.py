@@ -22,6 +22,7 @@ from tvq_t5x.errors import ConfigError
 from tvq_t5x.feature_converters import EOS
 from tvq_t5x.layers import with_sharding_constraint
 from tvq_t5x.named_arrays import array_name
+from tvq_t5x.quantizer import codebook_axes
 from tvq_t5x.sampling import SamplingConfig
 from tvq_t5x.token_attention import in_order, to_ring
 from tvq_t5x.transformer import DecoderState, Transformer, batch_axes, init_decoder_state
@@ -208,7 +209,7 @@ def _whole_codebooks() -> contextlib.AbstractContextManager[None]:
 
 def _place_codebooks(config: TransformerConfig, params: Params) -> Params:
   """Puts the parameters of quantizers where the present rules want them."""
-  axes = config.heads_axis(config.num_kv_heads), 'code', 'kv'
+  axes = codebook_axes(config)
 
   def place(path: Any, x: jax.Array) -> jax.Array:
     is_codebook = 'quantizer' in array_name(path).split('/')

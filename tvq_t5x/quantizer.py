@@ -31,6 +31,11 @@ class QuantizerAux(NamedTuple):
   dead_codes: jax.Array  # Fraction of codes hardly ever used, by the averaged usage.
 
 
+def codebook_axes(config: TransformerConfig) -> tuple[str, str, str]:
+  """Logical axis names of the codes' sums [N, S, K]; their counts have the first two."""
+  return config.heads_axis(config.num_kv_heads), 'code', 'kv'
+
+
 def codebook(c_sum: jax.Array, c_count: jax.Array) -> jax.Array:
   """The codes [N, S, K] float32, without gradient, from their averaged sums and counts."""
   return jax.lax.stop_gradient(c_sum / jnp.maximum(c_count, MIN_COUNT)[..., None])
@@ -69,7 +74,7 @@ class VectorQuantizer(nn.Module):
       the codebook [N, S, K] float32 without gradient, and the losses and metrics.
     """
     c = self.config
-    heads, axes = c.num_kv_heads, (c.heads_axis(c.num_kv_heads), 'code', 'kv')
+    heads, axes = c.num_kv_heads, codebook_axes(c)
     c_sum = nn_partitioning.param_with_axes(
       'c_sum',
       initializers.variance_scaling(1.0, 'fan_in', 'normal'),

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from tvq_t5x.attention import MASKED, Keys, Queries, log_counts
-from tvq_t5x.cache import AttentionState, CompressedCache
+from tvq_t5x.cache import AttentionState, CompressedCache, attention_state_axes
 from tvq_t5x.config import TransformerConfig
 from tvq_t5x.layers import with_sharding_constraint
 
@@ -123,10 +124,11 @@ def token_attention(
 
 def _placed(state: RingState, config: TransformerConfig) -> RingState:
   """Where `attention_state_axes` has it on devices: they would else exchange whole windows."""
-  axes = 'batch', config.heads_axis(config.num_kv_heads), None
-  keys, values = (*axes, 'kv'), (*axes, config.value_axis)
-  names = RingState(axes, keys, values, CompressedCache(axes, values))  # pyright: ignore
-  return jax.tree.map(with_sharding_constraint, state, names)
+  axes = attention_state_axes(config)
+  window = [
+    PartitionSpec(batch, heads, slot, *width) for batch, slot, heads, *width in map(tuple, axes[:3])
+  ]
+  return jax.tree.map(with_sharding_constraint, state, RingState(*window, axes.cache))
 
 
 def _read_once(value: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
