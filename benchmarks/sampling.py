@@ -26,11 +26,11 @@ import sizes
 from absl import app, flags
 from report import Line
 
-from tvq_t5x import decoding, sampling
-from tvq_t5x.config import TransformerConfig
-from tvq_t5x.layers import Logits, RMSNorm, rms_normalize
-from tvq_t5x.positions import sinusoids
-from tvq_t5x.transformer import Transformer
+from tvq_t5x.network import decoding, sampling
+from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.layers import Logits, RMSNorm, rms_normalize
+from tvq_t5x.network.positions import sinusoids
+from tvq_t5x.network.transformer import Transformer
 
 _POSITIONS = flags.DEFINE_list('positions', ['1024', '8192', '32768', '100000'], 'Tokens before.')
 _TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens that one call samples.')

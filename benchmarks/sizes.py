@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import flags
 
-from tvq_t5x.config import TransformerConfig
+from tvq_t5x.network.config import TransformerConfig
 
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed calls of each variant; medians are shown.')
 BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Sequences.')

@@ -24,10 +24,10 @@ import sizes
 from absl import app, flags
 from report import Line
 
-from tvq_t5x import compilation, models, optimizers
-from tvq_t5x.config import AttentionType, Reduction
-from tvq_t5x.partitioning import Partitioner
-from tvq_t5x.transformer import Transformer
+from tvq_t5x.network.config import AttentionType, Reduction
+from tvq_t5x.network.transformer import Transformer
+from tvq_t5x.training import compilation, models, optimizers, placement
+from tvq_t5x.training.partitioning import Partitioner
 
 _LENGTHS = flags.DEFINE_list('lengths', ['2048', '4096', '8192'], 'Sequence lengths T.')
 _VARIANTS = flags.DEFINE_list(
@@ -88,7 +88,7 @@ class Step:
 
   def start(self) -> None:
     """Creates the parameters and runs one step that is not timed."""
-    self._state = self._partitioner.init_state(self._model, jax.random.key(0))
+    self._state = placement.init_state(self._partitioner, self._model, jax.random.key(0))
     self.run()
 
   def run(self) -> float:

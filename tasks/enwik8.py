@@ -14,8 +14,8 @@ import zipfile
 import gin
 import numpy as np
 
-from tvq_t5x import indexed, settings
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.data import indexed, locations
 
 _MACRO = 'ENWIK8_PATH'
 _URL = 'http://mattmahoney.net/dc/enwik8.zip'
@@ -42,7 +42,7 @@ def corpus(path: str | None = None, sha1: str = _SHA1) -> np.ndarray:
   Raises:
     ConfigError: if there is no such file, or it is another one.
   """
-  found = settings.data_path(_MACRO, path)
+  found = locations.data_path(_MACRO, path)
   if found is None:
     raise ConfigError(f'{_MACRO} is not set: {_get_it()}.')
   if os.path.isdir(found):
@@ -63,7 +63,7 @@ def _file_in(folder: str) -> str:
 
 
 def _get_it() -> str:
-  return f'get {_URL} and give its path with {settings.how_to_set_data(_MACRO)}'
+  return f'get {_URL} and give its path with {locations.how_to_set_data(_MACRO)}'
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,7 +19,8 @@ import functools
 
 import gin
 
-from tvq_t5x import corpora, settings, token_cache, vocabularies
+from tvq_t5x.common.tokens import FIRST_BYTE
+from tvq_t5x.data import corpora, locations, token_cache
 from tvq_t5x.tasks import images
 
 _MACRO = 'IMAGENET64_PATH'
@@ -41,7 +42,7 @@ def corpus(path: str | None = None, name: str = _RESIZED) -> corpora.Corpus:
       IMAGENET64_PATH, or else the folder of --data_dir, or else TFDS's default.
     name: of the dataset.
   """
-  return corpora.TfdsCorpus(name, 'image', _SPLITS, settings.data_path(_MACRO, path), _MACRO)
+  return corpora.TfdsCorpus(name, 'image', _SPLITS, locations.data_path(_MACRO, path), _MACRO)
 
 
 for _name, _corpus in (
@@ -53,5 +54,5 @@ for _name, _corpus in (
     corpora.source(_corpus, tuple(_SPLITS)),
     token_cache.CachedTask,
     corpus=_corpus,
-    first_id=vocabularies.FIRST_BYTE,
+    first_id=FIRST_BYTE,
   )

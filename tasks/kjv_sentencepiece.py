@@ -9,7 +9,7 @@ and set SENTENCEPIECE_MODEL to kjv2048.model, in gin or as an environment variab
 
 import seqio
 
-from tvq_t5x import indexed, vocabularies
+from tvq_t5x.data import indexed, vocabularies
 from tvq_t5x.tasks import kjv
 
 seqio.TaskRegistry.add(

@@ -20,8 +20,8 @@ import gin
 import seqio
 import tensorflow as tf
 
-from tvq_t5x import corpora, indexed, settings, token_cache, vocabularies
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.data import corpora, indexed, locations, token_cache, vocabularies
 
 _MACRO = 'PG19_PATH'
 _TFDS = 'pg19:0.1.1'
@@ -42,7 +42,7 @@ def corpus(path: str | None = None) -> corpora.Corpus:
       means the environment variable PG19_PATH, or else the folder of --data_dir, or else TFDS's
       default.
   """
-  found = settings.data_path(_MACRO, path)
+  found = locations.data_path(_MACRO, path)
   if found and os.path.exists(os.path.join(found, 'metadata.csv')):
     return PublishedBooks(found)
   return corpora.TfdsCorpus(

@@ -18,7 +18,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tvq_t5x import indexed
+from tvq_t5x.data import indexed
 from tvq_t5x.tasks import images
 
 _PACKAGE = 'scikit-image==0.26.0'

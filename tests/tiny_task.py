@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tvq_t5x import indexed
+from tvq_t5x.data import indexed
 
 SIZES = {'train': 6000, 'validation': 700, 'test': 500}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from absl import app, flags
 
-from tvq_t5x import command_line, files
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.commands import command_line
+from tvq_t5x.common import files
+from tvq_t5x.common.errors import ConfigError
 
 _EXAMPLE = 'python -m tvq_t5x.evaluate --checkpoint=runs/kjv --split=test'
 # Rows of the table, in this order; the codebooks' metrics are in the JSON.
@@ -67,8 +68,8 @@ def run(
   with command_line.quiet():
     import tensorflow as tf
 
-    from tvq_t5x import loading, settings
-    from tvq_t5x.standalone import checkpoint_evaluation
+    from tvq_t5x.data import locations
+    from tvq_t5x.standalone import checkpoint_evaluation, configuration
 
   tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
 
@@ -76,8 +77,8 @@ def run(
     if not checkpoint:
       raise ConfigError(f'no --checkpoint was given: try {_EXAMPLE}')
     command_line.check_output('--json', json_file)
-    settings.set_data_dir(data_dir)
-    configured = loading.configure(checkpoint, gin_files, gin_bindings, search_paths)
+    locations.set_data_dir(data_dir)
+    configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths)
     _write(checkpoint_evaluation.evaluate(configured, split, carry_state), json_file)
 
   return command_line.exit_code(command)

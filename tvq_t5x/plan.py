@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from tvq_t5x import command_line
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.commands import command_line
+from tvq_t5x.common.errors import ConfigError
 
 _EXAMPLE = 'python -m tvq_t5x.plan --gin_file=gin/pg19_large.gin --topology=v3:8x8'
 
@@ -40,7 +40,7 @@ def run(
   with command_line.quiet():
     import jax
 
-    from tvq_t5x import gin_utils
+    from tvq_t5x.gin_support import parsing
     from tvq_t5x.planning import program as program_lib
     from tvq_t5x.planning import report, topologies
 
@@ -49,7 +49,7 @@ def run(
       raise ConfigError(f'--gin_file and --topology have to be given: try {_EXAMPLE}')
     chip = topologies.chip_of(topology)
     # Nothing is written, so a run without a folder is complete.
-    gin_utils.parse_gin(gin_files, ["MODEL_DIR = ''", *gin_bindings], search_paths)
+    parsing.parse_gin(gin_files, ["MODEL_DIR = ''", *gin_bindings], search_paths)
     with command_line.quiet():
       devices = topologies.devices_of(topology)
     program = program_lib.configured_program(devices)
@@ -61,7 +61,7 @@ def run(
     except jax.errors.JaxRuntimeError as e:
       estimate = report.refused(program, topology, chip, e)
   except ConfigError as e:
-    return command_line.fail(gin_utils.message(e), 2)
+    return command_line.fail(parsing.message(e), 2)
   print(report.table(estimate))
   if estimate.fits:
     return 0

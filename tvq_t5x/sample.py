@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from tvq_t5x import command_line
-from tvq_t5x.errors import ConfigError
-from tvq_t5x.sampling_options import Options
+from tvq_t5x.commands import command_line
+from tvq_t5x.commands.sampling_options import Options
+from tvq_t5x.common.errors import ConfigError
 
 _EXAMPLE = 'python -m tvq_t5x.sample --checkpoint=runs/kjv --prompt="In the beginning"'
 
@@ -67,13 +67,14 @@ def run(
   """
   # Slow to import: --help should not wait for it.
   with command_line.quiet():
-    from tvq_t5x import loading, sampling_session
+    from tvq_t5x.commands import sampling_session
+    from tvq_t5x.standalone import configuration
 
   def command() -> None:
     if not checkpoint:
       raise ConfigError(f'no --checkpoint was given: try {_EXAMPLE}')
     options.check()
-    configured = loading.configure(checkpoint, gin_files, gin_bindings, search_paths)
+    configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths)
     sampling_session.run(configured, options)
 
   return command_line.exit_code(command)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from tvq_t5x import command_line
-from tvq_t5x.errors import CheckpointError, ConfigError, TrainingDiverged
+from tvq_t5x.commands import command_line
+from tvq_t5x.common.errors import CheckpointError, ConfigError, TrainingDiverged
 
 _EXAMPLE = 'python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"'
 
@@ -45,31 +45,30 @@ def run(
     import gin
     import tensorflow as tf
 
-    from tvq_t5x import gin_utils, settings
+    from tvq_t5x.data import locations
+    from tvq_t5x.gin_support import parsing
     from tvq_t5x.standalone import runner
 
   tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
   try:
     if not gin_files:
       raise ConfigError(f'no --gin_file was given: try {_EXAMPLE}')
-    settings.set_data_dir(data_dir)
-    gin_utils.parse_gin(gin_files, gin_bindings, search_paths)
-    if not gin_utils.is_bound(runner.train):
+    locations.set_data_dir(data_dir)
+    parsing.parse_gin(gin_files, gin_bindings, search_paths)
+    if not parsing.is_bound(runner.train):
       raise ConfigError(
         f"{', '.join(gin_files)}: nothing says what to train; add `include 'gin/runs/pretrain.gin'`"
       )
     gin.get_configurable(runner.train)(dry_run=dry_run)
   except ConfigError as e:
-    return command_line.fail(gin_utils.message(e), 2)
+    return command_line.fail(parsing.message(e), 2)
   except (CheckpointError, TrainingDiverged) as e:
-    return command_line.fail(gin_utils.message(e), 1)
+    return command_line.fail(parsing.message(e), 1)
   except OSError as e:
     # gin's copy of the error has no errno.
     if not any(os.strerror(number) in str(e) for number in (errno.ENOSPC, errno.EDQUOT)):
       raise
-    return command_line.fail(
-      f'{gin_utils.message(e)}; make room, the same command then continues', 1
-    )
+    return command_line.fail(f'{parsing.message(e)}; make room, the same command then continues', 1)
   return 0
 
 

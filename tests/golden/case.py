@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import seqio
 
-from tvq_t5x import models, optimizers
-from tvq_t5x.config import TransformerConfig
-from tvq_t5x.transformer import Transformer
+from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.transformer import Transformer
+from tvq_t5x.training import models, optimizers
 
 SUBLAYERS = 2
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from case import assert_close, assert_trees_close
 
-from tvq_t5x import sampling, token_attention, train_step
-from tvq_t5x.attention import log_counts
-from tvq_t5x.cache import AttentionState
-from tvq_t5x.config import Reduction
-from tvq_t5x.optimizers import codebook_labels, warmup_cosine
-from tvq_t5x.positions import relative_shift, sinusoids, window_mask
-from tvq_t5x.quantizer import MIN_COUNT
+from tvq_t5x.network import sampling
+from tvq_t5x.network.config import Reduction
+from tvq_t5x.network.positions import relative_shift, sinusoids, window_mask
+from tvq_t5x.network.vq import token_attention
+from tvq_t5x.network.vq.attention import log_counts
+from tvq_t5x.network.vq.cache import AttentionState
+from tvq_t5x.network.vq.quantizer import MIN_COUNT
+from tvq_t5x.training import train_step
+from tvq_t5x.training.optimizers import codebook_labels, warmup_cosine
 
 
 def needs(prefix):

@@ -7,10 +7,11 @@ import gin
 import jax
 import seqio
 
-from tvq_t5x import checks, compilation, loading
-from tvq_t5x.models import TransformerVQModel
-from tvq_t5x.partitioning import Partitioner
-from tvq_t5x.transformer import Transformer
+from tvq_t5x.network.transformer import Transformer
+from tvq_t5x.standalone import configuration
+from tvq_t5x.training import compilation, placement, run_limits
+from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.partitioning import Partitioner
 
 
 class Program(NamedTuple):
@@ -47,11 +48,11 @@ def configured_program(devices: Sequence[jax.Device]) -> Program:
     module=module, vocabulary=seqio.PassThroughVocabulary(module.config.vocab_size)
   )
   partitioner = gin.get_configurable(Partitioner)(devices=devices)
-  data = loading.setting('train_dataset_cfg')
-  length, update_len = data.task_feature_lengths['targets'], loading.setting('update_len')
-  updates = checks.updates_in_batch(length, module.config, update_len)
-  num_microbatches = loading.setting('num_microbatches')
-  partitioner.validate(module.config, data.batch_size, num_microbatches)
+  data = configuration.setting('train_dataset_cfg')
+  length, update_len = data.task_feature_lengths['targets'], configuration.setting('update_len')
+  updates = run_limits.updates_in_batch(length, module.config, update_len)
+  num_microbatches = configuration.setting('num_microbatches')
+  placement.validate(partitioner, module.config, data.batch_size, num_microbatches)
   return Program(model, partitioner, data.batch_size, length, length // updates, num_microbatches)
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
-from tvq_t5x import words
-from tvq_t5x.config import AttentionType, Reduction, Remat
-from tvq_t5x.partitioning import DATA, MODEL, StateInfo
+from tvq_t5x.common import words
+from tvq_t5x.network.config import AttentionType, Reduction, Remat
 from tvq_t5x.planning import hlo
 from tvq_t5x.planning.program import Program
 from tvq_t5x.planning.topologies import Chip
+from tvq_t5x.training import placement
+from tvq_t5x.training.partitioning import DATA, MODEL
+from tvq_t5x.training.placement import StateInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def estimate(
     temporaries=stats.temp_size_in_bytes,
     code=stats.generated_code_size_in_bytes,
   )
-  state = program.partitioner.describe(program.model, program.batch_size)
+  state = placement.describe(program.partitioner, program.model, program.batch_size)
   return Estimate(program, topology, chip, state, memory, hlo.work_of(compiled.as_text()))
 
 
@@ -82,7 +84,7 @@ def refused(program: Program, topology: str, chip: Chip, error: Exception) -> Es
   if not found:
     raise error
   temporaries = float(found[1]) * 2 ** {'K': 10, 'M': 20, 'G': 30}[found[2]]
-  state = program.partitioner.describe(program.model, program.batch_size)
+  state = placement.describe(program.partitioner, program.model, program.batch_size)
   memory = Memory(state.num_bytes_per_device, 0, int(temporaries), 0)
   return Estimate(program, topology, chip, state, memory, None)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from tvq_t5x.errors import ConfigError
+from tvq_t5x.common.errors import ConfigError
 
 
 class Chip(NamedTuple):

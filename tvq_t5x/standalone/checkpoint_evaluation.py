@@ -7,13 +7,14 @@ from typing import Any
 
 from absl import logging
 
-from tvq_t5x import checks, datasets, indexed, loading, metrics, stretches, vocabularies
-from tvq_t5x.config import AttentionType
-from tvq_t5x.datasets import Batch, DatasetConfig
-from tvq_t5x.errors import ConfigError
-from tvq_t5x.loading import Configured
-from tvq_t5x.standalone import run_checks
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.data import datasets, indexed, likelihood, streaming, vocabularies
+from tvq_t5x.data.datasets import Batch, DatasetConfig
+from tvq_t5x.network.config import AttentionType
+from tvq_t5x.standalone import configuration, run_checks
+from tvq_t5x.standalone.configuration import Configured
 from tvq_t5x.standalone.evaluation import Evaluator
+from tvq_t5x.training import placement, run_limits
 
 _REPORT_SECONDS = 30
 
@@ -22,7 +23,7 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   """Evaluates a checkpoint in one pass, every token once.
 
   Args:
-    configured: from `loading.configure`; gin is still configured in the same way.
+    configured: from `configuration.configure`; gin is still configured in the same way.
     split: of the task; None means the one of the run's validation.
     carry_state: whether to read the split as BATCH_SIZE long stretches, see `stretches`.
 
@@ -36,26 +37,26 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     CheckpointError: if the checkpoint can't be read.
   """
   model, partitioner = configured.model, configured.partitioner
-  cfg: DatasetConfig = loading.setting('eval_dataset_cfg')
+  cfg: DatasetConfig = configuration.setting('eval_dataset_cfg')
   cfg = dataclasses.replace(cfg, split=split or cfg.split)
   datasets.validate(cfg, model.FEATURE_CONVERTER_CLS)
-  checks.check_vocabulary(cfg, model)
+  run_limits.check_vocabulary(cfg, model)
   length = cfg.task_feature_lengths['targets']
-  segments = checks.updates_in_batch(length, model.config, loading.setting('update_len'))
+  segments = run_limits.updates_in_batch(length, model.config, configuration.setting('update_len'))
   if not carry_state:
-    partitioner.validate(model.config, cfg.batch_size)
+    placement.validate(partitioner, model.config, cfg.batch_size)
   elif model.config.attention_type == AttentionType.QUADRATIC:
     raise ConfigError(
       '--carry_state: the quadratic baseline (TransformerConfig.attention_type) keeps no state to '
       'carry on; leave it out.'
     )
   else:
-    stretches.check(cfg, '--carry_state')
+    streaming.check(cfg, '--carry_state')
   with run_checks.missing_data():
     datasets.check(cfg, model.FEATURE_CONVERTER_CLS)
-  loaded = loading.restore(configured)
+  loaded = configured.restore()
   # Last, as this may write a token cache, which takes hours.
-  read = stretches.evaluation_batches if carry_state else datasets.evaluation_batches
+  read = streaming.evaluation_batches if carry_state else datasets.evaluation_batches
   batches = read(cfg, model.FEATURE_CONVERTER_CLS)
   if carry_state:
     # There may be fewer stretches than devices.
@@ -85,7 +86,7 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     **({size: sums.count('bits_per_byte')} if bits in values else {}),
     'seconds': seconds,
     **values,
-    'perplexity': metrics.perplexity(values['cross_entropy']),
+    'perplexity': likelihood.perplexity(values['cross_entropy']),
     **(counts.word_metrics(values['cross_entropy']) if counts else {}),
   }
 

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tvq_t5x import eval_step
-from tvq_t5x import metrics as metrics_lib
-from tvq_t5x.models import Batch, Params, TransformerVQModel
-from tvq_t5x.partitioning import Partitioner
-from tvq_t5x.transformer import DecoderState
+from tvq_t5x.network.transformer import DecoderState
+from tvq_t5x.training import eval_step, placement
+from tvq_t5x.training import metrics as metrics_lib
+from tvq_t5x.training.models import Batch, Params, TransformerVQModel
+from tvq_t5x.training.partitioning import Partitioner
 
 
 class Sums:
@@ -67,7 +67,7 @@ class Evaluator:
     self._batch_sharding = partitioner.batch_sharding()
     self._state_shardings = None
     if carry_state:
-      self._state_shardings = partitioner.decoder_state_shardings(model.config)
+      self._state_shardings = placement.decoder_state_shardings(partitioner, model.config)
 
     def step(
       params: Params, state: DecoderState | None, batch: Batch

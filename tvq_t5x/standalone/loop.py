@@ -15,18 +15,20 @@ import numpy as np
 import optax
 from absl import logging
 
-from tvq_t5x import compilation, datasets, words
-from tvq_t5x.datasets import DatasetConfig, TrainingIterator
-from tvq_t5x.errors import TrainingDiverged
-from tvq_t5x.models import TransformerVQModel
-from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.checkpoints.manager import Checkpoints, initial_state
+from tvq_t5x.common import words
+from tvq_t5x.common.errors import TrainingDiverged
+from tvq_t5x.data import datasets
+from tvq_t5x.data.datasets import DatasetConfig, TrainingIterator
 from tvq_t5x.standalone import reports
-from tvq_t5x.standalone.checkpoints import Checkpoints, initial_state
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
 from tvq_t5x.standalone.samples import SampleConfig, Sampler
 from tvq_t5x.standalone.signals import StopSignals
-from tvq_t5x.train_step import TrainState, init_train_state
+from tvq_t5x.training import compilation, placement
+from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.partitioning import Partitioner
+from tvq_t5x.training.train_state import TrainState, init_train_state
 
 # What tells first that a run has diverged.
 _WATCHED = ('loss', 'gradient_norm')
@@ -65,7 +67,7 @@ class TrainingLoop:
     """Compiles nothing yet."""
     self._plan = plan
     model, partitioner = plan.model, plan.partitioner
-    self._shardings = partitioner.train_state_shardings(model)
+    self._shardings = placement.train_state_shardings(partitioner, model)
     params = self._shardings.params
     self._evaluator = Evaluator(model, partitioner, params, plan.update_len)
     self._sampler = None
@@ -112,7 +114,7 @@ class TrainingLoop:
   def _restore(self) -> None:
     plan = self._plan
     if not self._checkpoints.steps():
-      init = plan.partitioner.init_state
+      init = functools.partial(placement.init_state, plan.partitioner)
       self._state = init(plan.model, self._init_rng, plan.batch_size)
       if plan.initial_checkpoint:
         self._state = initial_state(plan.initial_checkpoint, self._state)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import jax
 
-from tvq_t5x import files, words
-from tvq_t5x.partitioning import StateInfo
+from tvq_t5x.common import files, words
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, Record
+from tvq_t5x.training.placement import StateInfo
 
 
 def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from tvq_t5x import checkpoint_layout as layout
-from tvq_t5x import datasets, errors, model_settings, named_arrays
-from tvq_t5x.errors import ConfigError
-from tvq_t5x.models import TransformerVQModel
-from tvq_t5x.partitioning import StateInfo
+from tvq_t5x.checkpoints import layout, model_settings
+from tvq_t5x.common import errors, named_arrays
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.data import datasets
+from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.placement import StateInfo
 
 _PARAMS = 'params/'  # Before the names of parameters in a train state.
 

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from clu import metric_writers
 
-from tvq_t5x import files, images
+from tvq_t5x.common import files, images
 
 Record = dict[str, Any]
 

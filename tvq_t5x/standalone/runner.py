@@ -5,18 +5,21 @@ import dataclasses
 import optax
 from absl import logging
 
-from tvq_t5x import checkpoint_layout as layout
-from tvq_t5x import checks, datasets, files, gin_utils, stretches
-from tvq_t5x.config import AttentionType
-from tvq_t5x.datasets import DatasetConfig
-from tvq_t5x.errors import ConfigError, is_count
-from tvq_t5x.models import TransformerVQModel
-from tvq_t5x.partitioning import Partitioner
+from tvq_t5x.checkpoints import layout
+from tvq_t5x.common import files
+from tvq_t5x.common.errors import ConfigError, is_count
+from tvq_t5x.data import datasets, streaming
+from tvq_t5x.data.datasets import DatasetConfig
+from tvq_t5x.gin_support import parsing
+from tvq_t5x.network.config import AttentionType
 from tvq_t5x.standalone import reports, run_checks
 from tvq_t5x.standalone.loop import Plan, TrainingLoop
 from tvq_t5x.standalone.run_log import TEST, VALIDATION
 from tvq_t5x.standalone.samples import SampleConfig
-from tvq_t5x.train_step import TrainState
+from tvq_t5x.training import placement, run_limits
+from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.partitioning import Partitioner
+from tvq_t5x.training.train_state import TrainState
 
 
 def train(
@@ -87,35 +90,35 @@ def train(
   with run_checks.missing_data():
     for cfg in (train_dataset_cfg, *evaluated.values()):
       datasets.check(cfg, make_converter)
-      checks.check_vocabulary(cfg, model)
-      checks.updates_in_batch(_length(cfg), model.config, update_len)
+      run_limits.check_vocabulary(cfg, model)
+      run_limits.updates_in_batch(_length(cfg), model.config, update_len)
     if model.carry_state:
-      stretches.check(train_dataset_cfg)
+      streaming.check(train_dataset_cfg)
     else:
       datasets.check_seed(train_dataset_cfg)
-  updates = checks.updates_in_batch(_length(train_dataset_cfg), model.config, update_len)
+  updates = run_limits.updates_in_batch(_length(train_dataset_cfg), model.config, update_len)
   periods = {
     'log_period': log_period,
     'eval_period': eval_period,
     'sample_period': sample_period,
     'checkpoint_period': checkpoint_period,
   }
-  checks.check_steps(updates, total_steps, **periods)
+  run_limits.check_steps(updates, total_steps, **periods)
   if keep_checkpoints is not None and not is_count(keep_checkpoints):
     raise ConfigError(
       f'train.keep_checkpoints = {keep_checkpoints!r}: give a whole number of at least 1, or None '
       'to keep all.'
     )
-  partitioner.validate(model.config, train_dataset_cfg.batch_size, num_microbatches)
+  placement.validate(partitioner, model.config, train_dataset_cfg.batch_size, num_microbatches)
   if eval_dataset_cfg.batch_size != train_dataset_cfg.batch_size:
-    partitioner.validate(model.config, eval_dataset_cfg.batch_size)
+    placement.validate(partitioner, model.config, eval_dataset_cfg.batch_size)
   if sample_cfg:
     sample_cfg.encoded_prompt(model.output_vocabulary)
   if sample_cfg and model.config.attention_type == AttentionType.QUADRATIC:
     logging.warning('The quadratic baseline keeps no state to sample with: there are no samples.')
     sample_cfg = None
   directory = run_checks.resolve_model_dir(model_dir)
-  info = partitioner.describe(model, train_dataset_cfg.batch_size)
+  info = placement.describe(partitioner, model, train_dataset_cfg.batch_size)
   data = datasets.identity(train_dataset_cfg, model.carry_state)
   record = run_checks.record_of(model, info, updates, random_seed, data)
   differences = run_checks.check_same_model(directory, record)
@@ -123,15 +126,15 @@ def train(
   if initial_checkpoint is not None and not layout.steps_in(directory):
     initial = run_checks.check_initial_checkpoint(initial_checkpoint, record, total_steps)
   if dry_run:
-    print(f'{gin_utils.config_str()}\n{reports.state_table(info)}')
+    print(f'{parsing.config_str()}\n{reports.state_table(info)}')
     return None
   with run_checks.locked(directory):
     for difference in differences:
       logging.warning('The checkpoints here were written with other settings: %s', difference)
-    make_batches = stretches.training_batches if model.carry_state else datasets.training_batches
+    make_batches = streaming.training_batches if model.carry_state else datasets.training_batches
     batches = make_batches(train_dataset_cfg, make_converter)
     with files.replacing(directory / 'config.gin') as f:
-      f.write(gin_utils.config_str().encode())
+      f.write(parsing.config_str().encode())
     plan = Plan(
       model=model,
       directory=directory,

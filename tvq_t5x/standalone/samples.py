@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from tvq_t5x.errors import ConfigError, is_count
-from tvq_t5x.feature_converters import EOS
-from tvq_t5x.models import Params, TransformerVQModel
-from tvq_t5x.partitioning import DATA, Partitioner
-from tvq_t5x.sampling import SamplingConfig
-from tvq_t5x.vocabularies import ImageVocabulary
+from tvq_t5x.common.errors import ConfigError, is_count
+from tvq_t5x.common.tokens import EOS
+from tvq_t5x.data.vocabularies import ImageVocabulary
+from tvq_t5x.network.sampling import SamplingConfig
+from tvq_t5x.training.models import Params, TransformerVQModel
+from tvq_t5x.training.partitioning import DATA, Partitioner
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from clu.data import dataset_iterator
 from etils import epath
 from t5x import utils
 
-from tvq_t5x import checkpoint_layout as layout
-from tvq_t5x import datasets, stretches
-from tvq_t5x.datasets import FeatureConverterFactory
+from tvq_t5x.checkpoints import layout
+from tvq_t5x.data import datasets, streaming
+from tvq_t5x.data.datasets import FeatureConverterFactory
 
 
 def get_dataset(
@@ -34,7 +34,7 @@ def get_dataset(
     carry_state: whether rows go on in the next batch, for a model with this setting.
   """
   if carry_state:
-    dataset = stretches.training_dataset(cfg, shard_id, num_shards)
+    dataset = streaming.training_dataset(cfg, shard_id, num_shards)
   else:
     dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
   length = cfg.task_feature_lengths['targets']

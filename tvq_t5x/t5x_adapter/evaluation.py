@@ -6,9 +6,9 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tvq_t5x import datasets
-from tvq_t5x.datasets import FeatureConverterFactory
-from tvq_t5x.feature_converters import TransformerVQFeatureConverter
+from tvq_t5x.data import datasets
+from tvq_t5x.data.datasets import FeatureConverterFactory
+from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
 
 
 def whole_split_datasets(

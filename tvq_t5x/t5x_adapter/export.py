@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from tvq_t5x.feature_converters import EOS
+from tvq_t5x.common.tokens import EOS
 
 Features = Mapping[str, tf.Tensor]
 

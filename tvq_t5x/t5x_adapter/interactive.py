@@ -1,10 +1,13 @@
 """T5X's InteractiveModel, from the checkpoints that training writes."""
 
+import copy
 from typing import Any
 
 from t5x import interactive_model, utils
 
 from tvq_t5x.t5x_adapter import paths
+from tvq_t5x.t5x_adapter.optimizer import OptaxWrapper
+from tvq_t5x.training.models import TransformerVQModel
 
 
 class InteractiveModel(interactive_model.InteractiveModel):
@@ -18,6 +21,7 @@ class InteractiveModel(interactive_model.InteractiveModel):
   def __init__(
     self,
     *,
+    model: TransformerVQModel,
     checkpoint_path: str,
     restore_mode: str,
     output_dir: str,
@@ -27,14 +31,19 @@ class InteractiveModel(interactive_model.InteractiveModel):
     """Creates the model and reads the checkpoint.
 
     Args:
+      model: of the checkpoint; without an `optimizer_wrapper`, it gets ours.
       checkpoint_path: `MODEL_DIR/checkpoint_N`, or MODEL_DIR; '' means none.
       restore_mode: 'specific' for the first, 'latest' for the second.
       output_dir: where T5X writes.
       dtype: of the parameters; None means as saved.
       **kwargs: as T5X's.
     """
+    if model.optimizer_wrapper is None:
+      model = copy.copy(model)
+      model.optimizer_wrapper = OptaxWrapper
     # T5X looks there anyhow, and fails at what it finds unless it was told.
     super().__init__(
+      model=model,
       output_dir=output_dir,
       checkpoint_path=output_dir,
       restore_mode='latest',

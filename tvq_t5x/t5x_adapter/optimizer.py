@@ -6,7 +6,8 @@ import jax
 from jax.sharding import PartitionSpec
 from t5x import optimizers as t5x_optimizers
 
-from tvq_t5x import named_arrays, partitioning
+from tvq_t5x.common import named_arrays
+from tvq_t5x.training.optimizer_axes import optimizer_axes
 
 
 class OptaxWrapper(t5x_optimizers.OptaxWrapper):
@@ -28,7 +29,7 @@ class OptaxWrapper(t5x_optimizers.OptaxWrapper):
     """
     axes = {name: tuple(spec) for name, spec in named_arrays.leaves_of(param_logical_axes).items()}
     state = optimizer.state.param_states
-    names = partitioning.optimizer_axes(state, named_arrays.leaves_of(optimizer.target), axes)
+    names = optimizer_axes(state, named_arrays.leaves_of(optimizer.target), axes)
     specs = jax.tree.map(lambda x, names: PartitionSpec(*names) if x.ndim else None, state, names)
     return optimizer.replace(
       target=param_logical_axes, state=optimizer.state.replace(step=None, param_states=specs)

@@ -14,13 +14,15 @@ from t5x import optimizers as t5x_optimizers
 from t5x import partitioning as t5x_partitioning
 from t5x import trainer as t5x_trainer
 
-from tvq_t5x import checks, eval_step, gin_checks, partitioning
-from tvq_t5x.datasets import DatasetConfig
-from tvq_t5x.errors import ConfigError
-from tvq_t5x.metrics import Metrics
-from tvq_t5x.models import TransformerVQModel
-from tvq_t5x.train_step import TrainState, train_on_sequences
-from tvq_t5x.transformer import DecoderState
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.data.datasets import DatasetConfig
+from tvq_t5x.gin_support import checks
+from tvq_t5x.network.transformer import DecoderState
+from tvq_t5x.training import eval_step, partitioning, placement, run_limits
+from tvq_t5x.training.metrics import Metrics
+from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.train_state import TrainState
+from tvq_t5x.training.train_step import train_on_sequences
 
 
 def checked_trainer(
@@ -59,13 +61,13 @@ def checked_trainer(
   Raises:
     ConfigError: for settings that do not fit together.
   """
-  gin_checks.check_config()
+  checks.check_config()
   updates = 1
   for cfg in (eval_dataset_cfg, train_dataset_cfg):
-    checks.check_vocabulary(cfg, model)
+    run_limits.check_vocabulary(cfg, model)
     length = cfg.task_feature_lengths['targets']
-    updates = checks.updates_in_batch(length, model.config, update_len)
-  checks.check_steps(
+    updates = run_limits.updates_in_batch(length, model.config, update_len)
+  run_limits.check_steps(
     updates,
     total_steps,
     relative_steps=relative_steps,
@@ -80,9 +82,9 @@ def checked_trainer(
       f'devices of a host, {jax.local_device_count()}.'
     )
   if partitioner.mesh.axis_names == (partitioning.DATA, partitioning.MODEL):
-    placement = _Placement(partitioner)
-    placement.validate(model.config, train_dataset_cfg.batch_size, num_microbatches)
-    placement.validate(model.config, eval_dataset_cfg.batch_size)
+    places = _Placement(partitioner)
+    placement.validate(places, model.config, train_dataset_cfg.batch_size, num_microbatches)
+    placement.validate(places, model.config, eval_dataset_cfg.batch_size)
   if not callable(learning_rate):
     learning_rate = optax.constant_schedule(learning_rate)
   return functools.partial(

@@ -1,0 +1,225 @@
+"""Reading, writing, scoring and saved states from Python, on a trained checkpoint."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_task
+from util import assert_close, one_device, small_config
+
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.data import datasets, streaming
+from tvq_t5x.generation import language_model
+from tvq_t5x.network import decoding
+from tvq_t5x.network.sampling import SamplingConfig
+from tvq_t5x.standalone.evaluation import Evaluator
+
+_TEXT = 'the ship and the sea and a sky.\nthe sky a ship'  # Longer than blocks and window of 8.
+_GREEDY = SamplingConfig(temperature=0.0)
+pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+
+
+@pytest.fixture(scope='module')
+def lm(tiny_run):
+  with one_device():
+    return language_model.load(str(tiny_run))
+
+
+def _forward(lm, tokens):
+  """Logits [T, W] of one forward pass from the start of a document."""
+  inputs = np.array([[1, *tokens[:-1]]])
+  inputs = np.pad(inputs, [(0, 0), (0, -len(tokens) % 8)])
+  logits = lm.loaded.model.module.apply({'params': lm.loaded.params}, inputs)[0]
+  return np.asarray(jax.nn.log_softmax(logits[0, : len(tokens)]))
+
+
+def test_the_score_of_a_text_is_that_of_the_forward_pass(lm):
+  score = lm.score(_TEXT)
+  tokens = lm.encode(_TEXT)
+  np.testing.assert_array_equal(score.tokens, tokens)
+  expected = -np.take_along_axis(_forward(lm, tokens), np.array(tokens)[:, None], 1)[:, 0]
+  np.testing.assert_allclose(score.nats, expected, rtol=2e-5, atol=1e-5)
+  assert score.num_bytes == len(_TEXT)
+  bits = expected.sum() / np.log(2) / len(_TEXT)
+  assert score.bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize('cuts', [[0], [1], [7, 8], [8, 16, 24], [3, 3, 19], [9, 17, 45]])
+def test_a_text_in_parts_is_as_whole(lm, cuts):
+  """Scores, the state, and what the model then does."""
+  whole = lm.score(_TEXT)
+  ends = [0, *cuts, len(_TEXT)]
+  parts = [_TEXT[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+  scores = list(lm.score_parts(parts))
+  nats = np.concatenate([score.nats for score in scores])
+  np.testing.assert_allclose(nats, whole.nats, rtol=2e-5, atol=1e-5)
+  state = scores[-1].state
+  assert_close(state, whole.state)
+  np.testing.assert_array_equal(state.decoder.position, whole.state.decoder.position)
+  sampling = SamplingConfig(top_p=0.9)
+  ours, expected = (lm.generate(s, 24, seed=5, sampling=sampling) for s in (state, whole.state))
+  np.testing.assert_array_equal(ours.tokens, expected.tokens)
+  np.testing.assert_allclose(ours.log_likelihoods, expected.log_likelihoods, rtol=1e-4, atol=1e-5)
+
+
+def test_long_texts_are_read_a_part_at_a_time(lm, monkeypatch):
+  whole = lm.score(_TEXT)
+  monkeypatch.setattr(language_model, '_READ', 16)
+  shapes = []
+  read = lm._read
+  monkeypatch.setattr(
+    lm,
+    '_read',
+    lambda state, tokens, lengths: shapes.append(tokens.shape) or read(state, tokens, lengths),
+  )
+  np.testing.assert_allclose(lm.score(_TEXT).nats, whole.nats, rtol=2e-5, atol=1e-5)
+  assert shapes == [(1, 16), (1, 16), (1, 16)]
+
+
+def test_the_score_of_a_split_is_its_evaluation(lm):
+  cfg = datasets.DatasetConfig('tiny_bytes', {'targets': 64}, 'test', 1, False, None)
+  loaded = lm.loaded
+  evaluator = Evaluator(
+    loaded.model, loaded.partitioner.for_batch(1), loaded.params_shardings, 64, carry_state=True
+  )
+  found = evaluator(
+    loaded.params, streaming.evaluation_batches(cfg, loaded.model.FEATURE_CONVERTER_CLS)
+  )
+  text = tiny_task.text('test').decode()
+  score = lm.score([*lm.encode(text), 1])
+  assert score.bits_per_byte == pytest.approx(found['bits_per_byte'], rel=1e-5)
+
+
+def test_rows_of_different_lengths_on_devices_are_as_each_alone(tiny_run, lm):
+  texts = ['', 'a', _TEXT[:8], _TEXT[:21], [value + 3 for value in _TEXT.encode()], 'the', '.', ' ']
+  many = language_model.load(str(tiny_run))
+  state, nats = many.read(many.start(8), texts)
+  assert len(state.token.sharding.device_set) == 8
+  assert state.token.addressable_shards[0].data.shape == (1,)
+  together = many.generate(state, 20, sampling=_GREEDY)
+  for i, text in enumerate(texts[:6]):
+    alone_state, (alone,) = lm.read(lm.start(), [text])
+    np.testing.assert_allclose(nats[i], alone, rtol=2e-5, atol=1e-5)
+    alone = lm.generate(alone_state, 20, sampling=_GREEDY)
+    np.testing.assert_array_equal(together.tokens[i], alone.tokens[0])
+
+
+def test_greedy_choice_is_the_likeliest_token_of_the_forward_pass(lm):
+  state, _ = lm.read(lm.start(), [_TEXT[:5]])
+  tokens, log_likelihoods, _ = lm.generate(state, 20, sampling=_GREEDY)
+  text = [*lm.encode(_TEXT[:5]), *tokens[0].tolist()]
+  expected = _forward(lm, text)[5:]
+  np.testing.assert_array_equal(tokens[0], expected.argmax(-1))
+  np.testing.assert_allclose(log_likelihoods[0], expected.max(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_n_tokens_and_then_m_are_n_plus_m(lm):
+  state = lm.start(3)
+  whole = lm.generate(state, 18, seed=1)
+  first = lm.generate(state, 9, seed=1)
+  second = lm.generate(first.state, 9, seed=1)
+  np.testing.assert_array_equal(np.concatenate([first.tokens, second.tokens], 1), whole.tokens)
+  assert len({tuple(row) for row in whole.tokens.tolist()}) == 3
+  other = lm.generate(state, 18, seed=2)
+  assert (other.tokens != whole.tokens).any()
+
+
+def test_devices_that_can_not_share_the_rows_all_have_them(tiny_run, lm):
+  other = language_model.load(str(tiny_run), gin_bindings=['NUM_PARTITIONS = 2'])
+  states = [m.start(3) for m in (lm, other)]
+  ours, theirs = (m.generate(s, 9, seed=1) for m, s in zip((lm, other), states, strict=True))
+  np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+  assert len(theirs.state.token.sharding.device_set) == 8
+  assert theirs.state.token.is_fully_replicated
+
+
+def test_states_are_repeated(lm):
+  state, _ = lm.read(lm.start(), [_TEXT])
+  repeated = lm.repeat(state, 3)
+  expected, _ = lm.read(lm.start(3), [_TEXT] * 3)
+  assert_close(repeated, expected)
+  two, _ = lm.read(repeated, ['', 'a', 'the'])
+  assert lm.repeat(two, 2).token.tolist() == [115, 115, 100, 100, 104, 104]
+
+
+# Saved states
+
+
+def test_a_saved_state_continues(tiny_run, lm, tmp_path):
+  state, _ = lm.read(lm.start(), [_TEXT])
+  lm.save_state(tmp_path / 'state.npz', state)
+  assert [path.name for path in tmp_path.iterdir()] == ['state.npz']
+  # With the same parameters, but elsewhere and on another mesh.
+  moved = shutil.copytree(tiny_run, tmp_path / 'moved')
+  other = language_model.load(str(moved), gin_bindings=['NUM_PARTITIONS = 4'])
+  loaded = other.load_state(tmp_path / 'state.npz')
+  jax.tree.map(np.testing.assert_array_equal, loaded, state)
+  ours, theirs = (m.generate(s, 20, sampling=_GREEDY) for m, s in ((lm, state), (other, loaded)))
+  np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+def test_a_state_in_bfloat16_is_saved_bit_for_bit(tiny_run, tmp_path):
+  with one_device():
+    bindings = ["config.TransformerConfig.dtype = 'bfloat16'"]
+    lm = language_model.load(str(tiny_run), gin_bindings=bindings)
+  state, _ = lm.read(lm.start(), [_TEXT])
+  lm.save_state(tmp_path / 'state.npz', state)
+  loaded = lm.load_state(tmp_path / 'state.npz')
+  assert 'bfloat16' in {x.dtype.name for x in jax.tree.leaves(loaded)}
+  jax.tree.map(np.testing.assert_array_equal, loaded, state)
+
+
+@pytest.mark.parametrize(
+  ('checkpoint', 'binding', 'part'),
+  [
+    ('checkpoint_8', 'BATCH_SIZE = 8', 'can not be continued with the parameters of'),
+    ('', 'config.TransformerConfig.window_len = 4', 'TransformerConfig.window_len = 4, there 8'),
+    ('', "config.TransformerConfig.dtype = 'bfloat16'", "dtype = 'bfloat16', there 'float32'"),
+  ],
+)
+def test_a_state_of_something_else_is_refused(tiny_run, lm, tmp_path, checkpoint, binding, part):
+  path = tmp_path / 'state.npz'
+  lm.save_state(path, lm.start())
+  other = language_model.load(str(tiny_run / checkpoint), gin_bindings=[binding])
+  with pytest.raises(ConfigError) as error:
+    other.load_state(path)
+  message = str(error.value)
+  assert message.startswith(str(path)) and part in message and '\n' not in message
+
+
+def test_what_is_no_state_is_refused(lm, tmp_path):
+  with pytest.raises(ConfigError, match='there is no such file'):
+    lm.load_state(tmp_path / 'none.npz')
+  (tmp_path / 'text.npz').write_text('text')
+  np.savez(tmp_path / 'other.npz', a=np.zeros(3))
+  lm.save_state(tmp_path / 'cut.npz', lm.start())
+  content = (tmp_path / 'cut.npz').read_bytes()
+  (tmp_path / 'cut.npz').write_bytes(content[: len(content) // 2])
+  for name in ('text', 'other', 'cut'):
+    with pytest.raises(ConfigError, match='is no state of a generation'):
+      lm.load_state(tmp_path / f'{name}.npz')
+
+
+# Refusals
+
+
+def test_tokens_that_are_none_are_refused(lm):
+  for tokens in ([264], [-1], [1.5], [[3]]):
+    with pytest.raises(ConfigError, match='whole numbers from 0 to 263'):
+      lm.score(tokens)
+
+
+def test_as_many_texts_as_sequences(lm):
+  with pytest.raises(ConfigError, match='1 texts for a state of 2 sequences'):
+    lm.read(lm.start(2), ['a'])
+
+
+def test_no_tokens_are_refused(lm):
+  with pytest.raises(ConfigError, match='num_tokens = 0'):
+    lm.generate(lm.start(), 0)
+
+
+def test_the_quadratic_baseline_is_refused():
+  with pytest.raises(ConfigError, match="attention_type = 'quadratic' keeps no state"):
+    decoding.check_keeps_state(small_config(attention_type='quadratic'))

@@ -1,0 +1,134 @@
+"""The position of T5X's training data is that of the step, whoever saved it."""
+
+import numpy as np
+import pytest
+import tiny_task
+
+pytest.importorskip('t5x.utils', reason='T5X is not installed: its training data')
+
+from t5x import utils
+
+from tvq_t5x.data import datasets
+from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
+from tvq_t5x.t5x_adapter import data
+
+BATCH_SIZE, LENGTH, UPDATES = 8, 64, 2
+
+
+def _cfg(cls):
+  return cls(
+    mixture_or_task_name='tiny_bytes',
+    task_feature_lengths={'targets': LENGTH},
+    split='train',
+    batch_size=BATCH_SIZE,
+    shuffle=True,
+    seed=3,
+    use_cached=False,
+    pack=False,
+  )
+
+
+def _iterator(folder, host=0, hosts=1):
+  return data.get_dataset(
+    _cfg(utils.DatasetConfig),
+    host,
+    hosts,
+    TransformerVQFeatureConverter,
+    model_dir=str(folder),
+    update_len=LENGTH // UPDATES,
+  )
+
+
+def _runner():
+  return datasets.training_batches(_cfg(datasets.DatasetConfig), TransformerVQFeatureConverter)
+
+
+@pytest.fixture(scope='module')
+def expected():
+  """More than an epoch of the standalone runner's batches."""
+  batches = _runner()
+  count = 2 * tiny_task.SIZES['train'] // (BATCH_SIZE * LENGTH)
+  return [next(batches)['decoder_target_tokens'] for _ in range(count)]
+
+
+def _file(folder, step, host=0, hosts=1):
+  """Where T5X saves a position."""
+  path = folder / f'checkpoint_{step}' / 'dataset'
+  path = path / f'process_{host}-of-{hosts}' if hosts > 1 else path
+  path.mkdir(parents=True, exist_ok=True)
+  return path / f'train_ds-{host:03}-of-{hosts:03}'
+
+
+def _read(iterator, count):
+  return [next(iterator)['decoder_target_tokens'] for _ in range(count)]
+
+
+def _restored(folder, step, host=0, hosts=1):
+  iterator = _iterator(folder, host, hosts)
+  iterator.restore(str(_file(folder, step, host, hosts)))
+  return iterator
+
+
+@pytest.mark.parametrize('hosts', [1, 2, 4])
+def test_hosts_take_turns(tmp_path, expected, hosts):
+  """Row k of host h is sequence h + k * hosts of the batch that one host reads."""
+  parts = [_read(_iterator(tmp_path, host, hosts), len(expected)) for host in range(hosts)]
+  for k, batch in enumerate(expected):
+    together = np.stack([part[k] for part in parts], axis=1).reshape(BATCH_SIZE, LENGTH)
+    np.testing.assert_array_equal(together, batch)
+
+
+def test_a_position_is_restored(tmp_path, expected):
+  iterator = _iterator(tmp_path)
+  _read(iterator, 3)
+  iterator.save(str(_file(tmp_path, 3 * UPDATES)))
+  again = _restored(tmp_path, 3 * UPDATES)
+  np.testing.assert_array_equal(_read(again, 2), expected[3:5])
+  again.save(str(_file(tmp_path, 5 * UPDATES)))
+  np.testing.assert_array_equal(_read(_restored(tmp_path, 5 * UPDATES), 2), expected[5:7])
+
+
+def test_the_batch_that_t5x_reads_ahead_is_not_lost(tmp_path, expected):
+  iterator = _iterator(tmp_path)
+  _read(iterator, 1)  # Which the step after the checkpoint will see.
+  iterator.save(str(_file(tmp_path, 0)))
+  np.testing.assert_array_equal(_read(_restored(tmp_path, 0), 2), expected[:2])
+  np.testing.assert_array_equal(_read(iterator, 2), expected[1:3])
+
+
+@pytest.mark.parametrize(('before', 'after'), [(1, 2), (2, 1), (2, 4)])
+def test_other_numbers_of_hosts_go_on(tmp_path, expected, before, after):
+  step = 3 * UPDATES
+  for host in range(before):
+    iterator = _iterator(tmp_path, host, before)
+    _read(iterator, 3)
+    iterator.save(str(_file(tmp_path, step, host, before)))
+  for host in range(after):
+    found = _read(_restored(tmp_path, step, host, after), 1)
+    np.testing.assert_array_equal(found[0], expected[3][host::after])
+
+
+def test_several_hosts_go_on_where_the_runner_stopped(tmp_path, expected):
+  batches, step = _runner(), 4 * UPDATES
+  batches.skip(4)
+  batches.save(_file(tmp_path, step).parent)
+  np.testing.assert_array_equal(_read(_restored(tmp_path, step, 1, 2), 1)[0], expected[4][1::2])
+
+
+def test_the_position_of_another_run_does_not_count(tmp_path, expected):
+  """Training from a checkpoint starts at the first batch, and its steps go on counting."""
+  other, folder = tmp_path / 'other', tmp_path / 'run'
+  iterator = _iterator(other)
+  _read(iterator, 3)
+  iterator.save(str(_file(other, 3 * UPDATES)))
+  tuned = _iterator(folder)
+  tuned.restore(str(_file(other, 3 * UPDATES)))
+  np.testing.assert_array_equal(_read(tuned, 1), expected[:1])
+  tuned.save(str(_file(folder, 3 * UPDATES)))  # Before its first step.
+  _read(tuned, 1)
+  tuned.save(str(_file(folder, 5 * UPDATES)))
+  for step, position in ((3, 0), (5, 2)):
+    again = _restored(folder, step * UPDATES)
+    np.testing.assert_array_equal(_read(again, 1)[0], expected[position])
+    half = _restored(folder, step * UPDATES, 0, 2)
+    np.testing.assert_array_equal(_read(half, 1)[0], expected[position][::2])

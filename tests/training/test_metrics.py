@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from util import computed
+
+from tvq_t5x.data import likelihood
+from tvq_t5x.network.vq.quantizer import QuantizerAux
+from tvq_t5x.training import metrics as metrics_lib
+
+WEIGHTS = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], np.float32)
+
+
+def metrics_of(rows):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(2, 4, 6)).astype(np.float32)
+  targets = np.array([[5, 3, 0, 2], [1, 4, 4, 4]], np.int32)
+  targets[0, 1] = logits[0, 1].argmax()
+  nats = rng.uniform(1, 2, size=(2, 4)).astype(np.float32)
+  bytes_per_token = np.array([0, 0, 1, 2, 3, 4], np.float32)
+  arrays = (logits, nats, targets, WEIGHTS)
+  metrics = metrics_lib.token_metrics(*(x[rows] for x in arrays), bytes_per_token)
+  return metrics, arrays, bytes_per_token
+
+
+def test_token_metrics():
+  metrics, (logits, nats, targets, weights), bytes_per_token = metrics_of(slice(None))
+  values = computed(metrics)
+  total = (weights * nats).sum()
+  np.testing.assert_allclose(values['cross_entropy'], total / 4, rtol=1e-6)
+  hits = (weights * (logits.argmax(-1) == targets)).sum()
+  assert hits > 0
+  np.testing.assert_allclose(values['accuracy'], hits / 4, rtol=1e-6)
+  num_bytes = (weights * bytes_per_token[targets]).sum()
+  np.testing.assert_allclose(values['bits_per_byte'], total / np.log(2) / num_bytes, rtol=1e-6)
+
+
+def test_merged_parts_equal_the_whole():
+  """Sums and counts, not means, since rows have different numbers of tokens."""
+  whole = metrics_of(slice(None))[0]
+  first, second = metrics_of(slice(1))[0], metrics_of(slice(1, 2))[0]
+  merged = {name: first[name].merge(second[name]) for name in whole}
+  added = jax.tree.map(jnp.add, first, second)
+  for parts in (merged, added):
+    for name, value in computed(whole).items():
+      np.testing.assert_allclose(computed(parts)[name], value, rtol=1e-6)
+
+
+def aux_of(layers, sublayers):
+  leaves = np.arange(1.0, 1 + 5 * layers * sublayers).reshape(5, layers, sublayers)
+  return QuantizerAux(*map(jnp.asarray, leaves))
+
+
+def test_quantizer_metrics_of_each_sublayer():
+  aux = aux_of(3, 2)
+  values = computed(metrics_lib.quantizer_metrics(aux, jnp.float32(4)))
+  assert values.pop('commit_loss') == aux.commit.sum() / 4
+  expected = {}
+  for i, j in np.ndindex(3, 2):
+    name = f'layer_{i}_{j}'
+    expected[f'codebook_perplexity/{name}'] = aux.perplexity[i, j]
+    expected[f'codebook_dead_codes/{name}'] = aux.dead_codes[i, j]
+    expected[f'quantization_error/{name}'] = aux.commit[i, j] / aux.squared_norm[i, j]
+  assert values.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(values[name], value, rtol=1e-6)
+
+
+def test_single_sublayers_have_short_names():
+  names = metrics_lib.quantizer_metrics(aux_of(2, 1), jnp.float32(1)).keys()
+  assert {name.split('/')[1] for name in names if '/' in name} == {'layer_0', 'layer_1'}
+
+
+def test_likelihood_of_a_split():
+  aux = {'num_tokens': [3.0, 1.0], 'num_bytes': [2.0, 0.0]}
+  values = likelihood.likelihood(['ab', ''], ([-4.0, -1.5], aux))
+  assert values == {'cross_entropy': 5.5 / 4, 'bits_per_byte': 5.5 / np.log(2) / 2}
+  del aux['num_bytes']
+  assert likelihood.likelihood(['ab', ''], ([-4.0, -1.5], aux)).keys() == {'cross_entropy'}
+  with pytest.raises(ValueError, match='2 scores for 1 examples'):
+    likelihood.likelihood(['ab'], ([-4.0, -1.5], aux))

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: their layout, writing, reading, and the settings that go with them."""

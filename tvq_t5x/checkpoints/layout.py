@@ -1,0 +1,160 @@
+"""Where a checkpoint keeps what: the layout of T5X with Orbax, so that either engine reads both.
+
+MODEL_DIR/checkpoint_N/
+  state/     arrays: target/PARAMETER, state/step, state/param_states/..., and where the state of
+             sequences is carried on, flax_mutables/carried/...
+  dataset/   position in the training data, in files of tf.data; T5X on several hosts has a folder
+             process_I-of-N/ for each in it
+  metadata/  of the standalone runner only: settings, checksums
+"""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import serialization, traverse_util
+
+from tvq_t5x.common import errors, named_arrays
+from tvq_t5x.common.errors import CheckpointError, ConfigError
+from tvq_t5x.training.train_state import TrainState
+
+STATE, DATASET, METADATA = 'state', 'dataset', 'metadata'  # Items of a checkpoint.
+PREFIX = 'checkpoint'
+# Beside a position that T5X saved: batches before it, in digits, for a start with other hosts.
+BATCHES = 'batches'
+_METADATA_FILE = 'metadata'  # Where Orbax puts an item of JSON.
+
+
+def folder(model_dir: pathlib.Path, step: int) -> pathlib.Path:
+  """The checkpoint of a step."""
+  return model_dir / f'{PREFIX}_{step}'
+
+
+def steps_in(model_dir: pathlib.Path) -> list[int]:
+  """Steps of the complete checkpoints in a folder, which need not exist."""
+  if not model_dir.is_dir():
+    return []
+  names = (re.fullmatch(rf'{PREFIX}_(\d+)', path.name) for path in model_dir.iterdir())
+  return sorted(int(match[1]) for match in names if match)
+
+
+def find(checkpoint: str, setting: str) -> pathlib.Path:
+  """The folder of a checkpoint.
+
+  Args:
+    checkpoint: that folder, `MODEL_DIR/checkpoint_N`, or MODEL_DIR, whose newest one is meant.
+    setting: that gives it, for the message.
+
+  Raises:
+    ConfigError: if there is none.
+  """
+  what = 'give a MODEL_DIR, or one of the checkpoint_N folders in it'
+  if not checkpoint or '://' in checkpoint:
+    raise ConfigError(f'{setting}={checkpoint}: {what}, on a local disk.')
+  path = pathlib.Path(checkpoint).expanduser().absolute()
+  if not path.is_dir():
+    raise ConfigError(f'{setting}={checkpoint}: there is no such folder; {what}.')
+  if re.fullmatch(rf'{PREFIX}_\d+', path.name) and (path / STATE).is_dir():
+    return path
+  steps = steps_in(path)
+  if not steps:
+    raise ConfigError(f'{setting}={checkpoint}: there is no checkpoint in it; {what}.')
+  return folder(path, steps[-1])
+
+
+def batches_before(checkpoint: pathlib.Path | epath.Path, updates: int) -> int:
+  """Training batches that a run has seen before a checkpoint of it.
+
+  Args:
+    checkpoint: its folder, as `folder` names it.
+    updates: steps that a batch gives.
+  """
+  position = checkpoint / DATASET
+  for path in (*position.glob(BATCHES), *position.glob(f'process_*/{BATCHES}')):
+    return int(path.read_text())
+  # A run of the standalone runner has them all from its own data.
+  return step_of(checkpoint) // updates
+
+
+def step_of(checkpoint: pathlib.Path | epath.Path) -> int:
+  """The step of a checkpoint's folder, complete or being written."""
+  return int(checkpoint.name.removeprefix(f'{PREFIX}_').partition('.')[0])
+
+
+def is_standalone(checkpoint: pathlib.Path) -> bool:
+  """Whether the standalone runner wrote a checkpoint, not T5X."""
+  return (checkpoint / METADATA).exists()
+
+
+def read_metadata(checkpoint: pathlib.Path) -> dict[str, Any]:
+  """What the standalone runner says of its checkpoint; those of T5X have nothing to say."""
+  if not is_standalone(checkpoint):
+    return {}
+  return json.loads((checkpoint / METADATA / _METADATA_FILE).read_text(encoding='utf-8'))
+
+
+def newest_metadata(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
+  """Step and metadata of the newest checkpoint that has any."""
+  for step in reversed(steps_in(directory)):
+    try:
+      if metadata := read_metadata(folder(directory, step)):
+        return step, metadata
+    except (OSError, ValueError):
+      continue
+  return None
+
+
+def param_shapes(checkpoint: pathlib.Path) -> dict[str, list[int]]:
+  """Shapes of the parameters in a checkpoint of either engine, by name."""
+  arrays = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / STATE))
+  return named_arrays.shapes(arrays.tree['target'])
+
+
+def restore(checkpoint: pathlib.Path, item: Any) -> Any:
+  """The arrays of a checkpoint that `item` has, with shapes, dtypes and shardings as there."""
+  args = ocp.args.PyTreeRestore(
+    item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+  )
+  return ocp.PyTreeCheckpointHandler().restore(epath.Path(checkpoint / STATE), args=args)
+
+
+def unreadable(checkpoint: pathlib.Path, error: Exception) -> CheckpointError:
+  """What to say of a checkpoint that can't be read."""
+  return CheckpointError(
+    f'The checkpoint {checkpoint} can not be read: {errors.reason(error)} Give another one.'
+  )
+
+
+def state_dict(state: TrainState) -> dict[str, Any]:
+  """The arrays of a TrainState (or what stands in their place) under their names on disk."""
+  arrays = {
+    'target': state.params,
+    'state': {'step': state.step, 'param_states': _without_empty(_to_dict(state.opt_state))},
+  }
+  if state.carried is not None:
+    arrays['flax_mutables'] = {'carried': _to_dict(state.carried)}
+  return arrays
+
+
+def from_state_dict(like: TrainState, arrays: dict[str, Any]) -> TrainState:
+  """The inverse of `state_dict`; `like` is any state with the same structure."""
+  template = traverse_util.flatten_dict(_to_dict(like.opt_state), keep_empty_nodes=True)
+  found = traverse_util.flatten_dict(arrays['state'].get('param_states', {}))
+  opt_state = traverse_util.unflatten_dict({**template, **found})
+  opt_state = serialization.from_state_dict(like.opt_state, opt_state)
+  carried = like.carried
+  if carried is not None:
+    carried = serialization.from_state_dict(carried, arrays['flax_mutables']['carried'])
+  return TrainState(arrays['state']['step'], arrays['target'], opt_state, carried)
+
+
+def _to_dict(tree: Any) -> dict[str, Any]:
+  return serialization.to_state_dict(tree)
+
+
+def _without_empty(tree: dict[str, Any]) -> dict[str, Any]:
+  # Parts of an optimizer without arrays would be empty folders.
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(tree))

@@ -1,0 +1,179 @@
+"""What the package's commands share: T5X's gin flags, quiet imports, errors on one line."""
+
+import contextlib
+import logging as std_logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from absl import app, flags, logging
+
+from tvq_t5x.common.errors import CheckpointError, ConfigError
+
+# The flags that are defined here belong to the command: its --help shows them.
+flags.disclaim_key_flags()
+
+
+def define_gin_flags(flag_values: flags.FlagValues) -> None:
+  """Adds T5X's flags that say where the configuration is."""
+  flags.DEFINE_multi_string(
+    'gin_file', [], 'Gin file; repeat it for more, where a later one holds.', flag_values
+  )
+  flags.DEFINE_multi_string(
+    'gin_bindings', [], 'A setting NAME=VALUE; --gin.NAME=VALUE is the same.', flag_values
+  )
+  flags.DEFINE_list(
+    'gin_search_paths', [], 'More folders to look for gin files in, with commas.', flag_values
+  )
+
+
+def define_checkpoint_flag(flag_values: flags.FlagValues) -> None:
+  """Adds --checkpoint."""
+  flags.DEFINE_string(
+    'checkpoint',
+    None,
+    'MODEL_DIR, whose newest checkpoint is taken, or one of its checkpoint_N folders. Without '
+    '--gin_file, the config.gin in MODEL_DIR says what was trained.',
+    flag_values,
+  )
+
+
+def define_data_flag(flag_values: flags.FlagValues) -> None:
+  """Adds --data_dir, which `settings.set_data_dir` takes."""
+  define_path_flag(
+    'data_dir',
+    None,
+    "Folder of the task's data, where no setting of its own says where it lies.",
+    flag_values,
+  )
+
+
+def define_path_flag(
+  name: str, default: str | None, text: str, flag_values: flags.FlagValues
+) -> None:
+  """Adds a flag for a path, in which `~` is filled in: the shell leaves it in --FLAG=~/FILE."""
+  flags.DEFINE(_Path(), name, default, text, flag_values, flags.ArgumentSerializer())
+
+
+def define_path_list_flag(name: str, text: str, flag_values: flags.FlagValues) -> None:
+  """`define_path_flag` for one that may be repeated, by default []."""
+  flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, [], text, flag_values)
+
+
+class _Path(flags.ArgumentParser[str]):
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+  def flag_type(self) -> str:
+    return 'string'
+
+
+def parse_flags(args: Sequence[str]) -> list[str]:
+  """`app.run`'s `flags_parser`, for which --gin.NAME=VALUE is a flag."""
+  from tvq_t5x.gin_support import parsing
+
+  try:
+    args = parsing.rewrite_gin_args(args)
+  except ConfigError as e:
+    sys.exit(fail(str(e), 2))
+  return app.parse_flags_with_usage(list(args))
+
+
+def prepare(args: Sequence[str]) -> None:
+  """Refuses arguments that are no flags, and shows the time and our own messages in the log.
+
+  Args:
+    args: what `app.run` gives to the main function.
+  """
+  if len(args) > 1:
+    raise app.UsageError(f'Not a flag: {args[1]}')
+  handler = logging.get_absl_handler()
+  handler.setFormatter(std_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  if logging.get_verbosity() <= logging.INFO:
+    # Orbax has several lines to say of each step of a save, and JAX of devices that are not there.
+    ours = os.path.dirname(os.path.dirname(__file__))
+    handler.addFilter(lambda r: r.levelno > std_logging.INFO or r.pathname.startswith(ours))
+
+
+def check_output(flag: str, path: str | None) -> None:
+  """Refuses a path that can't be written; None and '-' can.
+
+  Args:
+    flag: its name, for the message.
+    path: of a file that need not exist.
+
+  Raises:
+    ConfigError: with the reason.
+  """
+  if path in (None, '-'):
+    return
+  full = os.path.abspath(path)
+  folder = os.path.dirname(full)
+  if not path or os.path.isdir(full):
+    raise ConfigError(f'{flag}={path}: give the path of a file.')
+  if not os.path.isdir(folder):
+    raise ConfigError(f'{flag}={path}: there is no folder {folder}.')
+  if not os.access(full if os.path.exists(full) else folder, os.W_OK):
+    raise ConfigError(f'{flag}={path} can not be written.')
+
+
+def exit_code(command: Callable[[], None]) -> int:
+  """Runs a command that reads a checkpoint, and says what went wrong on a line.
+
+  Returns:
+    0, 1 for a checkpoint that can't be read, 2 for a wrong setting, 130 after Ctrl-C.
+  """
+  from tvq_t5x.gin_support import parsing
+
+  try:
+    command()
+    sys.stdout.flush()
+  except ConfigError as e:
+    return fail(parsing.message(e), 2)
+  except CheckpointError as e:
+    return fail(parsing.message(e), 1)
+  except KeyboardInterrupt:
+    return 130
+  except BrokenPipeError:
+    # Who reads the output has seen enough, as `head` does; Python would complain at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 0
+
+
+def table(values: Mapping[str, int | float]) -> str:
+  """A line for each number: its name and the number."""
+  cells = {
+    name: f'{value:,}' if isinstance(value, int) else f'{value:.{1 if name == "seconds" else 4}f}'
+    for name, value in values.items()
+  }
+  width, value_width = (max(map(len, texts)) for texts in (cells, cells.values()))
+  return '\n'.join(f'{name:{width}}  {text:>{value_width}}' for name, text in cells.items())
+
+
+def fail(message: str, code: int) -> int:
+  """Prints an error; returns the exit code."""
+  logging.flush()
+  print('error: ' + message.replace('\n', '\n  '), file=sys.stderr, flush=True)
+  return code
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Holds back what C++ libraries print, as while they load, unless there is an exception."""
+  if logging.get_verbosity() > logging.INFO:
+    yield
+    return
+  sys.stderr.flush()
+  terminal = os.dup(2)
+  with tempfile.TemporaryFile() as held:
+    os.dup2(held.fileno(), 2)
+    try:
+      yield
+    except BaseException:
+      held.seek(0)
+      os.write(terminal, held.read())
+      raise
+    finally:
+      os.dup2(terminal, 2)
+      os.close(terminal)

@@ -1,0 +1,1 @@
+"""Batches and texts: SeqIO tasks read by index, token caches, vocabularies."""

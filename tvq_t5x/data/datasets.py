@@ -1,0 +1,365 @@
+"""Batches of a SeqIO task or mixture, for a run on one machine without T5X."""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import pathlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from clu.data import dataset_iterator
+
+from tvq_t5x.common import errors
+from tvq_t5x.data.indexed import IndexedTask
+
+Batch = dict[str, np.ndarray]
+FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
+
+# Files of a saved position: T5X's name for that of a single host, and the settings it belongs to.
+POSITION = 'train_ds-000-of-001'
+_IDENTITY = 'config.json'
+
+
+@dataclasses.dataclass
+class DatasetConfig:
+  """What to read and how to batch it; the fields are those of T5X's class of the same name.
+
+  Attributes:
+    mixture_or_task_name: a SeqIO task or mixture, or the name of a registered one.
+    task_feature_lengths: tokens in a sequence, by task feature, such as {'targets': 512}.
+    split: a split of the task.
+    batch_size: sequences in a batch.
+    shuffle: whether training shuffles; evaluation always reads in order.
+    seed: of the shuffling.
+    use_cached: whether to read what `seqio_cache_tasks` wrote.
+    pack: given to the feature converter.
+    module: a module to import first, which registers the task.
+  """
+
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture
+  task_feature_lengths: Mapping[str, int]
+  split: str
+  batch_size: int
+  shuffle: bool
+  seed: int | None
+  use_cached: bool = False
+  pack: bool = False
+  module: str | None = None
+
+
+class TrainingIterator(Iterator[Batch]):
+  """Endless training batches whose position can be saved and restored, in the files of T5X."""
+
+  def __init__(self, dataset: tf.data.Dataset, identity: Mapping[str, Any]):
+    """Starts at the first batch.
+
+    Args:
+      dataset: batches.
+      identity: the settings that a saved position depends on, as `datasets.identity` gives them.
+    """
+    self._iterator = dataset_iterator.TfDatasetIterator(dataset, checkpoint=True)
+    stop_with(self, self._iterator.iterator, dataset)
+    self._identity = dict(identity)
+
+  def __next__(self) -> Batch:
+    return next(self._iterator)  # pyright: ignore[reportReturnType]
+
+  def skip(self, num_batches: int) -> None:
+    """Reads batches without giving them out."""
+    for _ in range(num_batches):
+      next(self._iterator)
+
+  def save(self, directory: str | os.PathLike[str]) -> None:
+    """Writes the position: after `restore`, the next batch is the one that now comes next."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    self._iterator.save(directory / POSITION)
+    text = json.dumps(self._identity, indent=2, sort_keys=True)
+    (directory / _IDENTITY).write_text(text, encoding='utf-8')
+
+  def restore(self, directory: str | os.PathLike[str]) -> None:
+    """Continues from a saved position, which T5X may have saved.
+
+    Raises:
+      ConfigError: if nothing was saved there, or the position belongs to other settings.
+    """
+    directory = pathlib.Path(directory)
+    position = directory / POSITION
+    if not position.with_name(f'{position.name}.index').exists():
+      raise errors.ConfigError(f'{directory} holds no saved position of a TrainingIterator.')
+    path = directory / _IDENTITY
+    # T5X does not say what settings the position is for.
+    saved = json.loads(path.read_text(encoding='utf-8')) if path.exists() else self._identity
+    if different := differences(saved, self._identity):
+      raise errors.ConfigError(
+        f'The position saved in {directory} is of other batches: {"; ".join(different)}. Give the '
+        'settings there to continue, or start from an empty directory.'
+      )
+    self._iterator.restore(position)
+
+
+class _Batches(Iterator[Batch]):
+  """The elements of a dataset, on the host."""
+
+  def __init__(self, dataset: tf.data.Dataset):
+    self._iterator = iter(dataset)
+    stop_with(self, self._iterator, dataset)
+
+  def __next__(self) -> Batch:
+    return {name: x.numpy() for name, x in next(self._iterator).items()}
+
+
+def stop_with(owner: Any, iterator: Any, dataset: tf.data.Dataset) -> None:
+  """Ends the threads of an iterator when its owner is dropped, and before the process ends.
+
+  They may run Python code, as those of an `IndexedTask` do. TensorFlow by itself waits for them
+  when Python has ended already, and so for ever.
+
+  Args:
+    owner: of the iterator; weakly referenced.
+    iterator: from `iter(dataset)`.
+    dataset: what it reads.
+  """
+  weakref.finalize(owner, _stop, iterator, dataset.take(0))
+
+
+def _stop(iterator: Any, nothing: tf.data.Dataset) -> None:
+  with tf.init_scope():
+    tf.raw_ops.MakeIterator(
+      dataset=tf.data.experimental.to_variant(nothing), iterator=iterator._iterator_resource
+    )
+
+
+def training_batches(
+  cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
+) -> TrainingIterator:
+  """Returns endless batches, the same ones as T5X's `utils.get_dataset` with `num_epochs=None`.
+
+  The epochs follow each other before batching: every batch is full, a batch may hold the end of one
+  epoch and the start of the next, and no sequence is ever dropped. With an `IndexedTask`, such as
+  those of this package, each epoch holds every sequence once and has an order of its own; other
+  tasks shuffle with SeqIO's buffer, and the saved position then contains that buffer.
+
+  Args:
+    cfg: what to read.
+    feature_converter_cls: makes the feature converter, given `pack`.
+
+  Raises:
+    ConfigError: if a setting is refused; nothing is read before.
+  """
+  provider = validate(cfg, feature_converter_cls)
+  check_seed(cfg)
+  dataset = _read(cfg, provider, feature_converter_cls, shuffle=cfg.shuffle, num_epochs=None)
+  dataset = dataset.batch(cfg.batch_size, drop_remainder=True)
+  return TrainingIterator(dataset, identity(cfg))
+
+
+def check_seed(cfg: DatasetConfig) -> None:
+  """Refuses training batches whose order nothing determines."""
+  if cfg.shuffle and cfg.seed is None:
+    raise errors.ConfigError(
+      'DatasetConfig.seed = None: training batches can be reproduced and resumed only from a given '
+      'seed; set a whole number, or DatasetConfig.shuffle = False.'
+    )
+
+
+def check(cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory) -> None:
+  """Validates what to read and looks for its data; no token cache is written.
+
+  Raises:
+    ConfigError: if a setting is refused, or the data is not there.
+  """
+  provider = validate(cfg, feature_converter_cls)
+  if isinstance(provider, IndexedTask):
+    provider.check(cfg.split, cfg.task_feature_lengths['targets'])
+  else:
+    _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
+
+
+def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
+  """The settings that the position in training batches depends on, as JSON has them."""
+  return {
+    'mixture_or_task_name': task_or_mixture(cfg.mixture_or_task_name, cfg.module).name,
+    'task_feature_lengths': dict(cfg.task_feature_lengths),
+    'split': cfg.split,
+    'batch_size': cfg.batch_size,
+    'shuffle': cfg.shuffle,
+    'seed': cfg.seed,
+    'use_cached': cfg.use_cached,
+    'carry_state': carry_state,
+  }
+
+
+_MACROS = {
+  'mixture_or_task_name': 'MIXTURE_OR_TASK_NAME',
+  'task_feature_lengths': 'TASK_FEATURE_LENGTHS',
+  'batch_size': 'BATCH_SIZE',
+  'seed': 'RANDOM_SEED',
+  'carry_state': 'CARRY_STATE',
+}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """What differs between two results of `identity`, in words."""
+
+  def words(name: str) -> str:
+    owner = 'TransformerVQModel' if name == 'carry_state' else 'DatasetConfig'
+    macro = f' (macro {_MACROS[name]})' if name in _MACROS else ''
+    return f'{owner}.{name} = {new[name]!r}{macro}, there {old.get(name)!r}'
+
+  return [words(name) for name in new if old.get(name) != new[name]]
+
+
+def evaluation_batches(
+  cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
+) -> Iterator[Batch]:
+  """Returns one pass over the split in order, every token once.
+
+  Rows of zeros, whose loss weights are zero too, fill the last batch up to the batch size: the
+  tokens with a weight are the same for any batch size. `cfg.shuffle` has no effect.
+
+  Args:
+    cfg: what to read.
+    feature_converter_cls: makes the feature converter, given `pack`.
+
+  Raises:
+    ConfigError: if a setting is refused; nothing is read before.
+  """
+  provider = validate(cfg, feature_converter_cls)
+  return _Batches(evaluation_dataset(cfg, provider, feature_converter_cls))
+
+
+def evaluation_dataset(
+  cfg: DatasetConfig,
+  provider: seqio.Task | seqio.Mixture,
+  feature_converter_cls: FeatureConverterFactory,
+) -> tf.data.Dataset:
+  """Returns what `evaluation_batches` iterates over; `provider` stands for the task of `cfg`."""
+
+  def fill_rows(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def fill(x: tf.Tensor) -> tf.Tensor:
+      rows = [[0, cfg.batch_size - tf.shape(x)[0]]] + [[0, 0]] * (x.shape.rank - 1)
+      return tf.ensure_shape(tf.pad(x, rows), (cfg.batch_size, *x.shape[1:]))
+
+    return {name: fill(x) for name, x in batch.items()}
+
+  dataset = _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
+  return dataset.batch(cfg.batch_size).map(fill_rows)
+
+
+def vocabulary(
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture, module: str | None = None
+) -> seqio.Vocabulary:
+  """Returns the vocabulary of a task's or mixture's targets.
+
+  Args:
+    mixture_or_task_name: as in `DatasetConfig`.
+    module: as in `DatasetConfig`.
+
+  Raises:
+    ConfigError: if no task has this name.
+  """
+  return task_or_mixture(mixture_or_task_name, module).output_features['targets'].vocabulary
+
+
+def _read(
+  cfg: DatasetConfig,
+  provider: seqio.Task | seqio.Mixture,
+  feature_converter_cls: FeatureConverterFactory,
+  shuffle: bool,
+  num_epochs: int | None,
+) -> tf.data.Dataset:
+  return seqio.get_dataset(
+    provider,
+    task_feature_lengths=cfg.task_feature_lengths,
+    feature_converter=feature_converter_cls(pack=cfg.pack),
+    dataset_split=cfg.split,
+    use_cached=cfg.use_cached,
+    shuffle=shuffle,
+    num_epochs=num_epochs,
+    seed=cfg.seed,
+    verbose=False,
+  )
+
+
+def task_or_mixture(
+  name: str | seqio.Task | seqio.Mixture, module: str | None
+) -> seqio.Task | seqio.Mixture:
+  """Returns the task or mixture of this name, once `module` is imported; see `vocabulary`."""
+  if module:
+    try:
+      importlib.import_module(module)
+    except ModuleNotFoundError as e:
+      if not e.name or not f'{module}.'.startswith(f'{e.name}.'):
+        raise  # The module exists, something that it imports does not.
+      raise errors.ConfigError(
+        f'DatasetConfig.module = {module!r}: there is no module {e.name!r}; give the import '
+        "path of the module that registers the task, such as 'tvq_t5x.tasks.kjv'."
+      ) from e
+  if not isinstance(name, str):
+    return name
+  names = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+  if name in names:
+    return seqio.get_mixture_or_task(name)
+  near = difflib.get_close_matches(name, names) or names[:10]
+  known = f'registered: {", ".join(near)}' if near else 'none is registered'
+  raise errors.ConfigError(
+    f'DatasetConfig.mixture_or_task_name = {name!r} (macro '
+    f'MIXTURE_OR_TASK_NAME): no task or mixture has this name; {known}. DatasetConfig.module, here '
+    f"{module!r}, must name the module that registers it, such as 'tvq_t5x.tasks.kjv'."
+  )
+
+
+def validate(
+  cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
+) -> seqio.Task | seqio.Mixture:
+  """Returns the task or mixture of a setting that can be read.
+
+  Raises:
+    ConfigError: naming the binding to change.
+  """
+  provider = task_or_mixture(cfg.mixture_or_task_name, cfg.module)
+  if cfg.split not in provider.splits:
+    raise errors.ConfigError(
+      f'DatasetConfig.split = {cfg.split!r}: {provider.name} has the splits '
+      f'{", ".join(sorted(provider.splits))}.'
+    )
+  lengths = cfg.task_feature_lengths
+  needed = feature_converter_cls(pack=cfg.pack).TASK_FEATURES
+  if (
+    not isinstance(lengths, Mapping)
+    or set(lengths) != set(needed)
+    or not all(map(errors.is_count, lengths.values()))
+  ):
+    example = {name: 512 for name in needed}
+    raise errors.ConfigError(
+      f'DatasetConfig.task_feature_lengths = {lengths!r} (macro TASK_FEATURE_LENGTHS): give the '
+      f'features {", ".join(needed)} and no other, with a length of at least 1, such as {example}.'
+    )
+  if not errors.is_count(cfg.batch_size):
+    raise errors.ConfigError(
+      f'DatasetConfig.batch_size = {cfg.batch_size!r} (macro BATCH_SIZE): give a whole number '
+      'of at least 1.'
+    )
+  if cfg.seed is not None and (not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool)):
+    raise errors.ConfigError(
+      f'DatasetConfig.seed = {cfg.seed!r} (macro RANDOM_SEED): give a whole number or None.'
+    )
+  if (
+    cfg.use_cached
+    and isinstance(provider, seqio.Task)
+    and provider.supports_caching
+    and not provider.cache_dir
+  ):
+    raise errors.ConfigError(
+      f'DatasetConfig.use_cached = True: no cache of {provider.name} was '
+      f'found in {list(seqio.get_global_cache_dirs())}; set False, or name the directory that '
+      'seqio_cache_tasks wrote with seqio.set_global_cache_dirs.'
+    )
+  return provider

@@ -1,0 +1,355 @@
+"""SeqIO tasks whose sequences are read by index from the tokens of a split, laid end to end."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from tvq_t5x.common import errors
+from tvq_t5x.common.tokens import EOS, FIRST_BYTE
+from tvq_t5x.data import likelihood
+
+
+class Tokens(Protocol):
+  """The tokens of a split; a slice is read when it is asked for."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, where: slice) -> np.ndarray:
+    """The tokens in a slice of step 1, cut at the end as NumPy does it."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """What a split holds.
+
+  Attributes:
+    documents: texts or images.
+    tokens: those that separate documents included.
+    text_bytes: of text, or values of pixels.
+    words: separated by white space; None where there is no text, or they were not counted.
+  """
+
+  documents: int = 0
+  tokens: int = 0
+  text_bytes: int = 0
+  words: int | None = 0
+
+  def word_metrics(self, cross_entropy: float) -> dict[str, float]:
+    """The metric `word_perplexity`, or none where words were not counted.
+
+    Args:
+      cross_entropy: nats a token of the whole split.
+    """
+    if not self.words:
+      return {}
+    perplexity = likelihood.word_perplexity(cross_entropy, self.tokens, self.words)
+    return {'word_perplexity': perplexity}
+
+  def __add__(self, other: 'Counts') -> 'Counts':
+    words = None if self.words is None or other.words is None else self.words + other.words
+    return Counts(
+      self.documents + other.documents,
+      self.tokens + other.tokens,
+      self.text_bytes + other.text_bytes,
+      words,
+    )
+
+
+class Document(NamedTuple):
+  """A text or an image.
+
+  Attributes:
+    tokens: [N], with the EOS that ends a text.
+    text: in UTF-8; None for images.
+  """
+
+  tokens: np.ndarray
+  text: bytes | None
+
+  @property
+  def counts(self) -> Counts:
+    """What this document adds to a split."""
+    if self.text is None:
+      return Counts(1, len(self.tokens), len(self.tokens), None)
+    words = len(self.text.decode(errors='replace').split())
+    return Counts(1, len(self.tokens), len(self.text), words)
+
+
+class IndexedSplit(NamedTuple):
+  """The tokens of a split and what they are."""
+
+  tokens: Tokens
+  counts: Counts
+
+
+class IndexedTask(seqio.Task):
+  """A task that cuts sequences of T tokens from its documents, laid end to end.
+
+  Sequence i holds the tokens i * T to (i + 1) * T; the last one may be short. No token is dropped,
+  reordered or repeated: a document goes on in the next sequence, and the next document starts where
+  it ends. The source and the preprocessors give whole documents; with a length, subclasses say
+  where their tokens are kept.
+
+  Every epoch holds each sequence once, in an order of its own that follows from the seed and the
+  epoch's number. Hosts take turns in that order, through all epochs: their k-th batches are
+  together what one host would read as its k-th batch. The saved position of an iterator is a few
+  kilobytes, however many batches are in flight.
+  """
+
+  def __init__(self, *args: Any, sequence_len: int | None = None, **kwargs: Any):
+    """Creates the task.
+
+    Args:
+      *args: as `seqio.Task`'s.
+      sequence_len: the only T that is accepted, where a sequence is one document; None means any.
+      **kwargs: as `seqio.Task`'s. Without `metric_fns`, it has those of `data.likelihood`.
+    """
+    kwargs['metric_fns'] = kwargs.get('metric_fns') or [self._likelihood]
+    super().__init__(*args, **kwargs)
+    self.sequence_len = sequence_len
+    self._counts: dict[str, Counts] = {}  # Of the splits that were read.
+
+  def read(self, split: str) -> IndexedSplit:
+    """The tokens of a split, without reading them.
+
+    Raises:
+      ConfigError: if the data is not there; the message says where to get it.
+    """
+    raise NotImplementedError
+
+  def find(self, split: str) -> None:
+    """Looks for the data of a split, and prepares nothing.
+
+    Raises:
+      ConfigError: if it is not there; the message says where to get it.
+    """
+    self.read(split)
+
+  def check(self, split: str, length: int) -> None:
+    """Refuses what `get_dataset` would refuse for sequences of `length` tokens."""
+    self._check_length(length)
+    self.find(split)
+
+  def _check_length(self, length: int) -> None:
+    if self.sequence_len not in (None, length):
+      raise errors.ConfigError(
+        f"DatasetConfig.task_feature_lengths = {{'targets': {length}}} (macro "
+        f'TASK_FEATURE_LENGTHS): a sequence of {self.name} is one image; give '
+        f"{{'targets': {self.sequence_len}}}."
+      )
+
+  def documents(self, split: str) -> Iterator[Document]:
+    """The documents of a split in order."""
+    # Said here, that it can't be loaded is one message; said while TensorFlow traces, it is many.
+    _ = self.output_features['targets'].vocabulary.vocab_size
+    dataset = super().get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
+    for example in examples(dataset):
+      yield Document(example['targets'], example.get('targets_pretokenized'))
+
+  def _likelihood(self, targets: Sequence[Any], scores: Any) -> dict[str, float]:
+    """The metrics of the model's scores."""
+    values = likelihood.likelihood(targets, scores)
+    # The words of part of a split are not known.
+    tokens = int(np.sum(scores[1]['num_tokens'], dtype=np.int64))
+    for counts in self._counts.values():
+      if counts.tokens == tokens and counts.words:
+        values |= counts.word_metrics(values['cross_entropy'])
+    return values
+
+  def get_dataset(
+    self,
+    sequence_length: Mapping[str, int] | None = None,
+    split: str = 'train',
+    use_cached: bool = False,
+    shuffle: bool = True,
+    shuffle_buffer_size: int | None = None,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    num_epochs: int | None = 1,
+    trim_output_features: bool = True,
+    try_in_mem_cache: bool = True,
+  ) -> tf.data.Dataset:
+    """See the base class.
+
+    Without `sequence_length['targets']`, that is all: documents stay whole. With it, `use_cached`,
+    `shuffle_buffer_size`, `trim_output_features` and `try_in_mem_cache` have no effect.
+
+    Raises:
+      ConfigError: if the length is refused, or the data is not there.
+    """
+    length = (sequence_length or {}).get('targets')
+    if length is None:
+      return super().get_dataset(
+        sequence_length=sequence_length,
+        split=split,
+        use_cached=use_cached,
+        shuffle=shuffle,
+        shuffle_buffer_size=shuffle_buffer_size,
+        seed=seed,
+        shard_info=shard_info,
+        num_epochs=num_epochs,
+        trim_output_features=trim_output_features,
+        try_in_mem_cache=try_in_mem_cache,
+      )
+    self._check_length(length)
+    tokens, self._counts[split] = self.read(split)
+    size = -(-len(tokens) // length)
+    if not size:
+      raise errors.ConfigError(f'The split {split!r} of {self.name} is empty.')
+    indices = _indices(size, shuffle, seed, num_epochs, shard_info or seqio.ShardInfo(0, 1))
+
+    def sequence(i: np.ndarray) -> np.ndarray:
+      return np.asarray(tokens[i * length : (i + 1) * length], np.int32)
+
+    def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
+      targets = tf.numpy_function(sequence, [i], tf.int32, stateful=False)
+      return {'targets': tf.ensure_shape(targets, [None])}
+
+    options = tf.data.Options()
+    # A saved position says how far the reader has come, instead of holding all that is in flight.
+    options.experimental_symbolic_checkpoint = True
+    return indices.map(example, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
+
+
+def _indices(
+  size: int, shuffle: bool, seed: int | None, num_epochs: int | None, shard: seqio.ShardInfo
+) -> tf.data.Dataset:
+  """One host's share of the indices below `size`, epoch after epoch."""
+  if seed is None:
+    seed = int(np.random.default_rng().integers(2**31))
+
+  def epoch_order(epoch: tf.Tensor) -> tf.data.Dataset:
+    order = tf.range(size, dtype=tf.int64)
+    if shuffle:
+      order = tf.random.experimental.stateless_shuffle(order, seed=tf.stack([seed, epoch]))
+    # Whose turn it is when the epoch begins depends on the ones before.
+    first = tf.math.floormod(shard.index - epoch * size, shard.num_shards)
+    return tf.data.Dataset.from_tensor_slices(order[first :: shard.num_shards])
+
+  epochs = tf.data.Dataset.counter() if num_epochs is None else tf.data.Dataset.range(num_epochs)
+  return epochs.flat_map(epoch_order)
+
+
+class InMemoryTask(IndexedTask):
+  """An `IndexedTask` that is small enough to be tokenized whenever it is read."""
+
+  def find(self, split: str) -> None:
+    """See the base class; one document is tokenized."""
+    next(self.documents(split), None)
+
+  def read(self, split: str) -> IndexedSplit:
+    """See the base class; all tokens are read."""
+    documents = list(self.documents(split))
+    tokens = np.concatenate([document.tokens for document in documents] or [[]])
+    return IndexedSplit(tokens, sum((document.counts for document in documents), Counts()))
+
+
+class ByteTokens:
+  """Texts as the tokens of a `seqio.ByteVocabulary`, each followed by EOS."""
+
+  def __init__(self, texts: Iterable[bytes | np.ndarray]):
+    """Keeps the texts as they are: bytes, or uint8 arrays such as a memory-mapped file."""
+    self._texts = [np.frombuffer(text, np.uint8) for text in texts]
+    self._ends = np.cumsum([len(text) + 1 for text in self._texts], dtype=np.int64)
+
+  def __len__(self) -> int:
+    return int(self._ends[-1]) if len(self._ends) else 0
+
+  def __getitem__(self, where: slice) -> np.ndarray:
+    start, stop, _ = where.indices(len(self))
+    found = np.full(max(stop - start, 0), EOS, np.int32)
+    # From the text that holds the first token to the one that holds the last.
+    for i in range(np.searchsorted(self._ends, start, side='right'), len(self._texts)):
+      text = self._texts[i]
+      first = int(self._ends[i]) - 1 - len(text)
+      if first >= stop:
+        break
+      part = text[max(start - first, 0) : max(stop - first, 0)].astype(np.int32) + FIRST_BYTE
+      place = max(first - start, 0)
+      found[place : place + len(part)] = part
+    return found
+
+
+class _ByteLevelTask(IndexedTask):
+  """An `IndexedTask` that reads the bytes of its texts where they lie."""
+
+  def __init__(self, *args: Any, texts: Callable[[str], Sequence[bytes | np.ndarray]], **kwargs):
+    super().__init__(*args, **kwargs)
+    self._texts = texts
+
+  def read(self, split: str) -> IndexedSplit:
+    texts = self._texts(split)
+    tokens = ByteTokens(texts)
+    return IndexedSplit(tokens, Counts(len(texts), len(tokens), len(tokens) - len(texts), None))
+
+
+def examples(dataset: tf.data.Dataset) -> Iterator[Any]:
+  """The examples of a dataset, their features as NumPy arrays.
+
+  Raises:
+    ConfigError: if its source does, in Python.
+  """
+  try:
+    yield from dataset.as_numpy_iterator()
+  except tf.errors.OpError as e:
+    # It comes here within TensorFlow's own error.
+    if found := re.search(r'ConfigError: (.*)', str(e)):
+      raise errors.ConfigError(found[1]) from e
+    raise
+
+
+def text_preprocessors() -> list[Callable[..., tf.data.Dataset]]:
+  """What makes the documents of an `IndexedTask` from a source of {'targets': text}."""
+  return [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+
+
+def byte_level_task(
+  name: str, texts: Callable[[str], Sequence[bytes | np.ndarray]], splits: Sequence[str]
+) -> seqio.Task:
+  """Registers a task that predicts texts byte by byte.
+
+  Args:
+    name: of the task.
+    texts: returns the texts of a split in order, as bytes or as uint8 arrays, which may be
+      memory-mapped. It is called when the task is read; it raises a ConfigError where they are not
+      to be had.
+    splits: names of the splits.
+
+  Returns:
+    the task, an `IndexedTask` with a `seqio.ByteVocabulary`, EOS after each text.
+  """
+  return seqio.TaskRegistry.add(
+    name,
+    source=text_source(texts, splits),
+    preprocessors=text_preprocessors(),
+    output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
+    task_cls=_ByteLevelTask,
+    texts=texts,
+  )
+
+
+def text_source(
+  texts: Callable[[str], Iterable[bytes | np.ndarray]], splits: Sequence[str]
+) -> seqio.DataSource:
+  """A source of {'targets': text}, from a function as in `byte_level_task`."""
+
+  def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed  # An `IndexedTask` shuffles sequences, not texts.
+    found = texts(split)
+    return tf.data.Dataset.from_generator(
+      lambda: ({'targets': bytes(text)} for text in found),
+      output_signature={'targets': tf.TensorSpec([], tf.string)},
+    )
+
+  return seqio.FunctionDataSource(dataset, splits=splits)
+
+
+def counts(provider: seqio.Task | seqio.Mixture, split: str) -> Counts | None:
+  """What a split of a task holds; None for tasks of another kind and for mixtures."""
+  return provider.read(split).counts if isinstance(provider, IndexedTask) else None

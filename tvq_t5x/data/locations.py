@@ -1,0 +1,63 @@
+"""Where data and other files lie: said in gin, by an environment variable or by --data_dir."""
+
+import os
+
+import gin
+
+from tvq_t5x.common.errors import ConfigError
+
+# What --data_dir sets, so that processes that are started see it too, and T5X can be told.
+_DATA_DIR = 'TVQ_DATA_DIR'
+
+
+def path(name: str, value: str | None) -> str | None:
+  """A path that a gin macro sets, or else the environment variable with the macro's name.
+
+  Args:
+    name: of both.
+    value: from gin; None or '' means that gin does not set it.
+
+  Returns:
+    The path with `~` filled in, or None if it is set in neither way.
+  """
+  found = value or os.environ.get(name)
+  return os.path.expanduser(found) if found else None
+
+
+def data_path(name: str, value: str | None) -> str | None:
+  """`path` for a task's data, which without one of its own lies in the folder of --data_dir."""
+  return path(name, value) or path(_DATA_DIR, None)
+
+
+def set_data_dir(folder: str | None) -> None:
+  """Makes a folder the one of --data_dir for this process; None changes nothing.
+
+  Raises:
+    ConfigError: if there is no such folder.
+  """
+  if folder is None:
+    return
+  if '://' not in folder:  # TFDS reads from Cloud Storage, too.
+    if not os.path.isdir(folder):
+      raise ConfigError(f'--data_dir={folder}: there is no such folder.')
+    folder = os.path.abspath(folder)
+  os.environ[_DATA_DIR] = folder
+
+
+def how_to_set(name: str) -> str:
+  """The ways to set `name`, for messages: gin's only where the gin files have the macro."""
+  return ' or '.join(_ways(name))
+
+
+def how_to_set_data(name: str) -> str:
+  """`how_to_set` for what `data_path` looks up."""
+  return f'{", ".join(_ways(name))} or --data_dir=FOLDER (in T5X, {_DATA_DIR})'
+
+
+def _ways(name: str) -> list[str]:
+  variable = f'the environment variable {name}'
+  try:
+    gin.query_parameter(f'{name}/gin.macro.value')
+  except ValueError:  # A command without gin files, or none of them has the macro.
+    return [variable]
+  return [f'--gin.{name}=\\"...\\"', variable]

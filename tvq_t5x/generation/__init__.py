@@ -1,0 +1,1 @@
+"""Generating and scoring with the parameters of a checkpoint."""

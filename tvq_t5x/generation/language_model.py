@@ -1,0 +1,343 @@
+"""Generates and scores text with a checkpoint, from Python.
+
+  lm = generation.load('runs/kjv')
+  state = lm.start(batch_size=2)
+  state, nats = lm.read(state, ['In the beginning', 'And he said'])
+  tokens, log_likelihoods, state = lm.generate(state, 200, seed=0)
+  print(lm.text(tokens[0]))
+
+A state is where B sequences stand: window, cache and last token. Its size does not depend on how
+many tokens came before, and it may be continued, with `read` or `generate`, any number of times.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tvq_t5x.checkpoints.restore import Loaded
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.data import text_streams
+from tvq_t5x.generation import state_files
+from tvq_t5x.network import decoding
+from tvq_t5x.network.decoding import GenerationState
+from tvq_t5x.network.sampling import SamplingConfig
+from tvq_t5x.network.transformer import Transformer
+from tvq_t5x.standalone import configuration
+from tvq_t5x.training import placement
+from tvq_t5x.training.partitioning import Partitioner
+
+# Tokens of a row that one call of the compiled `decoding.read` gets, about.
+_READ = 2048
+_NATS_PER_BIT = float(np.log(2.0))
+
+Text = str | Sequence[int] | np.ndarray  # Or its tokens.
+
+
+class Generated(NamedTuple):
+  """Tokens that a model chose.
+
+  Attributes:
+    tokens: [B, n] int32.
+    log_likelihoods: [B, n] float32, of each token under the model, at temperature 1.
+    state: after them.
+  """
+
+  tokens: np.ndarray
+  log_likelihoods: np.ndarray
+  state: GenerationState
+
+
+class Score(NamedTuple):
+  """How well a model predicts a text.
+
+  Attributes:
+    tokens: [n] int32.
+    nats: [n] float32, of each token given all before it.
+    num_bytes: of text that the tokens stand for; None if the vocabulary does not say.
+    state: after the text.
+  """
+
+  tokens: np.ndarray
+  nats: np.ndarray
+  num_bytes: int | None
+  state: GenerationState
+
+  @property
+  def total_nats(self) -> float:
+    """Minus the log-likelihood of the text."""
+    return float(np.sum(self.nats, dtype=np.float64))
+
+  @property
+  def bits_per_byte(self) -> float | None:
+    """None without bytes."""
+    return self.total_nats / _NATS_PER_BIT / self.num_bytes if self.num_bytes else None
+
+
+def load(
+  checkpoint: str,
+  gin_file: str | None = None,
+  gin_bindings: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+) -> 'LanguageModel':
+  """Reads a checkpoint of either engine.
+
+  Args:
+    checkpoint: MODEL_DIR, whose newest checkpoint is taken, or one of its checkpoint_N folders.
+    gin_file: of the run that wrote it; None means `MODEL_DIR/config.gin`, which the standalone
+      runner wrote. The configuration that gin holds is another one afterwards.
+    gin_bindings: more settings, as after `--gin.`.
+    search_paths: more folders to look for gin files in.
+
+  Raises:
+    ConfigError: for a wrong setting, or a checkpoint of another model.
+    CheckpointError: if the checkpoint can't be read.
+  """
+  files = [] if gin_file is None else [gin_file]
+  return LanguageModel(configuration.load(checkpoint, files, gin_bindings, search_paths))
+
+
+class LanguageModel:
+  """A model with the parameters of a checkpoint, that reads and writes.
+
+  B sequences are laid out over the devices that share a batch, or B is no multiple of them and all
+  have all sequences. A program is compiled for each B, and number of tokens to generate, once.
+
+  Attributes:
+    loaded: the model, its parameters, and where they come from.
+    vocabulary: of the tokens.
+  """
+
+  def __init__(self, loaded: Loaded):
+    """Compiles nothing yet.
+
+    Raises:
+      ConfigError: for the quadratic baseline, which keeps no state.
+    """
+    decoding.check_keeps_state(loaded.model.config)
+    self.loaded = loaded
+    self.vocabulary = loaded.model.output_vocabulary
+    self._programs: dict[Any, Callable[..., Any]] = {}
+
+  def start(self, batch_size: int = 1) -> GenerationState:
+    """The state of B sequences without tokens: a document begins.
+
+    Its leaves are arrays whose sizes depend on B and the model only.
+    """
+    init = functools.partial(decoding.start, self._module, batch_size)
+    shardings = self._state_shardings(batch_size)
+    return self._program(('start', batch_size), batch_size, init, (), shardings)()
+
+  def read(
+    self, state: GenerationState, texts: Sequence[Text]
+  ) -> tuple[GenerationState, list[np.ndarray]]:
+    """Continues sequences with given text.
+
+    Args:
+      state: of B sequences; remains as it is.
+      texts: B texts, or their tokens; of different lengths, perhaps empty.
+
+    Returns:
+      The state after the texts, and for each row the nats [n] float32 of its tokens, each given all
+      before it.
+
+    Raises:
+      ConfigError: if a text has characters that the vocabulary lacks, or a token is none of it.
+    """
+    rows = list(map(self._tokens, texts))
+    if len(rows) != len(state.token):
+      raise ConfigError(f'{len(rows)} texts for a state of {len(state.token)} sequences.')
+    nats: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] for _ in rows]
+    block = self.loaded.model.config.block_len
+    size = max(_READ // block, 1) * block
+    for first in range(0, max(map(len, rows)), size):
+      parts = [row[first : first + size] for row in rows]
+      lengths = np.array(list(map(len, parts)), np.int32)
+      # Whole blocks: few different shapes to compile for.
+      tokens = np.zeros([len(rows), -(-max(lengths) // block) * block], np.int32)
+      for i, part in enumerate(parts):
+        tokens[i, : len(part)] = part
+      state, part_nats = self._read(state, tokens, lengths)
+      for i, row_nats in enumerate(np.asarray(part_nats)):
+        nats[i].append(row_nats[: lengths[i]])
+    return state, list(map(np.concatenate, nats))
+
+  def _read(
+    self, state: GenerationState, tokens: np.ndarray, lengths: np.ndarray
+  ) -> tuple[GenerationState, jax.Array]:
+    def read(params, state, tokens, lengths):
+      state, _, nats = decoding.read(self._module, params, state, tokens, lengths)
+      return state, nats
+
+    batch_size = len(tokens)
+    states = self._state_shardings(batch_size)
+    row = self._partitioner(batch_size).batch_sharding()
+    program = self._program(
+      ('read', batch_size), batch_size, read, (self._params, states, row, row), (states, None)
+    )
+    return program(self.loaded.params, state, tokens, lengths)
+
+  def generate(
+    self,
+    state: GenerationState,
+    num_tokens: int,
+    seed: int = 0,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, it is frozen.
+  ) -> Generated:
+    """Continues sequences with tokens of the model's choice.
+
+    The choice of a token depends on the seed, its row and its position: n tokens and then m more
+    are the n + m tokens of one call.
+
+    Args:
+      state: of B sequences; remains as it is.
+      num_tokens: that each of them gets, at least 1.
+      seed: of the choice.
+      sampling: how a token is chosen.
+
+    Raises:
+      ConfigError: for less than one token.
+    """
+    if num_tokens < 1:
+      raise ConfigError(f'num_tokens = {num_tokens}: give at least 1.')
+    batch_size = len(state.token)
+
+    def generate(params, state, rng):
+      return decoding.generate(self._module, params, state, num_tokens, rng, sampling)
+
+    states = self._state_shardings(batch_size)
+    program = self._program(
+      ('generate', batch_size, num_tokens, sampling),
+      batch_size,
+      generate,
+      (self._params, states, None),
+      (None, None, states),
+    )
+    tokens, log_likelihoods, state = program(self.loaded.params, state, jax.random.key(seed))
+    return Generated(np.asarray(tokens), np.asarray(log_likelihoods), state)
+
+  def score(self, text: Text, state: GenerationState | None = None) -> Score:
+    """How well the model predicts a text, of any length, in constant memory of the devices.
+
+    Args:
+      text: or its tokens.
+      state: of one sequence, what came before; None means that a document begins.
+
+    Raises:
+      ConfigError: as for `read`.
+    """
+    state = self.start() if state is None else state
+    tokens = self._tokens(text)
+    state, (nats,) = self.read(state, [tokens])
+    return Score(tokens, nats, self.num_bytes(tokens), state)
+
+  def score_parts(
+    self, parts: Iterable[Text], state: GenerationState | None = None
+  ) -> Iterator[Score]:
+    """`score` for a text that need not fit in memory, such as `text_streams.encode_file` gives it.
+
+    Args:
+      parts: tokens, one part after the other.
+      state: as in `score`.
+
+    Yields:
+      The score of each part given all before it; their nats and bytes add up to those of the text.
+    """
+    for part in parts:
+      score = self.score(part, state)
+      yield score
+      state = score.state
+
+  def encode(self, text: str, source: str = 'the text') -> list[int]:
+    """The tokens of a text, without EOS.
+
+    Args:
+      text: any.
+      source: of it, for the message.
+
+    Raises:
+      ConfigError: if it has characters that the vocabulary lacks.
+    """
+    return text_streams.encode(text, self.vocabulary, source)
+
+  def text(self, tokens: Iterable[int]) -> str:
+    """The text of tokens; EOS is an empty line, and bytes that are no UTF-8 are U+FFFD."""
+    return text_streams.text_of(tokens, self.vocabulary)
+
+  def num_bytes(self, tokens: np.ndarray) -> int | None:
+    """Bytes of text that tokens stand for; None if the vocabulary does not say."""
+    table = self.loaded.model.bytes_per_token
+    return None if table is None else int(np.sum(table[tokens], dtype=np.int64))
+
+  def repeat(self, state: GenerationState, times: int) -> GenerationState:
+    """Each sequence of a state, `times` times in a row."""
+    repeat = functools.partial(decoding.repeat, self._module, times=times)
+    batch_size = len(state.token) * times
+    shardings = self._state_shardings(batch_size)
+    return self._program(('repeat', batch_size, times), batch_size, repeat, None, shardings)(state)
+
+  def save_state(
+    self,
+    path: str | os.PathLike[str],
+    state: GenerationState,
+    undecoded: Sequence[bytes] | None = None,
+  ) -> None:
+    """Writes a state to a file, an .npz archive; replaces it at once.
+
+    Args:
+      path: of the file.
+      state: of B sequences.
+      undecoded: B times the `TextDecoder.undecoded` of their texts, for `sample --state_in`; None
+        means that they end with whole characters.
+    """
+    state_files.save(path, state, self.loaded, undecoded)
+
+  def load_state(self, path: str | os.PathLike[str]) -> GenerationState:
+    """Reads a state that `save_state` wrote, on these devices or others.
+
+    Raises:
+      ConfigError: if it is none, or one of another model.
+    """
+    state = state_files.load(path, self.loaded)
+    return jax.device_put(state, self._state_shardings(len(state.token)))
+
+  def _tokens(self, text: Text) -> np.ndarray:
+    """The tokens [n] int32 of a text, which may be given as such."""
+    tokens = np.asarray(self.encode(text) if isinstance(text, str) else text)
+    size = self.loaded.model.config.vocab_size
+    numbers = tokens.ndim == 1 and tokens.dtype.kind in 'iu'
+    if tokens.size and not (numbers and 0 <= tokens.min() <= tokens.max() < size):
+      raise ConfigError(f'the tokens of a text are whole numbers from 0 to {size - 1}.')
+    return tokens.astype(np.int32)
+
+  @property
+  def _module(self) -> Transformer:
+    return self.loaded.model.module
+
+  @functools.cached_property
+  def _params(self) -> Any:
+    return self.loaded.params_shardings
+
+  def _partitioner(self, batch_size: int) -> Partitioner:
+    return self.loaded.partitioner.for_batch(batch_size)
+
+  def _state_shardings(self, batch_size: int) -> GenerationState:
+    partitioner = self._partitioner(batch_size)
+    decoder = placement.decoder_state_shardings(partitioner, self.loaded.model.config)
+    return GenerationState(decoder, partitioner.batch_sharding())
+
+  def _program(
+    self,
+    key: tuple[Any, ...],
+    batch_size: int,
+    function: Callable[..., Any],
+    in_shardings: Any,
+    out_shardings: Any,
+  ) -> Callable[..., Any]:
+    """`function` for B sequences, compiled once for each key."""
+    if key not in self._programs:
+      self._programs[key] = self._partitioner(batch_size).jit(function, in_shardings, out_shardings)
+    return self._programs[key]

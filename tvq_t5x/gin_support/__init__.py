@@ -1,0 +1,1 @@
+"""Gin files: read, checked, and explained where they are wrong."""

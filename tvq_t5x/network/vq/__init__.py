@@ -1,0 +1,1 @@
+"""Vector-quantized attention: codebooks, compressed cache, and attention of blocks and tokens."""

@@ -1,0 +1,117 @@
+"""State of an attention sublayer: a window of M positions and a compressed cache of all older ones.
+
+The cache keeps, per key head and code s, how many old keys have code s and the mean of their
+values. The mean, not the sum, is kept since it stays bounded (paper, section 3.3).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from tvq_t5x.network.config import Reduction, TransformerConfig
+
+
+class CompressedCache(NamedTuple):
+  """Old keys and values, grouped by code. Any leading axes `...`."""
+
+  counts: jax.Array  # [..., N, S] float32
+  means: jax.Array  # [..., N, S, V] float32, zero where the count is zero
+
+
+class AttentionState(NamedTuple):
+  """Everything a sublayer remembers of the positions before a segment."""
+
+  codes: jax.Array  # [B, M, N] int32; S where the slot is empty
+  keys: jax.Array  # [B, M, N, K] quantized keys
+  values: jax.Array  # [B, M, N, V]
+  cache: CompressedCache  # [B, N, S], [B, N, S, V]
+
+
+def init_attention_state(config: TransformerConfig, batch_size: int) -> AttentionState:
+  """The state before the first token: an empty window and an empty cache."""
+  window = (batch_size, config.window_len, config.num_kv_heads)
+  codes = (batch_size, config.num_kv_heads, config.num_codes)
+  return AttentionState(
+    codes=jnp.full(window, config.num_codes, jnp.int32),
+    keys=jnp.zeros((*window, config.key_dim), config.dtype),
+    values=jnp.zeros((*window, config.value_dim), config.dtype),
+    cache=CompressedCache(
+      counts=jnp.zeros(codes, jnp.float32),
+      means=jnp.zeros((*codes, config.value_dim), jnp.float32),
+    ),
+  )
+
+
+def attention_state_axes(config: TransformerConfig) -> AttentionState:
+  """Logical axis names of the arrays of an AttentionState, a PartitionSpec in the place of each."""
+  heads = config.heads_axis(config.num_kv_heads)
+  window, codes = ('batch', None, heads), ('batch', heads, None)
+  return AttentionState(
+    codes=PartitionSpec(*window),
+    keys=PartitionSpec(*window, 'kv'),
+    values=PartitionSpec(*window, config.value_axis),
+    cache=CompressedCache(
+      counts=PartitionSpec(*codes), means=PartitionSpec(*codes, config.value_axis)
+    ),
+  )
+
+
+def summarize(codes: jax.Array, values: jax.Array, num_codes: int) -> CompressedCache:
+  """Compresses the positions of each block.
+
+  Args:
+    codes: [..., N, L] int32; a code outside [0, S) adds nothing.
+    values: [..., N, L, V].
+    num_codes: S.
+
+  Returns:
+    The cache of just these positions, [..., N, S] and [..., N, S, V].
+  """
+  one_hot = jax.nn.one_hot(codes, num_codes, dtype=values.dtype)  # [..., N, L, S]
+  counts = jnp.sum(one_hot, axis=-2, dtype=jnp.float32)
+  sums = jnp.einsum('...ls,...lv->...sv', one_hot, values, preferred_element_type=jnp.float32)
+  return CompressedCache(counts, sums / jnp.maximum(counts, 1.0)[..., None])
+
+
+def merge(old: CompressedCache, new: CompressedCache) -> CompressedCache:
+  """The cache of the union of two disjoint sets of positions. Associative."""
+  counts = old.counts + new.counts
+  old_share = (old.counts / jnp.maximum(counts, 1.0))[..., None]
+  new_share = (new.counts / jnp.maximum(counts, 1.0))[..., None]
+  return CompressedCache(counts, old_share * old.means + new_share * new.means)
+
+
+def caches_before_blocks(
+  initial: CompressedCache, blocks: CompressedCache, reduction: Reduction
+) -> tuple[CompressedCache, CompressedCache]:
+  """Runs the reduction over blocks.
+
+  Args:
+    initial: the cache before the first block, [B, N, S(, V)].
+    blocks: what each block folds in when it is finished, [B, R, N, S(, V)].
+    reduction: how; the result is the same.
+
+  Returns:
+    The cache that each block attends to, [B, R, N, S(, V)], and the cache after the last block.
+  """
+  if reduction == Reduction.SERIAL:
+    caches = [initial]
+    for i in range(blocks.counts.shape[1]):
+      caches.append(merge(caches[-1], jax.tree.map(lambda x, i=i: x[:, i], blocks)))
+    before = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *caches[:-1])
+    return before, caches[-1]
+
+  parts = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), initial, blocks)
+  if reduction == Reduction.ASSOCIATIVE:
+    prefixes = jax.lax.associative_scan(merge, parts, axis=1)
+  else:
+    counts = jnp.cumsum(parts.counts, axis=1)  # [B, R+1, N, S]
+    # Entry [r, p]: the share of part p in the mean over the parts up to r.
+    shares = jnp.einsum('brns,bpns->bnsrp', 1.0 / jnp.maximum(counts, 1.0), parts.counts)
+    means = jnp.einsum('bnsrp,bpnsv->brnsv', jnp.tril(shares), parts.means)
+    prefixes = CompressedCache(counts, means)
+  before = jax.tree.map(lambda x: x[:, :-1], prefixes)
+  after = jax.tree.map(lambda x: x[:, -1], prefixes)
+  return before, after

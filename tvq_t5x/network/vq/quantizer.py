@@ -1,0 +1,115 @@
+"""Vector quantization of keys, with codebooks learned by exponential moving averages.
+
+A codebook is `c_sum / max(c_count, 0.01)`. Both are parameters whose gradient is minus the batch
+statistics: engines sum gradients over devices and microbatches, so the averages see the whole
+global batch whatever the mesh (`optimizers.codebook_ema` then applies the decay once per update).
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning as nn_partitioning
+from jax.nn import initializers
+
+from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.layers import keep
+
+MIN_COUNT = 0.01
+# A code used less than this share of its fair part of the keys counts as dead.
+DEAD_SHARE = 0.01
+
+
+class QuantizerAux(NamedTuple):
+  """Losses and health of one codebook on one batch; every leaf is a float32 scalar."""
+
+  commit: jax.Array  # Sum over unmasked positions and heads of |k - C_z|^2.
+  statistics: jax.Array  # Zero, with minus the batch statistics as its gradient.
+  squared_norm: jax.Array  # Sum over unmasked positions and heads of |k|^2.
+  perplexity: jax.Array  # exp(entropy) of the averaged code usage, mean over heads: 1 to S.
+  dead_codes: jax.Array  # Fraction of codes hardly ever used, by the averaged usage.
+
+
+def codebook_axes(config: TransformerConfig) -> tuple[str, str, str]:
+  """Logical axis names of the codes' sums [N, S, K]; their counts have the first two."""
+  return config.heads_axis(config.num_kv_heads), 'code', 'kv'
+
+
+def codebook(c_sum: jax.Array, c_count: jax.Array) -> jax.Array:
+  """The codes [N, S, K] float32, without gradient, from their averaged sums and counts."""
+  return jax.lax.stop_gradient(c_sum / jnp.maximum(c_count, MIN_COUNT)[..., None])
+
+
+def nearest_codes(keys: jax.Array, codes: jax.Array) -> jax.Array:
+  """`argmin_s |k - C_s|^2`: [..., N] int32 for keys [..., N, K] and codes [N, S, K]."""
+  products = jnp.einsum('...nk,nsk->...ns', keys, codes, preferred_element_type=jnp.float32)
+  half_norms = 0.5 * jnp.sum(jnp.square(codes), axis=-1)
+  return jnp.argmax(products - half_norms, axis=-1).astype(jnp.int32)
+
+
+def usage_perplexity(counts: jax.Array) -> jax.Array:
+  """exp(entropy) of the distribution over codes, mean over heads; counts are [N, S]."""
+  shares = counts / jnp.sum(counts, axis=-1, keepdims=True)
+  return jnp.mean(jnp.exp(jnp.sum(jax.scipy.special.entr(shares), axis=-1)))
+
+
+class VectorQuantizer(nn.Module):
+  """Quantizes keys to the nearest of S codes per head (paper, section 3.1)."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, keys: jax.Array, loss_mask: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array, QuantizerAux]:
+    """Quantizes.
+
+    Args:
+      keys: [B, T, N, K].
+      loss_mask: [B, T] float32; positions with 0 count in no loss and no statistic.
+
+    Returns:
+      The quantized keys [B, T, N, K] with straight-through gradient, their codes [B, T, N] int32,
+      the codebook [N, S, K] float32 without gradient, and the losses and metrics.
+    """
+    c = self.config
+    heads, axes = c.num_kv_heads, codebook_axes(c)
+    c_sum = nn_partitioning.param_with_axes(
+      'c_sum',
+      initializers.variance_scaling(1.0, 'fan_in', 'normal'),
+      (heads, c.num_codes, c.key_dim),
+      jnp.float32,
+      axes=axes,
+    )
+    c_count = nn_partitioning.param_with_axes(
+      'c_count', initializers.ones, (heads, c.num_codes), jnp.float32, axes=axes[:2]
+    )
+    # Distances need every code: gather the codebook once instead of communicating per position.
+    table = nn_partitioning.with_sharding_constraint(
+      codebook(c_sum, c_count), (axes[0], None, None)
+    )
+    float_keys = keys.astype(jnp.float32)
+    codes = keep(nearest_codes(jax.lax.stop_gradient(float_keys), table))
+    nearest = table[jnp.arange(heads), codes]
+    quantized = nearest.astype(keys.dtype) + (keys - jax.lax.stop_gradient(keys))
+
+    mask = loss_mask[:, :, None, None]
+    commit = jnp.sum(mask * jnp.square(float_keys - nearest))
+    masked = jnp.where(loss_mask[:, :, None] > 0, codes, c.num_codes)
+    one_hot = jax.nn.one_hot(masked, c.num_codes, dtype=jnp.float32)
+    batch_count = keep(jnp.sum(one_hot, axis=(0, 1)))
+    batch_sum = keep(jnp.einsum('btns,btnk->nsk', one_hot, jax.lax.stop_gradient(float_keys)))
+    aux = QuantizerAux(
+      commit=commit,
+      statistics=-jnp.sum(batch_count * _zero(c_count)) - jnp.sum(batch_sum * _zero(c_sum)),
+      squared_norm=jax.lax.stop_gradient(jnp.sum(mask * jnp.square(float_keys))),
+      perplexity=jax.lax.stop_gradient(usage_perplexity(c_count)),
+      dead_codes=jnp.mean(c_count < DEAD_SHARE * jnp.mean(c_count, axis=-1, keepdims=True)),
+    )
+    return quantized, codes, table, aux
+
+
+def _zero(x: jax.Array) -> jax.Array:
+  """Zero with the gradient of x."""
+  return x - jax.lax.stop_gradient(x)

@@ -1,0 +1,97 @@
+"""The model and the settings that a gin configuration describes, with or without its checkpoint."""
+
+import copy
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import gin
+
+from tvq_t5x.checkpoints import layout, restore
+from tvq_t5x.checkpoints.restore import Loaded
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.gin_support import parsing
+from tvq_t5x.standalone import runner
+from tvq_t5x.training import placement
+from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.partitioning import DATA, Partitioner
+
+_OF_T5X = re.compile(r'^(?:from t5x |import t5x|import __main__)', re.MULTILINE)
+
+
+class Configured(NamedTuple):
+  """A checkpoint and what the gin configuration says of it, before it is read."""
+
+  checkpoint: pathlib.Path  # Absolute path of its folder.
+  model: TransformerVQModel
+  partitioner: Partitioner
+
+  def restore(self) -> Loaded:
+    """Reads the parameters; see `checkpoints.restore`."""
+    return restore.restore(self.checkpoint, self.model, self.partitioner)
+
+
+def load(
+  checkpoint: str,
+  gin_files: Sequence[str] = (),
+  gin_bindings: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+) -> Loaded:
+  """`configure` and `Configured.restore` in one."""
+  return configure(checkpoint, gin_files, gin_bindings, search_paths).restore()
+
+
+def configure(
+  checkpoint: str,
+  gin_files: Sequence[str] = (),
+  gin_bindings: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+) -> Configured:
+  """Parses the gin files of a checkpoint's run, in place of the configuration that gin holds now.
+
+  Args:
+    checkpoint: as for `layout.find`.
+    gin_files: of the run that wrote it; none means the `config.gin` that the standalone runner
+      left in MODEL_DIR.
+    gin_bindings: more settings, such as 'NUM_PARTITIONS = 2' for another mesh than the run's.
+    search_paths: more folders to look for gin files in.
+
+  Raises:
+    ConfigError: if there is no checkpoint, or a setting is wrong; also where the parameters do not
+      fit on this machine's devices evenly.
+  """
+  path = layout.find(checkpoint, '--checkpoint')
+  # Nothing is written, so a run without a folder is complete.
+  bindings = ["MODEL_DIR = ''", *gin_bindings]
+  parsing.parse_gin(gin_files or [_config_beside(path)], bindings, search_paths)
+  model: TransformerVQModel = setting('model')
+  partitioner: Partitioner = setting('partitioner')
+  placement.validate(partitioner, model.config, partitioner.mesh.shape[DATA])
+  return Configured(path, model, partitioner)
+
+
+def setting(name: str) -> Any:
+  """What the parsed gin configuration gives `runner.train` for a parameter, built.
+
+  Raises:
+    ConfigError: if it configures no run.
+  """
+  if not parsing.is_bound(runner.train):
+    raise ConfigError(
+      'the gin files describe no run: give the one that was trained, which includes '
+      "'gin/runs/pretrain.gin'"
+    )
+  # gin.get_bindings would build all of them; gin builds what a reference stands for as it copies.
+  return copy.deepcopy(gin.get_bindings(runner.train, resolve_references=False)[name])
+
+
+def _config_beside(checkpoint: pathlib.Path) -> str:
+  path = checkpoint.parent / 'config.gin'
+  if not path.is_file():
+    why = f'{checkpoint.parent} has no config.gin'
+  elif _OF_T5X.search(path.read_text(encoding='utf-8')):
+    why = f'{path} was written by T5X, and no other program can read it'
+  else:
+    return str(path)
+  raise ConfigError(f'{why}: give the gin file of the run with --gin_file, and its settings.')

@@ -1,0 +1,1 @@
+"""What is trained and how: model object, updates, optimizers, metrics, placement on a mesh."""

@@ -1,0 +1,223 @@
+"""A mesh of devices, and the rules that place arrays on it.
+
+Parameters and activations carry logical axis names; rules map these to the axes of a data x model
+mesh. Names and meaning are those of T5X's partitioner, without importing it.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from flax.linen import partitioning as nn_partitioning
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tvq_t5x.common.errors import ConfigError, is_count
+
+DATA = 'data'
+MODEL = 'model'
+
+LogicalAxisRules = tuple[tuple[str, str | None], ...]
+
+# What T5X's rules lack: bind `standard_logical_axis_rules.additional_rules` to this under T5X.
+ADDITIONAL_RULES: LogicalAxisRules = (('code', MODEL), ('single_head', None))
+
+_UNSHARDED = ('relpos_buckets', 'abspos_buckets', 'length', 'layers', 'stack', 'mlp_activations')
+
+
+def standard_logical_axis_rules(
+  activation_partitioning_dims: int = 1,
+  parameter_partitioning_dims: int = 1,
+  additional_rules: Iterable[tuple[str, str | None]] = (),
+) -> LogicalAxisRules:
+  """Rules equal in effect to T5X's of the same name, and `ADDITIONAL_RULES`.
+
+  Args:
+    activation_partitioning_dims: 2 also shards the activations' 'embed' axis over 'model'.
+    parameter_partitioning_dims: 2 also shards the parameters' 'embed' axis over 'data'.
+    additional_rules: come after T5X's, which they cannot override, and before our own.
+
+  Returns:
+    Pairs of a logical axis and a mesh axis or None. Earlier rules win, and a rule whose mesh axis
+    another axis of the array has taken is passed over.
+
+  Raises:
+    ConfigError: if a number of dimensions is neither 1 nor 2.
+  """
+  for name, dims in (
+    ('activation_partitioning_dims', activation_partitioning_dims),
+    ('parameter_partitioning_dims', parameter_partitioning_dims),
+  ):
+    if dims not in (1, 2):
+      raise ConfigError(
+        f'standard_logical_axis_rules.{name} = {dims!r} is not accepted: give 1 or 2.'
+      )
+  embed = [('embed', MODEL)] * (activation_partitioning_dims == 2)
+  embed += [('embed', DATA)] * (parameter_partitioning_dims == 2)
+  return (
+    ('batch', DATA),
+    *((name, MODEL) for name in ('vocab', 'mlp', 'heads', 'joined_kv')),
+    ('kv', None),
+    *(embed or [('embed', None)]),
+    *((name, None) for name in _UNSHARDED),
+    *((name, axis) for name, axis in additional_rules),
+    *ADDITIONAL_RULES,
+  )
+
+
+class Partitioner:
+  """A data x model mesh and the rules that place arrays on it.
+
+  Attributes:
+    mesh: with axes 'data' and 'model'.
+    logical_axis_rules: pairs of a logical axis and a mesh axis or None.
+  """
+
+  def __init__(
+    self,
+    num_partitions: int = 1,
+    logical_axis_rules: Iterable[tuple[str, str | None]] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+  ):
+    """Creates the mesh.
+
+    Args:
+      num_partitions: size of the 'model' axis; the other devices share the batch.
+      logical_axis_rules: None means `standard_logical_axis_rules()`.
+      devices: of the mesh; None means all.
+
+    Raises:
+      ConfigError: if num_partitions does not divide the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if not is_count(num_partitions) or len(devices) % num_partitions:
+      raise ConfigError(
+        f'Partitioner.num_partitions = {num_partitions!r} is not accepted with {len(devices)} '
+        f'devices: give one of {_join(_divisors(len(devices)))}.'
+      )
+    if logical_axis_rules is None:
+      logical_axis_rules = standard_logical_axis_rules()
+    self.logical_axis_rules: LogicalAxisRules = tuple((a, b) for a, b in logical_axis_rules)
+    shape = (len(devices) // num_partitions, num_partitions)
+    self.mesh = Mesh(
+      mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), (DATA, MODEL)
+    )
+
+  def validate_batch(self, batch_size: int, num_microbatches: int = 1) -> None:
+    """Refuses sizes that the mesh can't share out evenly.
+
+    Args:
+      batch_size: sequences of a batch, over all devices and microbatches.
+      num_microbatches: parts that are computed one after the other.
+
+    Raises:
+      ConfigError: naming the setting that does not fit, and what would.
+    """
+    for name, value in (('BATCH_SIZE', batch_size), ('NUM_MICROBATCHES', num_microbatches)):
+      if not is_count(value):
+        raise ConfigError(f'{name} = {value!r} is not accepted: give a positive integer.')
+    data = self.mesh.shape[DATA]
+    unit = num_microbatches * data
+    if batch_size % unit == 0:
+      return
+    near = sorted({max(batch_size // unit, 1) * unit, -(-batch_size // unit) * unit})
+    message = (
+      f'BATCH_SIZE = {batch_size} is not accepted: give a multiple of NUM_MICROBATCHES x data '
+      f'axis = {num_microbatches} x {data} = {unit}, such as {_join(near)}'
+    )
+    if batch_size % data == 0:
+      message += f'; or NUM_MICROBATCHES one of {_join(_divisors(batch_size // data))}'
+    raise ConfigError(f'{message} ({self.mesh_in_words()}).')
+
+  def for_batch(self, batch_size: int) -> 'Partitioner':
+    """This one, or one whose devices all have the batch, if they can't share it evenly."""
+    if batch_size % self.mesh.shape[DATA] == 0:
+      return self
+    whole = copy.copy(self)
+    whole.logical_axis_rules = (('batch', None), *self.logical_axis_rules)
+    return whole
+
+  def batch_sharding(self) -> NamedSharding:
+    """Sharding of arrays whose leading axis is the batch."""
+    return self.sharding(('batch',))
+
+  def replicated(self) -> NamedSharding:
+    """Sharding of arrays that every device has as a whole."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def jit(
+    self,
+    fn: Callable[..., Any],
+    in_shardings: Any,
+    out_shardings: Any,
+    donate_argnums: int | Sequence[int] = (),
+  ) -> 'MeshFunction':
+    """`jax.jit` that gives the logical axis names inside `fn` their meaning on this mesh.
+
+    Args:
+      fn: to compile.
+      in_shardings: trees of shardings for prefixes of the arguments; None takes an argument as it
+        comes.
+      out_shardings: likewise for the result; None leaves it to the compiler.
+      donate_argnums: arguments whose memory the results may take.
+
+    Returns:
+      The function, which also has `lower`.
+    """
+
+    # A function of its own: JAX would else reuse what `fn` was traced to under other rules.
+    @functools.wraps(fn)
+    def traced(*args, **kwargs):
+      with nn_partitioning.axis_rules(self.logical_axis_rules):
+        return fn(*args, **kwargs)
+
+    jitted = jax.jit(
+      traced,
+      in_shardings=in_shardings,
+      out_shardings=out_shardings,
+      donate_argnums=donate_argnums,
+    )
+    return MeshFunction(jitted, self.mesh)
+
+  def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of an array with these logical axes."""
+    spec = nn_partitioning.logical_to_mesh_axes(tuple(axes), self.logical_axis_rules)
+    return spec or PartitionSpec()
+
+  def sharding(self, axes: Sequence[str | None]) -> NamedSharding:
+    """Sharding of an array with these logical axes."""
+    return NamedSharding(self.mesh, self.spec(axes))
+
+  def mesh_in_words(self) -> str:
+    """The mesh, for messages."""
+    data, model = self.mesh.shape[DATA], self.mesh.shape[MODEL]
+    return f'data axis {data} x model axis {model} = {data * model} devices'
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshFunction:
+  """A function from `jax.jit`, called with a mesh in context."""
+
+  jitted: jax.stages.Wrapped
+  mesh: Mesh
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """Calls the function."""
+    with jax.set_mesh(self.mesh):
+      return self.jitted(*args, **kwargs)
+
+  def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+    """Lowers the function for arrays or `jax.ShapeDtypeStruct`s, to compile ahead of time."""
+    with jax.set_mesh(self.mesh):
+      return self.jitted.lower(*args, **kwargs)
+
+
+def _divisors(n: int) -> list[int]:
+  return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def _join(values: Iterable[Any]) -> str:
+  return ', '.join(map(str, values))

@@ -1,0 +1,190 @@
+"""Where the arrays of a model lie: parameters, what training changes, the state of sequences."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.linen import partitioning as nn_partitioning
+from jax.sharding import PartitionSpec
+
+from tvq_t5x.common import named_arrays
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.transformer import DecoderState, Transformer, decoder_state_axes
+from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.optimizer_axes import optimizer_axes
+from tvq_t5x.training.partitioning import Partitioner
+from tvq_t5x.training.train_state import TrainState, init_train_state
+
+_FIELDS = {
+  'vocab': 'vocab_size',
+  'embed': 'emb_dim',
+  'heads': 'num_heads',
+  'single_head': 'num_heads',
+  'code': 'num_codes',
+  'layers': 'num_layers',
+}
+
+
+class ArrayInfo(NamedTuple):
+  """A row of `describe`."""
+
+  name: str  # Path in the TrainState, such as 'params/token_embedder/embedding'.
+  shape: tuple[int, ...]
+  dtype: str
+  logical_axes: tuple[str | None, ...]  # Of the optimizer state: those of the parameter.
+  spec: PartitionSpec
+  num_bytes: int
+  num_bytes_per_device: int
+
+
+class StateInfo(NamedTuple):
+  """What a TrainState takes: an entry for each array, and totals."""
+
+  rows: tuple[ArrayInfo, ...]
+  num_parameters: int
+  num_bytes: int
+  num_bytes_per_device: int
+
+
+def validate(
+  partitioner: Partitioner, config: TransformerConfig, batch_size: int, num_microbatches: int = 1
+) -> None:
+  """Checks that everything divides evenly, compiling nothing.
+
+  Args:
+    partitioner: of the mesh.
+    config: of the model.
+    batch_size: sequences of a batch, over all devices and microbatches.
+    num_microbatches: parts that are computed one after the other.
+
+  Raises:
+    ConfigError: naming each setting that does not fit, and what would.
+  """
+  partitioner.validate_batch(batch_size, num_microbatches)
+  _validate_parameters(partitioner, config)
+
+
+def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) -> None:
+  shapes, axes = _abstract_variables(Transformer(config))
+  units = {}  # The field's value has to be a multiple of this.
+  for name, names in axes.items():
+    for size, axis, mesh_axis in zip(
+      shapes[name].shape, names, partitioner.spec(names), strict=True
+    ):
+      parts = 1 if mesh_axis is None else partitioner.mesh.shape[mesh_axis]
+      if size % parts:
+        field = _field_of_axis(config, axis, size)
+        # An MLP is a few times as wide as emb_dim, which needs only the factors left over.
+        unit = parts // math.gcd(parts, size // getattr(config, field))
+        units[field] = math.lcm(unit, units.get(field, 1))
+  if units:
+    lines = [
+      f'TransformerConfig.{field} = {getattr(config, field)} is not accepted: give a multiple '
+      f'of {unit}, or another num_partitions (macro NUM_PARTITIONS; {partitioner.mesh_in_words()}).'
+      for field, unit in units.items()
+    ]
+    raise ConfigError('\n'.join(lines))
+
+
+def train_state_shardings(partitioner: Partitioner, model: TransformerVQModel) -> TrainState:
+  """Shardings of everything that training changes, as a TrainState of them."""
+  state, axes = _abstract_train_state(model)
+  return jax.tree.map(lambda _, axes: partitioner.sharding(axes), state, axes)
+
+
+def abstract_params(partitioner: Partitioner, model: TransformerVQModel) -> Any:
+  """Shape, dtype and sharding of each parameter, as a tree of `jax.ShapeDtypeStruct`."""
+  shapes, axes = _abstract_variables(model.module)
+  params = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=partitioner.sharding(axes[name]))
+    for name, x in shapes.items()
+  }
+  return traverse_util.unflatten_dict(params, sep='/')
+
+
+def decoder_state_shardings(partitioner: Partitioner, config: TransformerConfig) -> DecoderState:
+  """Shardings of what a model remembers of a batch, as a DecoderState of them."""
+  return jax.tree.map(partitioner.sharding, decoder_state_axes(config))
+
+
+def init_state(
+  partitioner: Partitioner, model: TransformerVQModel, rng: jax.Array, batch_size: int = 1
+) -> TrainState:
+  """The state before the first update, created in place; the same numbers on every mesh.
+
+  Args:
+    partitioner: places it.
+    model: to train.
+    rng: key of the parameters.
+    batch_size: B, of a model that carries its state on.
+  """
+  init = functools.partial(init_train_state, model, batch_size=batch_size)
+  return partitioner.jit(init, partitioner.replicated(), train_state_shardings(partitioner, model))(
+    rng
+  )
+
+
+def describe(partitioner: Partitioner, model: TransformerVQModel, batch_size: int = 1) -> StateInfo:
+  """What the TrainState takes on this mesh, compiling nothing; arguments as in `init_state`."""
+  state, axes = _abstract_train_state(model, batch_size)
+
+  def info(path, x, names):
+    sharding = partitioner.sharding(names)
+    return ArrayInfo(
+      name=named_arrays.array_name(path),
+      shape=x.shape,
+      dtype=x.dtype.name,
+      logical_axes=tuple(names),
+      spec=sharding.spec,
+      num_bytes=x.dtype.itemsize * math.prod(x.shape),
+      num_bytes_per_device=x.dtype.itemsize * math.prod(sharding.shard_shape(x.shape)),
+    )
+
+  infos = jax.tree_util.tree_map_with_path(info, state, axes)
+  rows = jax.tree.leaves(infos, is_leaf=lambda x: isinstance(x, ArrayInfo))
+  return StateInfo(
+    rows=tuple(rows),
+    num_parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+    num_bytes=sum(row.num_bytes for row in rows),
+    num_bytes_per_device=sum(row.num_bytes_per_device for row in rows),
+  )
+
+
+@functools.lru_cache(maxsize=8)  # Tracing takes a second and more.
+def _abstract_variables(module: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Shapes and logical axes of a module's parameters, each by name."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
+  axes = nn_partitioning.get_axis_names(variables['params_axes'])
+  axes = {name: tuple(x) for name, x in named_arrays.leaves_of(axes).items()}
+  return named_arrays.leaves_of(variables['params']), axes
+
+
+def _abstract_train_state(
+  model: TransformerVQModel, batch_size: int = 1
+) -> tuple[TrainState, TrainState]:
+  """The TrainState's shapes and, in the same structure, the logical axes of each array."""
+  shapes, axes = _abstract_variables(model.module)
+  params = traverse_util.unflatten_dict(shapes, sep='/')
+  opt_state = jax.eval_shape(model.optimizer.init, params)
+  carried = carried_axes = None
+  if model.carry_state:
+    carried = jax.eval_shape(lambda: model.init_state(batch_size))
+    carried_axes = decoder_state_axes(model.config)
+  state = TrainState(jax.ShapeDtypeStruct([], jnp.int32), params, opt_state, carried)
+  params_axes = traverse_util.unflatten_dict(axes, sep='/')
+  opt_axes = optimizer_axes(opt_state, shapes, axes)
+  return state, TrainState((), params_axes, opt_axes, carried_axes)
+
+
+def _field_of_axis(config: TransformerConfig, axis: str | None, size: int) -> str:
+  """The TransformerConfig field that a parameter's axis gets its size from."""
+  if axis == 'mlp':
+    return 'value_dim' if config.value_axis == 'mlp' else 'emb_dim'
+  if axis == 'kv':
+    return 'key_dim' if size == config.key_dim else 'value_dim'
+  return _FIELDS[axis]

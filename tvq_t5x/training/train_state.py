@@ -1,0 +1,32 @@
+"""What training changes: parameters, the optimizer's state, and what sequences carry on."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvq_t5x.network.transformer import DecoderState
+from tvq_t5x.training.models import TransformerVQModel
+
+
+class TrainState(NamedTuple):
+  """Everything that training changes."""
+
+  step: jax.Array  # int32 scalar, parameter updates so far.
+  params: Any
+  opt_state: Any
+  # Of the B sequences of the last batch, if the model carries it on to the next batch.
+  carried: DecoderState | None = None
+
+
+def init_train_state(model: TransformerVQModel, rng: jax.Array, batch_size: int = 1) -> TrainState:
+  """The state before the first update; its axis names are in `model.get_initial_variables`.
+
+  Args:
+    model: to train.
+    rng: key of the parameters.
+    batch_size: B, of a model that carries its state on.
+  """
+  params = model.get_initial_variables(rng, {'decoder_input_tokens': (1, 1)})['params']
+  carried = model.init_state(batch_size) if model.carry_state else None
+  return TrainState(jnp.zeros([], jnp.int32), params, model.optimizer.init(params), carried)
