@@ -5,6 +5,7 @@ import importlib.util
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from mesh_util import by_name
@@ -44,7 +45,7 @@ class Generation:
     prompts = random_tokens(self.config, BATCH, PROMPT)
 
     def start():
-      return decoding.start(module, BATCH, start_token=2)
+      return decoding.start(module, BATCH)._replace(token=jnp.full([BATCH], 2, jnp.int32))
 
     def read(params):
       return decoding.read(module, params, start(), prompts, LENGTHS)[0]
@@ -116,5 +117,5 @@ def test_a_token_takes_one_exchange_a_sublayer_and_two_more(heads, devices):
   exchange = rf' ({"|".join(hlo.COLLECTIVES)})(-start)?\('
   found = [line for line in lines if re.search(exchange, line)]
   config = generation.config
-  sublayers = config.num_attention_sublayers + (heads == 'mha')  # An MLP.
+  sublayers = len(config.layer_sublayers)
   assert len(found) == config.num_layers * sublayers + 2, found

@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_task
-from util import assert_close, one_device, small_config
+from util import assert_close, one_device
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets, streaming
 from tvq_t5x.generation import language_model
-from tvq_t5x.network import decoding
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.standalone.evaluation import Evaluator
 
@@ -218,8 +217,3 @@ def test_as_many_texts_as_sequences(lm):
 def test_no_tokens_are_refused(lm):
   with pytest.raises(ConfigError, match='num_tokens = 0'):
     lm.generate(lm.start(), 0)
-
-
-def test_the_quadratic_baseline_is_refused():
-  with pytest.raises(ConfigError, match="attention_type = 'quadratic' keeps no state"):
-    decoding.check_keeps_state(small_config(attention_type='quadratic'))

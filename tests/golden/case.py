@@ -68,7 +68,7 @@ class GoldenCase:
 
   def to_params(self, flat: dict[str, np.ndarray], config: TransformerConfig) -> dict:
     """The reference's parameters, or gradients, in our layout (and shapes)."""
-    d, k, v, h = config.emb_dim, config.key_dim, config.value_dim, config.num_heads
+    d, k, v, h = config.emb_dim, config.key_dim, config.value_width, config.num_heads
 
     def attention(prefix):
       def get(name):

@@ -1,6 +1,5 @@
 """Every array of the reference implementation's files, within 1e-5 absolute or 1e-4 relative."""
 
-import functools
 import re
 
 import case as golden
@@ -10,12 +9,10 @@ import numpy as np
 import pytest
 from case import assert_close, assert_trees_close
 
-from tvq_t5x.network import sampling
+from tvq_t5x.network import decoding, sampling
 from tvq_t5x.network.config import Reduction
 from tvq_t5x.network.positions import relative_shift, sinusoids, window_mask
-from tvq_t5x.network.vq import token_attention
 from tvq_t5x.network.vq.attention import log_counts
-from tvq_t5x.network.vq.cache import AttentionState
 from tvq_t5x.network.vq.quantizer import MIN_COUNT
 from tvq_t5x.training import train_step
 from tvq_t5x.training.optimizers import codebook_labels, warmup_cosine
@@ -237,25 +234,15 @@ def test_tokens_one_by_one_in_place(case, scan_layers):
   @jax.jit
   def decode(carry, token):
     state, i = carry
-    logits, state, _ = model.module.apply(
-      {'params': params}, token[:, None], state, oldest=i % config.window_len
-    )
+    logits, state, _ = model.module.apply({'params': params}, token[:, None], state, step=i)
     return (state, i + 1), jax.nn.log_softmax(logits[:, 0])
 
-  def map_sublayers(function, state):
-    def is_sublayer(x):
-      return isinstance(x, AttentionState | token_attention.RingState)
-
-    return state._replace(layers=jax.tree.map(function, state.layers, is_leaf=is_sublayer))
-
   state = model.init_state(len(tokens))
-  carry = map_sublayers(token_attention.to_ring, state), jnp.int32(0)
-  (state, _), logprobs = jax.lax.scan(decode, carry, tokens.T)
+  carry = decoding.for_tokens(config, state), jnp.int32(0)
+  (state, steps), logprobs = jax.lax.scan(decode, carry, tokens.T)
   assert_close(jnp.swapaxes(logprobs, 0, 1), case['logprobs'])
 
-  oldest = tokens.shape[1] % config.window_len
-  in_order = functools.partial(token_attention.in_order, oldest=oldest)
-  check_state(case, '', config, map_sublayers(in_order, state))
+  check_state(case, '', config, decoding.from_tokens(config, state, steps))
 
 
 @needs('steps/')

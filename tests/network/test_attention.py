@@ -13,7 +13,7 @@ from util import assert_close
 from tvq_t5x.network.config import Reduction, TransformerConfig
 from tvq_t5x.network.vq.attention import Keys, Queries, log_counts, vq_attention
 from tvq_t5x.network.vq.cache import init_attention_state
-from tvq_t5x.network.vq.quadratic import quadratic_attention
+from tvq_t5x.network.vq.oracle import dense_attention
 
 
 def make_config(**overrides):
@@ -40,7 +40,7 @@ def random_inputs(config, batch_size, length, seed=0, scale=1.0):
     'u': (n, g, k),
     'w': (n, g, k),
     'keys': (batch_size, length, n, k),
-    'values': (batch_size, length, n, c.value_dim),
+    'values': (batch_size, length, n, c.value_width),
     'distances': (c.window_len + 1, n, k),
   }
   inputs = {
@@ -84,7 +84,7 @@ def by_oracle(config, lengths, x, codebook):
   outputs, start = [], 0
   for length in lengths:
     end = start + length
-    out = quadratic_attention(
+    out = dense_attention(
       jax.tree.map(lambda a, s=start, e=end: a[:, s:e], queries),
       quantized[:, :end],
       x['values'][:, :end],
@@ -100,7 +100,7 @@ def by_oracle(config, lengths, x, codebook):
 
 def assert_equals_oracle(config, lengths, batch_size, seed, reductions):
   x, codebook = random_inputs(config, batch_size, sum(lengths), seed)
-  heads = (config.num_kv_heads, config.queries_per_kv_head, config.value_dim)
+  heads = (config.num_kv_heads, config.queries_per_kv_head, config.value_width)
   weights = np.random.default_rng(seed + 1).normal(size=(batch_size, sum(lengths), *heads))
   attends = {'oracle': lambda x: by_oracle(config, lengths, x, codebook)}
   for reduction in reductions:
@@ -271,13 +271,13 @@ def test_oracle_equals_a_loop(head_type, compressed_cache, window_len):
   quantized, _ = quantize(x['keys'], codebook)
   expected = loop_attention(x, np.asarray(quantized), compressed_cache)
   args = (quantized, x['values'], x['distances'], compressed_cache)
-  assert_close(quadratic_attention(queries_of(x), *args), expected.astype(np.float32))
+  assert_close(dense_attention(queries_of(x), *args), expected.astype(np.float32))
   # Where gradients stop changes no value.
-  stopped = quadratic_attention(queries_of(x), *args, 4, False)
+  stopped = dense_attention(queries_of(x), *args, 4, False)
   assert_close(stopped, expected.astype(np.float32))
   # The last queries alone: more keys than queries.
   last = jax.tree.map(lambda a: a[:, 5:], queries_of(x))
-  assert_close(quadratic_attention(last, *args), expected[:, 5:].astype(np.float32))
+  assert_close(dense_attention(last, *args), expected[:, 5:].astype(np.float32))
 
 
 def test_large_scores_stay_exact():

@@ -63,10 +63,10 @@ def test_strings_become_members_and_dtypes():
 @pytest.mark.parametrize(
   ('head_type', 'num_heads', 'kv_heads', 'group', 'sublayers', 'mlp_dim', 'value_dim'),
   [
-    ('gated', 1, 1, 1, 2, 32, 16),
-    ('gated', 4, 4, 1, 2, 32, 4),
-    ('mha', 4, 4, 1, 1, 32, 2),
-    ('mqa', 4, 1, 4, 1, 40, 2),
+    ('gated', 1, 1, 1, ('vq', 'vq'), 32, 16),
+    ('gated', 4, 4, 1, ('vq', 'vq'), 32, 4),
+    ('mha', 4, 4, 1, ('vq', 'mlp'), 32, 2),
+    ('mqa', 4, 1, 4, ('vq', 'mlp'), 40, 2),
   ],
 )
 def test_head_types(head_type, num_heads, kv_heads, group, sublayers, mlp_dim, value_dim):
@@ -83,8 +83,8 @@ def test_head_types(head_type, num_heads, kv_heads, group, sublayers, mlp_dim, v
   )
   assert config.num_kv_heads == kv_heads
   assert config.queries_per_kv_head == group
-  assert config.num_attention_sublayers == sublayers
-  assert config.value_dim == value_dim
+  assert config.layer_sublayers == sublayers
+  assert config.value_width == value_dim
   if head_type != 'gated':
     assert config.mlp_dim == mlp_dim
 

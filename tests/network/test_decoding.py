@@ -18,7 +18,6 @@ from util import (
   small_config,
 )
 
-from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network import decoding
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import Transformer
@@ -27,6 +26,11 @@ GREEDY = SamplingConfig(temperature=0)
 # Around the edges of blocks of 4 and of windows of 3 and 6.
 LENGTHS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13])
 ROWS, P = len(LENGTHS), 13
+
+
+def started(module, batch_size):
+  """The state after token 2 alone."""
+  return decoding.start(module, batch_size)._replace(token=jnp.full([batch_size], 2, jnp.int32))
 
 
 class Decoder:
@@ -42,7 +46,7 @@ class Decoder:
     )
 
   def start(self, batch_size=ROWS):
-    return decoding.start(self.module, batch_size, start_token=2)
+    return started(self.module, batch_size)
 
   def logprobs(self, rows):
     """Log-probabilities of what follows the start token and each prefix of equally long rows."""
@@ -71,6 +75,9 @@ CASES = {
   'short_window': {'window_len': 3, **LIGHT},
   'window_of_one': {'window_len': 1, **LIGHT},
   'no_cache': {'compressed_cache': False, **LIGHT},
+  'quadratic': {'attention_type': 'quadratic', 'kv_cache_len': 40, 'head_type': 'gated'},
+  'quadratic_mqa': {'attention_type': 'quadratic', 'kv_cache_len': 40, **HEADS['mqa']},
+  'hybrid': {'sublayers': ('quadratic', 'vq', 'mlp'), 'kv_cache_len': 40},
   'serial': {'reduction': 'serial', 'tied_embeddings': True, 'final_norm': True, **LIGHT},
 }
 
@@ -210,34 +217,32 @@ def copied_in_loops(program, size):
   return [line for line, m in found if m and math.prod(map(int, m[1].split(','))) >= size]
 
 
-@pytest.mark.parametrize(
-  ('heads', 'scan_layers'), [('gated_single', True), ('gated_single', False), ('mha', False)]
-)
-def test_state_is_updated_in_place(heads, scan_layers):
+IN_PLACE = {
+  'scanned': HEADS['gated_single'],
+  'gated_single': {**HEADS['gated_single'], 'scan_layers': False},
+  'mha': {**HEADS['mha'], 'scan_layers': False},
+  'quadratic': {'attention_type': 'quadratic', 'kv_cache_len': 512, **LIGHT},
+}
+
+
+@pytest.mark.parametrize('overrides', IN_PLACE.values(), ids=IN_PLACE)
+def test_state_is_updated_in_place(overrides):
   """Else each token would copy all of it."""
   sizes = {'window_len': 512, 'num_codes': 256, 'value_dim': 64}
-  d = Decoder(**sizes, **HEADS[heads], scan_layers=scan_layers)
+  d = Decoder(**sizes, **overrides)
+  scan_layers = d.config.scan_layers
   module, params = (d.module, d.params)
   if scan_layers:
     module, params = decoding.unscanned(module, params)
-  state = decoding.start(module, 2, start_token=2)
+  state = started(module, 2)
 
   def run(params, state):
     return decoding.generate(module, params, state, 9, jax.random.key(0), SAMPLED)
 
   compiled = jax.jit(run, donate_argnums=1).lower(params, state).compile()
-  size = state.decoder.layers[0][0].cache.means.size  # The window is twice as large.
+  # The cache of VQ attention is half as large as its window.
+  size = state.decoder.layers[0][0].values.size // 2
   assert not copied_in_loops(compiled.as_text(), size)
   # And the layers of a scanned network are those of one that isn't.
   expected = d.generate(d.start(2), 9, jax.random.key(0), SAMPLED)[0]
   np.testing.assert_array_equal(compiled(params, state)[0], expected)
-
-
-def test_the_quadratic_baseline_is_refused():
-  module = Transformer(small_config(attention_type='quadratic', **LIGHT))
-  with pytest.raises(ConfigError, match="attention_type = 'quadratic' keeps no state"):
-    decoding.start(module, 2)
-  tokens = jnp.ones([2, 1], jnp.int32)
-  for argument in ({'lengths': jnp.ones([2], jnp.int32)}, {'oldest': jnp.int32(0)}):
-    with pytest.raises(ConfigError, match="attention_type = 'quadratic' keeps no state"):
-      jax.eval_shape(lambda kwargs: module.init(jax.random.key(0), tokens, **kwargs), argument)

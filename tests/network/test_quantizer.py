@@ -77,10 +77,12 @@ def test_commitment_leaves_out_padding_and_pulls_keys_to_codes(setup):
   _, codes, table, aux = quantize(params, keys, mask)
   errors = np.asarray(keys) - np.asarray(table)[np.arange(2), codes]
   weights = np.asarray(mask)[:, :, None, None]
-  assert_close(aux.commit, np.sum(weights * errors**2))
-  assert_close(aux.squared_norm, np.sum(weights * np.asarray(keys) ** 2))
+  assert_close(aux['commit_loss'].total, np.sum(weights * errors**2))
+  ratio = aux['quantization_error']
+  assert_close(ratio.total, aux['commit_loss'].total)
+  assert_close(ratio.count, np.sum(weights * np.asarray(keys) ** 2))
   by_params, by_keys = jax.grad(
-    lambda params, keys: quantize(params, keys, mask)[3].commit, argnums=(0, 1)
+    lambda params, keys: quantize(params, keys, mask)[3]['commit_loss'].total, argnums=(0, 1)
   )(params, keys)
   assert_close(by_keys, (2 * weights * errors).astype(np.float32))
   for leaf in jax.tree.leaves(by_params):
@@ -90,13 +92,13 @@ def test_commitment_leaves_out_padding_and_pulls_keys_to_codes(setup):
 def test_statistics_are_zero_with_minus_the_batch_sums_as_gradient(setup):
   quantize, params, keys, mask = setup
   _, codes, _, aux = quantize(params, keys, mask)
-  assert aux.statistics == 0
+  assert aux['codebook_statistics'].zero == 0
   counts, sums = np.zeros((2, 5), np.float32), np.zeros((2, 5, 4), np.float32)
   for b, t, n in np.ndindex(codes.shape):
     counts[n, codes[b, t, n]] += mask[b, t]
     sums[n, codes[b, t, n]] += mask[b, t] * keys[b, t, n]
   by_params, by_keys = jax.grad(
-    lambda params, keys: quantize(params, keys, mask)[3].statistics, argnums=(0, 1)
+    lambda params, keys: quantize(params, keys, mask)[3]['codebook_statistics'].zero, argnums=(0, 1)
   )(params, keys)
   assert_close(by_params, {'c_count': -counts, 'c_sum': -sums})
   np.testing.assert_array_equal(by_keys, 0)
@@ -116,10 +118,13 @@ def test_bfloat16_keys_keep_float32_losses(setup):
   quantized, codes, table, aux = quantize(params, keys, mask)
   assert quantized.dtype == jnp.bfloat16
   assert table.dtype == jnp.float32
-  assert all(leaf.dtype == jnp.float32 for leaf in aux)
+  assert all(
+    leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(aux) if isinstance(leaf, jax.Array)
+  )
   exact = quantize(params, keys.astype(jnp.float32), mask)
   np.testing.assert_array_equal(codes, exact[1])
-  assert_close(aux.commit, exact[3].commit, rtol=1e-4)
+  losses = (x['commit_loss'].total for x in (aux, exact[3]))
+  assert_close(*losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -149,5 +154,5 @@ def test_dead_codes(setup, counts, dead):
   quantize, params, keys, mask = setup
   params = {**params, 'c_count': jnp.asarray(counts, jnp.float32)}
   aux = quantize(params, keys, mask)[3]
-  assert_close(aux.dead_codes, jnp.float32(dead))
-  assert 1 <= aux.perplexity <= 5
+  assert_close(aux['codebook_dead_codes'].total, jnp.float32(dead))
+  assert 1 <= aux['codebook_perplexity'].total <= 5

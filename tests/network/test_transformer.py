@@ -19,9 +19,9 @@ from util import (
 )
 
 from tvq_t5x.network.config import TransformerConfig
-from tvq_t5x.network.layers import Einsum, example_dropout
+from tvq_t5x.network.layers import DROPOUT, SEQUENCE_DROPOUT, Einsum, example_dropout
 from tvq_t5x.network.positions import sinusoids
-from tvq_t5x.network.transformer import DROPOUT, SEQUENCE_DROPOUT, Transformer, init_decoder_state
+from tvq_t5x.network.transformer import Transformer, init_decoder_state
 
 
 def forward(config):
@@ -48,15 +48,19 @@ def with_dropout(config):
   return apply
 
 
+QUADRATIC = {'attention_type': 'quadratic', 'kv_cache_len': 12}
+
+
+@pytest.mark.parametrize('attention', [{}, QUADRATIC], ids=['vq', 'quadratic'])
 @pytest.mark.parametrize('heads', HEADS.values(), ids=HEADS)
-def test_segments_and_single_tokens_equal_the_whole(heads):
-  config = small_config(absolute_positions=True, **heads)
+def test_segments_and_single_tokens_equal_the_whole(heads, attention):
+  config = small_config(absolute_positions=True, **heads, **attention)
   params, tokens = random_params(config), random_tokens(config, 2, 12)
   apply = forward(config)
-  logits, state, _ = apply(params, tokens, init_decoder_state(config, 2))
+  logits, state, _ = apply(params, tokens)
   assert np.all(state.position == 12)
-  # Two blocks, less than a block, one token; then token by token.
-  for lengths in ([8, 3, 1], [1] * 12):
+  # Two blocks, less than a block, one token; then token by token; then from an empty state.
+  for lengths in ([8, 3, 1], [1] * 12, [12]):
     part_state, parts, start = init_decoder_state(config, 2), [], 0
     for length in lengths:
       out, part_state, _ = apply(params, tokens[:, start : start + length], part_state)
@@ -64,6 +68,22 @@ def test_segments_and_single_tokens_equal_the_whole(heads):
       start += length
     assert_close(jnp.concatenate(parts, axis=1), logits, atol=1e-4, rtol=1e-4)
     assert_close(part_state, state, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kv_cache_len', [1, 2, 5])
+def test_quadratic_attention_remembers_as_many_positions_as_asked(kv_cache_len):
+  config = small_config(attention_type='quadratic', kv_cache_len=kv_cache_len, **LIGHT)
+  params, tokens = random_params(config), random_tokens(config, 2, 9)
+  apply = forward(config)
+  _, state, _ = apply(params, tokens[:, :7])
+  out, after, _ = apply(params, tokens[:, 7:], state)
+  # As if there had been no others.
+  _, recent, _ = apply(params, tokens[:, 7 - kv_cache_len : 7])
+  expected, expected_after, _ = apply(params, tokens[:, 7:], recent)
+  assert_close(out, expected, atol=1e-4, rtol=1e-4)
+  assert_close(after.layers, expected_after.layers, atol=1e-4, rtol=1e-4)
+  other = tokens.at[:, 6 - kv_cache_len].set(tokens[:, 6 - kv_cache_len] % 10 + 1)
+  assert_close(apply(params, tokens[:, 7:], apply(params, other[:, :7])[1])[0], out)
 
 
 @pytest.mark.parametrize('attention_type', ['vq', 'quadratic'])
@@ -108,7 +128,9 @@ def test_scan_and_remat_change_nothing():
 
     def loss(params):
       logits, state, aux = module.apply({'params': params}, tokens)
-      total = jnp.sum(weights * logits) + jnp.sum(aux.commit) + jnp.sum(aux.statistics)
+      (vq, mlp), total = aux, jnp.sum(weights * logits)
+      assert not mlp
+      total += jnp.sum(vq['commit_loss'].total) + jnp.sum(vq['codebook_statistics'].zero)
       return total, (logits, state, aux)
 
     scanned = module.config.scan_layers
@@ -123,7 +145,7 @@ def test_scan_and_remat_change_nothing():
   expected = run()
   for overrides in ({'remat': 'layer'}, {'remat': 'none', 'scan_layers': False}):
     assert_close(run(**overrides), expected, atol=1e-4, rtol=1e-4)
-  assert expected[2].commit.shape == (2, 1)  # Layers, sublayers.
+  assert expected[2][0]['commit_loss'].total.shape == (2,)  # Layers.
 
 
 def test_loss_mask_changes_losses_only():
@@ -136,8 +158,9 @@ def test_loss_mask_changes_losses_only():
   assert_close((masked_logits, masked_state), (logits, state), atol=0, rtol=0)
   # The rest of the losses is that of the rest of the positions.
   rest = apply(params, tokens, loss_mask=1 - mask)[2]
-  assert_close(masked_aux.commit + rest.commit, aux.commit)
-  assert np.all(masked_aux.commit < aux.commit)
+  masked, rest, whole = (x[0]['commit_loss'].total for x in (masked_aux, rest, aux))
+  assert_close(masked + rest, whole)
+  assert np.all(masked < whole)
 
 
 def test_output_projection():
@@ -325,7 +348,7 @@ def test_quadratic_baseline_has_the_same_parameters_but_codebooks(heads):
 
   quantized, baseline = names_and_shapes('vq'), names_and_shapes('quadratic')
   codebooks = {name for name in quantized if name.endswith(("['c_sum']", "['c_count']"))}
-  assert len(codebooks) == 2 * small_config(**heads).num_attention_sublayers
+  assert len(codebooks) == 2 * small_config(**heads).layer_sublayers.count('vq')
   assert baseline == {name: x for name, x in quantized.items() if name not in codebooks}
 
 
@@ -337,9 +360,8 @@ def test_codebook_of_the_very_keys_gives_the_quadratic_baseline():
   baseline = forward(dataclasses.replace(config, attention_type='quadratic'))
   attention = params['layers_0']['attention_0']
   quantizer = attention.pop('quantizer')
-  expected, state, aux = baseline(params, tokens)
-  assert aux is None
-  assert state.layers == ()
+  expected, _, aux = baseline(params, tokens)
+  assert aux == ({}, {})
 
   attention['quantizer'] = quantizer
   apply = jax.jit(
@@ -353,11 +375,11 @@ def test_codebook_of_the_very_keys_gives_the_quadratic_baseline():
   }
   (logits, _, aux), _ = apply(params)
   assert_close(logits, expected, atol=1e-4)
-  assert np.all(aux.commit < 1e-6)
+  assert np.all(aux[0]['commit_loss'].total < 1e-6)
 
 
 def count_formula(c, quadratic=False):
-  d, h, n, k, v = c.emb_dim, c.num_heads, c.num_kv_heads, c.key_dim, c.value_dim
+  d, h, n, k, v = c.emb_dim, c.num_heads, c.num_kv_heads, c.key_dim, c.value_width
   gated = c.head_type == 'gated'
   # Query, key, distance, value, output; norm; biases u and w.
   attention = d * (h * k + 2 * n * k + n * v + h * v) + 2 * d + 2 * h * k
@@ -405,7 +427,7 @@ def test_sizes_of_the_paper(emb_dim, vocab_size, tied, millions):
     tied_embeddings=tied,
     final_norm=tied,
   )
-  assert config.value_dim == 2 * emb_dim
+  assert config.value_width == 2 * emb_dim
   # The paper rounds to two digits.
   assert abs(count(config) / 1e6 / millions - 1) < 0.05
 

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from util import computed
 
 from tvq_t5x.data import likelihood
-from tvq_t5x.network.vq.quantizer import QuantizerAux
+from tvq_t5x.network.mixers import Loss, Ratio, Statistics
 from tvq_t5x.training import metrics as metrics_lib
 
 WEIGHTS = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], np.float32)
@@ -46,29 +48,41 @@ def test_merged_parts_equal_the_whole():
       np.testing.assert_allclose(computed(parts)[name], value, rtol=1e-6)
 
 
-def aux_of(layers, sublayers):
-  leaves = np.arange(1.0, 1 + 5 * layers * sublayers).reshape(5, layers, sublayers)
-  return QuantizerAux(*map(jnp.asarray, leaves))
+def aux_of(layers, *sublayers):
+  """What a VQ sublayer has to say for each True, and an MLP for each False."""
+  rng = np.random.default_rng(0)
+
+  def draw():
+    return jnp.asarray(rng.uniform(1, 2, layers), jnp.float32)
+
+  return tuple(
+    {
+      'commit_loss': Loss(draw(), draw()),
+      'codebook_statistics': Statistics(jnp.zeros(layers)),
+      'quantization_error': Ratio(draw(), draw()),
+    }
+    if vq
+    else {}
+    for vq in sublayers
+  )
 
 
-def test_quantizer_metrics_of_each_sublayer():
-  aux = aux_of(3, 2)
-  values = computed(metrics_lib.quantizer_metrics(aux, jnp.float32(4)))
-  assert values.pop('commit_loss') == aux.commit.sum() / 4
-  expected = {}
-  for i, j in np.ndindex(3, 2):
-    name = f'layer_{i}_{j}'
-    expected[f'codebook_perplexity/{name}'] = aux.perplexity[i, j]
-    expected[f'codebook_dead_codes/{name}'] = aux.dead_codes[i, j]
-    expected[f'quantization_error/{name}'] = aux.commit[i, j] / aux.squared_norm[i, j]
+def test_metrics_of_each_sublayer():
+  aux = aux_of(3, True, False, True)
+  values = computed(metrics_lib.sublayer_metrics(aux, jnp.float32(4)))
+  expected = {'commit_loss': sum(aux[j]['commit_loss'].total.sum() for j in (0, 2)) / 4}
+  for i, j in itertools.product(range(3), (0, 2)):
+    ratio = aux[j]['quantization_error']
+    expected[f'quantization_error/layer_{i}_{j}'] = ratio.total[i] / ratio.count[i]
   assert values.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(values[name], value, rtol=1e-6)
 
 
 def test_single_sublayers_have_short_names():
-  names = metrics_lib.quantizer_metrics(aux_of(2, 1), jnp.float32(1)).keys()
+  names = metrics_lib.sublayer_metrics(aux_of(2, True, False), jnp.float32(1)).keys()
   assert {name.split('/')[1] for name in names if '/' in name} == {'layer_0', 'layer_1'}
+  assert not metrics_lib.sublayer_metrics(aux_of(2, False), jnp.float32(1))
 
 
 def test_likelihood_of_a_split():

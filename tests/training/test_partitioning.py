@@ -185,7 +185,7 @@ def test_the_optimizer_state_lies_where_its_parameters_do(optimizer, scan_layers
       moments += 1
     else:
       assert not any(of_opt_state[name].spec)
-  assert moments >= len(params) - 2 * model.config.num_attention_sublayers * (
+  assert moments >= len(params) - 2 * model.config.layer_sublayers.count('vq') * (
     1 if scan_layers else model.config.num_layers
   )
   assert shardings.step.spec == P()

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import seqio
 from util import LIGHT, assert_close, random_batch, random_params, small_config, small_model
 
-from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network.transformer import Transformer
-from tvq_t5x.training import optimizers, train_step
+from tvq_t5x.training import optimizers, train_state, train_step
 from tvq_t5x.training.models import DropoutRngs, TransformerVQModel
 from tvq_t5x.training.train_state import TrainState
 from tvq_t5x.training.train_step import train_on_sequences
@@ -156,12 +156,16 @@ def test_state_is_carried_to_the_next_batch(scan_layers, num_microbatches):
     assert_close(jnp.take(x, 1, axis), jnp.take(y, 1, axis))
 
 
-def test_quadratic_baseline_trains_on_whole_sequences():
-  """It keeps no state: a second update would not see the first one's tokens."""
-  model, state, batch = make(attention_type='quadratic')
-  with pytest.raises(ConfigError, match=r'TransformerConfig\.attention_type.*update_len = 16'):
-    train(model, state, batch, UPDATE_LEN)
-  assert train(model, state, batch, LENGTH, 2)[0].step == state.step + 1
+def test_a_cache_of_a_sequence_makes_segments_of_the_quadratic_baseline_a_whole():
+  fields = {'attention_type': 'quadratic', 'kv_cache_len': LENGTH}
+  model, state, batch = make(**fields)
+  frozen = TransformerVQModel(model.module, model.output_vocabulary, optax.sgd(0.0))
+  state = state._replace(opt_state=frozen.optimizer.init(state.params))
+  _, whole = train(frozen, state, batch, LENGTH)
+  after, parts = train(frozen, state, batch, UPDATE_LEN, 2)
+  assert after.step == state.step + LENGTH // UPDATE_LEN
+  of_parts, of_whole = (x['cross_entropy'] for x in (parts, whole))
+  assert_close(of_parts.total.sum() / of_parts.count.sum(), values(whole)['cross_entropy'][0])
 
 
 def test_gradients_are_of_the_mean_over_positions():
@@ -193,6 +197,6 @@ def test_gradients_are_of_the_mean_over_positions():
 
 def test_initial_train_state():
   model = small_model(**LIGHT)
-  state = jax.jit(lambda key: train_step.init_train_state(model, key))(jax.random.key(0))
+  state = jax.jit(lambda key: train_state.init_train_state(model, key))(jax.random.key(0))
   assert state.step == 0
   assert jax.tree.structure(state.params) == jax.tree.structure(random_params(model.config))

@@ -1,9 +1,10 @@
 """The hyperparameters that are saved with a model, and what differs from those of now."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.config import TransformerConfig, standard_sublayers
 
 # They change speed and memory only.
 _FREE = frozenset({'reduction', 'remat'})
@@ -15,6 +16,7 @@ _TRAINING = frozenset(
     'dtype',
     'ema_decay',
     'grad_through_cache',
+    'kv_cache_len',
     'layer_drop_rate',
     'residual_dropout_rate',
     'sinusoid_dropout_rate',
@@ -24,15 +26,43 @@ _TRAINING = frozenset(
 
 def settings_of(config: TransformerConfig) -> dict[str, Any]:
   """The hyperparameters of a model as JSON has them."""
-  return {k: str(v) if k == 'dtype' else v for k, v in dataclasses.asdict(config).items()}
+  return {
+    **dataclasses.asdict(config),
+    'dtype': str(config.dtype),
+    'value_dim': config.value_width,
+    'sublayers': [_name(kind) for kind in config.layer_sublayers],
+  }
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
+def _name(sublayer: Any) -> str:
+  if isinstance(sublayer, str):
+    return str(sublayer)
+  cls = getattr(sublayer, 'func', sublayer)
+  return f'{cls.__module__}.{cls.__qualname__}'
+
+
+def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings that an earlier version saved, with what there was no setting for then."""
+  missing = {
+    f.name: f.default
+    for f in dataclasses.fields(TransformerConfig)
+    if f.default is not dataclasses.MISSING
+  }
+  sublayers = standard_sublayers(settings['head_type'], settings['attention_type'])
+  return {**missing, 'sublayers': list(map(str, sublayers)), **settings}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
   """Compares two models' `settings_of`, less what changes speed and memory only.
+
+  Args:
+    old: settings, perhaps of an earlier version.
+    new: likewise.
 
   Returns:
     In words, differences of what the models compute, and of how they are trained.
   """
+  old, new = _complete(old), _complete(new)
   changed = {
     k: f'TransformerConfig.{k} = {new.get(k)!r}, there {old.get(k)!r}'
     for k in sorted(old.keys() | new.keys())

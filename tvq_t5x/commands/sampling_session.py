@@ -17,7 +17,6 @@ from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import likelihood, text_streams, vocabularies
 from tvq_t5x.generation import state_files
 from tvq_t5x.generation.language_model import Generated, LanguageModel, Score
-from tvq_t5x.network import decoding
 from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.standalone import configuration
@@ -46,7 +45,6 @@ def run(configured: Configured, options: Options) -> None:
     CheckpointError: if the checkpoint can't be read.
   """
   vocabulary = configured.model.output_vocabulary
-  decoding.check_keeps_state(configured.model.config)
   if isinstance(vocabulary, vocabularies.ImageVocabulary):
     _check_for_images(options, vocabulary)
   else:

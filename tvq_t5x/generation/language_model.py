@@ -112,12 +112,7 @@ class LanguageModel:
   """
 
   def __init__(self, loaded: Loaded):
-    """Compiles nothing yet.
-
-    Raises:
-      ConfigError: for the quadratic baseline, which keeps no state.
-    """
-    decoding.check_keeps_state(loaded.model.config)
+    """Compiles nothing yet."""
     self.loaded = loaded
     self.vocabulary = loaded.model.output_vocabulary
     self._programs: dict[Any, Callable[..., Any]] = {}

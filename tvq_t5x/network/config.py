@@ -7,6 +7,7 @@ key width per head, V value width per head, S codes per head, W vocabulary.
 
 import dataclasses
 import enum
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +28,14 @@ class AttentionType(enum.StrEnum):
 
   VQ = 'vq'  # Vector-quantized keys, linear in T.
   QUADRATIC = 'quadratic'  # Unquantized keys, full causal attention: the baseline.
+
+
+class Sublayer(enum.StrEnum):
+  """What a layer may consist of, besides mixers of a user's own."""
+
+  VQ = 'vq'  # Attention over vector-quantized keys.
+  QUADRATIC = 'quadratic'  # Attention over unquantized keys, the baseline.
+  MLP = 'mlp'
 
 
 class Reduction(enum.StrEnum):
@@ -57,11 +66,11 @@ _POSITIVE = (
   'emb_dim',
   'num_heads',
   'key_dim',
-  'value_dim',
   'num_layers',
   'num_codes',
   'block_len',
   'window_len',
+  'kv_cache_len',
 )
 _RATES = ('sinusoid_dropout_rate', 'residual_dropout_rate', 'layer_drop_rate')
 
@@ -76,13 +85,18 @@ class TransformerConfig:
     num_heads: H, query heads. The paper's single-head gated attention has 1.
     key_dim: K, width of a query or key head.
     value_dim: V, width of a value head: 2D for SHGA; None means 2D / H (gated) or K (MHA, MQA).
-    num_layers: layers; each is two gated attention sublayers, or attention and MLP.
+    num_layers: layers; each consists of the same sublayers.
     num_codes: S, codebook size per key head.
     block_len: L, positions processed together. Changes speed and no value; only keys of a
       block and of its window get gradients, so it changes which do.
     window_len: M, positions before a block that are attended uncompressed.
     head_type: see `HeadType`.
     attention_type: see `AttentionType`.
+    sublayers: those of a layer in order, each a name of `Sublayer` or a `mixers.Mixer` class (in
+      gin, '@my_module.MyMixer'). None means those of head_type and attention_type: two of
+      attention_type where it is gated, else one and an MLP.
+    kv_cache_len: C, positions before a segment whose keys and values 'quadratic' attention
+      remembers; it attends to no others.
     reduction: see `Reduction`. Changes speed and memory, never values.
     compressed_cache: whether keys older than the window are attended, compressed by code.
     grad_through_cache: whether a block passes gradient to the blocks before it.
@@ -112,6 +126,8 @@ class TransformerConfig:
   value_dim: int | None = None
   head_type: HeadType = HeadType.GATED
   attention_type: AttentionType = AttentionType.VQ
+  sublayers: tuple[str | Callable[..., Any], ...] | None = None
+  kv_cache_len: int = 2048
   reduction: Reduction = Reduction.MATMUL
   compressed_cache: bool = True
   grad_through_cache: bool = True
@@ -143,11 +159,8 @@ class TransformerConfig:
       raise _error('dtype', self.dtype, "'float32' or 'bfloat16'") from None
     if self.dtype not in (jnp.float32, jnp.bfloat16):
       raise _error('dtype', str(self.dtype), "'float32' or 'bfloat16'")
-    if self.value_dim is None:
-      gated = self.head_type == HeadType.GATED
-      width = 2 * self.emb_dim // self.num_heads if gated else self.key_dim
-      object.__setattr__(self, 'value_dim', width)
-    for name in _POSITIVE:
+    self._check_sublayers()
+    for name in (*_POSITIVE, *(['value_dim'] if self.value_dim is not None else [])):
       value = getattr(self, name)
       if not is_count(value):
         raise _error(name, value, 'a positive integer')
@@ -159,6 +172,35 @@ class TransformerConfig:
     if self.emb_dim % 2:
       raise _error('emb_dim', self.emb_dim, 'an even width, for the sinusoids')
 
+  def _check_sublayers(self):
+    if self.sublayers is None:
+      return
+    names, sublayers = list(map(str, Sublayer)), self.sublayers
+    accepted = f'a list of {", ".join(map(repr, names))} or mixer classes (@my_module.MyMixer)'
+    if isinstance(sublayers, str) or not isinstance(sublayers, Sequence) or not sublayers:
+      raise _error('sublayers', sublayers, accepted)
+    for kind in sublayers:
+      if kind not in names if isinstance(kind, str) else not callable(kind):
+        raise _error('sublayers', sublayers, accepted)
+    if self.attention_type != AttentionType.VQ:
+      raise _error('attention_type', self.attention_type.value, "'vq', as sublayers are given")
+    object.__setattr__(self, 'sublayers', tuple(sublayers))
+
+  @property
+  def layer_sublayers(self) -> tuple[str | Callable[..., Any], ...]:
+    """The sublayers of each layer, in order."""
+    if self.sublayers is not None:
+      return self.sublayers
+    return standard_sublayers(self.head_type, self.attention_type)
+
+  @property
+  def value_width(self) -> int:
+    """V: `value_dim`, or its default."""
+    if self.value_dim is not None:
+      return self.value_dim
+    gated = self.head_type == HeadType.GATED
+    return 2 * self.emb_dim // self.num_heads if gated else self.key_dim
+
   @property
   def num_kv_heads(self) -> int:
     """N, heads of keys, values and codebooks."""
@@ -168,11 +210,6 @@ class TransformerConfig:
   def queries_per_kv_head(self) -> int:
     """G, query heads that share a key/value head."""
     return self.num_heads // self.num_kv_heads
-
-  @property
-  def num_attention_sublayers(self) -> int:
-    """Attention sublayers a layer: two when gated, else one."""
-    return 2 if self.head_type == HeadType.GATED else 1
 
   @property
   def mlp_dim(self) -> int:
@@ -203,6 +240,11 @@ class TransformerConfig:
         f'TransformerConfig.block_len = {self.block_len} must divide it (or exceed it).'
       )
     return length // block_len
+
+
+def standard_sublayers(head_type: str, attention_type: str) -> tuple[str, str]:
+  """The sublayers that two settings stand for."""
+  return (attention_type, attention_type if head_type == HeadType.GATED else Sublayer.MLP)
 
 
 def _error(name: str, value: Any, accepted: str) -> ConfigError:

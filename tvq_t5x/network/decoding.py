@@ -7,7 +7,6 @@ times. All of them are to be compiled: they loop inside, so a program does not g
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,16 +15,21 @@ import jax.numpy as jnp
 import optax
 from flax.linen import partitioning as nn_partitioning
 
-from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.common.named_arrays import array_name
 from tvq_t5x.common.tokens import EOS
-from tvq_t5x.network import sampling
-from tvq_t5x.network.config import AttentionType, TransformerConfig
+from tvq_t5x.network import sampling, sublayers
+from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import with_sharding_constraint
+from tvq_t5x.network.mixers import Mixer
 from tvq_t5x.network.sampling import SamplingConfig
-from tvq_t5x.network.transformer import DecoderState, Transformer, batch_axes, init_decoder_state
+from tvq_t5x.network.transformer import (
+  DecoderState,
+  LayerState,
+  Transformer,
+  batch_axes,
+  init_decoder_state,
+)
 from tvq_t5x.network.vq.quantizer import codebook_axes
-from tvq_t5x.network.vq.token_attention import in_order, to_ring
 
 Params = Any
 
@@ -37,23 +41,9 @@ class GenerationState(NamedTuple):
   token: jax.Array  # [B] int32, the last token: the next input.
 
 
-def check_keeps_state(config: TransformerConfig) -> None:
-  """Refuses the quadratic baseline, which keeps no state to generate with."""
-  if config.attention_type == AttentionType.QUADRATIC:
-    raise ConfigError(
-      f'TransformerConfig.attention_type = {config.attention_type.value!r} keeps no state to '
-      "generate with: give 'vq', or the checkpoint of a model that has it."
-    )
-
-
-def start(module: Transformer, batch_size: int, start_token: int = EOS) -> GenerationState:
-  """The state of B sequences without tokens; `start_token` stands before the first one.
-
-  Raises:
-    ConfigError: for the quadratic baseline, which keeps no state.
-  """
-  check_keeps_state(module.config)
-  token = jnp.full([batch_size], start_token, jnp.int32)
+def start(module: Transformer, batch_size: int) -> GenerationState:
+  """The state of B sequences without tokens; EOS stands before the first one."""
+  token = jnp.full([batch_size], EOS, jnp.int32)
   return GenerationState(init_decoder_state(module.config, batch_size), token)
 
 
@@ -131,7 +121,7 @@ def generate(
     Tokens [B, n] int32, the log-likelihood [B, n] float32 of each under the model (at temperature
     1, unfiltered), and the state after them.
   """
-  scanned, window_len = module.config.scan_layers, module.config.window_len
+  scanned = module.config.scan_layers
   decoder = state.decoder
   if scanned:
     module, params = unscanned(module, params)
@@ -140,8 +130,7 @@ def generate(
 
   def step(i, carry):
     decoder, token, tokens, scores = carry
-    oldest = i % window_len
-    logits, decoder = _apply(module, params, token[:, None], decoder, oldest=oldest)
+    logits, decoder = _apply(module, params, token[:, None], decoder, step=i)
     # Gathered once, or each sum over the vocabulary would be one over devices.
     logits = with_sharding_constraint(logits[:, 0], ('batch', None))
     token = sampling.choose(noise[i], logits, config)
@@ -150,16 +139,39 @@ def generate(
 
   shape = num_tokens, state.token.shape[0]
   tokens, scores = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-  carry = _map_sublayers(to_ring, decoder), state.token, tokens, scores
+  carry = for_tokens(module.config, decoder), state.token, tokens, scores
   steps = num_tokens if count is None else count
   # The layers ask for their parameters as the rules say that they lie: the loop needs them, too.
   with _whole_codebooks():
     params = _place_codebooks(module.config, params)
     decoder, token, tokens, scores = jax.lax.fori_loop(0, steps, step, carry)
-  decoder = _map_sublayers(functools.partial(in_order, oldest=steps % window_len), decoder)
+  decoder = from_tokens(module.config, decoder, jnp.asarray(steps, jnp.int32))
   if scanned:
     decoder = decoder._replace(layers=jax.tree.map(lambda *x: jnp.stack(x), *decoder.layers))
   return tokens.T, scores.T, GenerationState(decoder, token)
+
+
+def for_tokens(config: TransformerConfig, decoder: DecoderState) -> DecoderState:
+  """The state in the form that `Transformer` takes with `step`: for one token after the other."""
+  return _map_sublayers(lambda mixer, state: mixer.for_tokens(state), config, decoder)
+
+
+def from_tokens(config: TransformerConfig, decoder: DecoderState, steps: jax.Array) -> DecoderState:
+  """The inverse of `for_tokens`, after `steps` tokens of each row."""
+  return _map_sublayers(lambda mixer, state: mixer.from_tokens(state, steps), config, decoder)
+
+
+def _map_sublayers(
+  function: Callable[[Mixer, Any], Any], config: TransformerConfig, decoder: DecoderState
+) -> DecoderState:
+  def of_layer(layer: LayerState) -> LayerState:
+    return tuple(
+      function(x.mixer, state) for x, state in zip(sublayers.of_layer(config), layer, strict=True)
+    )
+
+  if config.scan_layers:
+    return decoder._replace(layers=jax.vmap(of_layer)(decoder.layers))
+  return decoder._replace(layers=tuple(map(of_layer, decoder.layers)))
 
 
 def repeat(module: Transformer, state: GenerationState, times: int) -> GenerationState:
@@ -191,11 +203,6 @@ def _apply(
 ) -> tuple[jax.Array, DecoderState]:
   logits, state, _ = module.apply({'params': params}, tokens, state, **kwargs)  # pyright: ignore
   return logits, state
-
-
-def _map_sublayers(function: Callable[[Any], Any], decoder: DecoderState) -> DecoderState:
-  """Maps the state of each attention sublayer of a network that isn't scanned."""
-  return decoder._replace(layers=tuple(tuple(map(function, layer)) for layer in decoder.layers))
 
 
 def _whole_codebooks() -> contextlib.AbstractContextManager[None]:

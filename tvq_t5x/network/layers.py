@@ -1,6 +1,5 @@
-"""Building blocks with logical axis names: projections, normalization, dropout, MLP."""
+"""Building blocks with logical axis names: projections, normalization, dropout, embeddings."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,19 +10,24 @@ from flax.linen import partitioning as nn_partitioning
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
+from tvq_t5x.network import xla
 from tvq_t5x.network.config import TransformerConfig
 
 with_sharding_constraint = nn_partitioning.with_sharding_constraint
 NORM_EPSILON = 1e-6
 
-_KEPT = 'kept'
-# What `Remat.ATTENTION` keeps for the backward pass: the arrays that went through `keep`.
-KEEP_MARKED = jax.checkpoint_policies.save_only_these_names(_KEPT)
+# Names of flax's `rngs`. Masks drawn from the second stay the same for all updates of a sequence.
+DROPOUT = 'dropout'
+SEQUENCE_DROPOUT = 'sequence_dropout'
+
+_SAVED = 'saved'
+# What `Remat.ATTENTION` keeps for the backward pass: what went through `save_for_backward`.
+SAVE_MARKED = jax.checkpoint_policies.save_only_these_names(_SAVED)
 
 
-def keep(x: jax.Array) -> jax.Array:
+def save_for_backward(x: jax.Array) -> jax.Array:
   """Identity that marks x as cheaper to keep for the backward pass than to compute again."""
-  return checkpoint_name(x, _KEPT)
+  return checkpoint_name(x, _SAVED)
 
 
 def rms_normalize(x: jax.Array) -> jax.Array:
@@ -46,71 +50,7 @@ class RMSNorm(nn.Module):
     bias = nn_partitioning.param_with_axes(
       'bias', initializers.zeros, shape, jnp.float32, axes=('embed',)
     )
-    return _scale_and_shift(rms_normalize(x), scale.astype(x.dtype), bias.astype(x.dtype))
-
-
-@jax.custom_vjp
-def _scale_and_shift(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-  """`x * scale + bias`; on CPU the sums of its gradients take a tenth of XLA's own time."""
-  return x * scale + bias
-
-
-def _scale_and_shift_fwd(x, scale, bias):
-  return _scale_and_shift(x, scale, bias), (x, scale)
-
-
-def _scale_and_shift_bwd(residuals, g):
-  x, scale = residuals
-
-  def sum_positions(y):  # As a product, which XLA splits among cores.
-    y = y.reshape(-1, y.shape[-1])
-    ones = jnp.ones(y.shape[:1], y.dtype)
-    return jnp.einsum('P,PD->D', ones, y, preferred_element_type=jnp.float32).astype(y.dtype)
-
-  return g * scale, sum_positions(g * x), sum_positions(g)
-
-
-_scale_and_shift.defvjp(_scale_and_shift_fwd, _scale_and_shift_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
-  """`einsum(equation, x, y)`; on CPU its gradients take half the time of einsum's own.
-
-  Args:
-    equation: einsum's, of two operands.
-    x: first operand.
-    y: second operand, of the same dtype.
-    dtype: of the result; None means that of the operands.
-
-  Returns:
-    The product, whose gradients have the dtype of the operands.
-  """
-  return jnp.einsum(equation, x, y, preferred_element_type=dtype)
-
-
-def _product_fwd(equation, x, y, dtype):
-  return product(equation, x, y, dtype), (x, y)
-
-
-def _product_bwd(equation, dtype, residuals, g):
-  del dtype
-  x, y = residuals
-  inputs, out = equation.split('->')
-  left, right = inputs.split(',')
-  # Both products below read g: without the barrier XLA computes it again inside each of them.
-  g = jax.lax.optimization_barrier(g.astype(x.dtype))
-  x_gradient = jnp.einsum(f'{out},{right}->{left}', g, y)
-  # A product that contracts positions transposes its first operand: let that be the smaller one.
-  # Einsum takes them in the order in which the result names their axes.
-  (first, a), (second, b) = sorted([(left, x), (out, g)], key=lambda pair: pair[1].size)
-  axes = [c for c in right if c in first]
-  axes += [c for c in right if c in second and c not in axes]
-  y_gradient = jnp.einsum(f'{first},{second}->{"".join(axes)}', a, b)
-  return x_gradient, y_gradient.transpose([axes.index(c) for c in right])
-
-
-product.defvjp(_product_fwd, _product_bwd)
+    return xla.scale_and_shift(rms_normalize(x), scale.astype(x.dtype), bias.astype(x.dtype))
 
 
 class Einsum(nn.Module):
@@ -140,7 +80,7 @@ class Einsum(nn.Module):
     kernel = nn_partitioning.param_with_axes(
       'kernel', kernel_init, tuple(self.shape), jnp.float32, axes=tuple(self.axes)
     )
-    return product(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+    return xla.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 def example_dropout(
@@ -163,24 +103,8 @@ def example_dropout(
   def draw(example_id: jax.Array) -> jax.Array:
     return jax.random.bernoulli(jax.random.fold_in(rng, example_id), 1.0 - rate, shape)
 
-  keep = jax.vmap(draw)(example_ids)
-  return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-class Mlp(nn.Module):
-  """MLP sublayer of MHA and MQA layers: RMSNorm, squared ReLU, no biases."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] to the residual branch [B, T, D]."""
-    c = self.config
-    shape = (c.emb_dim, c.mlp_dim)
-    y = RMSNorm(name='norm')(x)
-    y = Einsum('BTD,DF->BTF', shape, ('embed', 'mlp'), dtype=c.dtype, name='wi')(y)
-    y = with_sharding_constraint(jnp.square(jax.nn.relu(y)), ('batch', 'length', 'mlp'))
-    return Einsum('BTF,FD->BTD', shape[::-1], ('mlp', 'embed'), dtype=c.dtype, name='wo')(y)
+  kept = jax.vmap(draw)(example_ids)
+  return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 class Embedding(nn.Module):

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from tvq_t5x.network import xla
+
 
 def sinusoids(positions: jax.Array, width: int, max_wavelength: float) -> jax.Array:
   """Sinusoidal embeddings, `[sin | cos]` concatenated.
@@ -34,53 +36,7 @@ def relative_shift(x: jax.Array, num_keys: int) -> jax.Array:
     [..., L, num_keys]; zero where x has no column for a key.
   """
   shift = num_keys - x.shape[-1]  # Of the last row.
-  return _shift_rows(x, num_keys, shift)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _shift_rows(x: jax.Array, width: int, shift: int) -> jax.Array:
-  """Column c of row i moves to column `c + shift - (L - 1 - i)` of `width`; the rest is zero."""
-  # Slices are quick on CPU only: on TPU they become a loop over rows.
-  shifts = {'cpu': _shift_by_slices, 'default': _shift_by_reshaping}
-  shifts = {name: functools.partial(f, width=width, shift=shift) for name, f in shifts.items()}
-  return jax.lax.platform_dependent(x, **shifts)
-
-
-def _shift_by_slices(x: jax.Array, width: int, shift: int) -> jax.Array:
-  """Row i is the slice from `L - 1 - i` of itself between zeros."""
-  rows, columns = x.shape[-2:]
-  left = rows - 1 + max(shift - (rows - 1), 0)
-  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, max(width - columns, 0) + rows - 1)])
-  start = left - shift + jnp.arange(rows)[::-1]
-
-  def one_row(row, start):
-    return jax.lax.dynamic_slice_in_dim(row, start, width, axis=-1)
-
-  return jax.vmap(one_row, in_axes=(-2, 0), out_axes=-2)(x, start)
-
-
-def _shift_by_reshaping(x: jax.Array, width: int, shift: int) -> jax.Array:
-  """Row after row, padded, is cut into rows that are shorter by one: row i moves right by i."""
-  *outer, rows, columns = x.shape
-  padded = columns + rows
-  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rows)]).reshape(*outer, -1)
-  x = x[..., : rows * (padded - 1)].reshape(*outer, rows, padded - 1)
-  left = shift - (rows - 1)
-  sides = [(0, 0, 0)] * (x.ndim - 1) + [(left, width - left - (padded - 1), 0)]
-  return jax.lax.pad(x, jnp.zeros([], x.dtype), sides)
-
-
-def _shift_rows_fwd(x, width, shift):
-  return _shift_rows(x, width, shift), x.shape[-1]
-
-
-def _shift_rows_bwd(width, shift, columns, g):
-  # Moves every row back: the rows' shifts are reversed by reversing their order.
-  back = _shift_rows(jnp.flip(g, axis=-2), columns, g.shape[-2] - 1 - shift)
-  return (jnp.flip(back, axis=-2),)
-
-
-_shift_rows.defvjp(_shift_rows_fwd, _shift_rows_bwd)
+  return xla.shift_rows(x, num_keys, shift)
 
 
 def window_mask(
@@ -99,7 +55,44 @@ def window_mask(
   """
   query = jnp.arange(block_len)[:, None]
   key = jnp.arange(window_len + block_len)[None, :]
-  keep = key - window_len <= query
+  visible = key - window_len <= query
   if within_window:
-    keep = keep & (key >= query)
-  return keep & (key >= num_empty[..., None, None])
+    visible = visible & (key >= query)
+  return visible & (key >= num_empty[..., None, None])
+
+
+def key_nearness(queries: jax.Array, distances: jax.Array, num_keys: int) -> jax.Array:
+  """What the distances of keys add to their scores.
+
+  Args:
+    queries: [B, T, N, G, K].
+    distances: [M + 1, N, K]; row d is of keys at distance d.
+    num_keys: S, at least T; the last T keys are at the queries' positions.
+
+  Returns:
+    [B, N, G, T, S] float32; zero for keys at a distance over M, and after the query.
+  """
+  num_queries, reach = queries.shape[1], len(distances)
+  nearness = jnp.einsum(
+    'BTNGK,DNK->BNGTD', queries, distances[::-1], preferred_element_type=jnp.float32
+  )
+  nearness = relative_shift(nearness, num_queries + reach - 1)  # Columns end at the last key.
+  excess = num_keys - nearness.shape[-1]
+  return jnp.pad(nearness, [(0, 0)] * 4 + [(max(excess, 0), 0)])[..., max(-excess, 0) :]
+
+
+def last_positions(x: jax.Array, number: int, lengths: jax.Array | None) -> jax.Array:
+  """The last positions that count of those before a segment and in it.
+
+  Args:
+    x: [B, number + T, ...].
+    number: of positions before the segment, and of the result.
+    lengths: [B] int32, how many of the T count in each row; None means all.
+
+  Returns:
+    [B, number, ...].
+  """
+  if lengths is None:
+    return x[:, x.shape[1] - number :]
+  last = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=number)
+  return jax.vmap(last)(x, lengths)

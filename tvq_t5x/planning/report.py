@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from tvq_t5x.common import words
-from tvq_t5x.network.config import AttentionType, Reduction, Remat
+from tvq_t5x.network.config import Reduction, Remat, Sublayer
 from tvq_t5x.planning import hlo
 from tvq_t5x.planning.program import Program
 from tvq_t5x.planning.topologies import Chip
@@ -151,7 +151,7 @@ def advice(x: Estimate) -> str:
     lines.append(
       '--gin.config.TransformerConfig.remat=\\"layer\\": keeps less for the backward pass'
     )
-  if config.attention_type == AttentionType.VQ and config.reduction != Reduction.SERIAL:
+  if Sublayer.VQ in config.layer_sublayers and config.reduction != Reduction.SERIAL:
     lines.append(
       '--gin.config.TransformerConfig.reduction=\\"serial\\": one block of a sequence at a time'
     )

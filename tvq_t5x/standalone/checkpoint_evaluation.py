@@ -7,10 +7,8 @@ from typing import Any
 
 from absl import logging
 
-from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets, indexed, likelihood, streaming, vocabularies
 from tvq_t5x.data.datasets import Batch, DatasetConfig
-from tvq_t5x.network.config import AttentionType
 from tvq_t5x.standalone import configuration, run_checks
 from tvq_t5x.standalone.configuration import Configured
 from tvq_t5x.standalone.evaluation import Evaluator
@@ -45,11 +43,6 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   segments = run_limits.updates_in_batch(length, model.config, configuration.setting('update_len'))
   if not carry_state:
     placement.validate(partitioner, model.config, cfg.batch_size)
-  elif model.config.attention_type == AttentionType.QUADRATIC:
-    raise ConfigError(
-      '--carry_state: the quadratic baseline (TransformerConfig.attention_type) keeps no state to '
-      'carry on; leave it out.'
-    )
   else:
     streaming.check(cfg, '--carry_state')
   with run_checks.missing_data():

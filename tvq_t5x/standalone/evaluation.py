@@ -72,8 +72,7 @@ class Evaluator:
     def step(
       params: Params, state: DecoderState | None, batch: Batch
     ) -> tuple[DecoderState | None, metrics_lib.Metrics]:
-      before = model.init_state(len(batch['decoder_target_tokens'])) if state is None else state
-      after, metrics = eval_step.continued_metrics(model, params, before, batch, segment_len)
+      after, metrics = eval_step.continued_metrics(model, params, state, batch, segment_len)
       return (after if carry_state else None), metrics
 
     self._step = partitioner.jit(

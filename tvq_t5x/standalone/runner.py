@@ -11,7 +11,6 @@ from tvq_t5x.common.errors import ConfigError, is_count
 from tvq_t5x.data import datasets, streaming
 from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.gin_support import parsing
-from tvq_t5x.network.config import AttentionType
 from tvq_t5x.standalone import reports, run_checks
 from tvq_t5x.standalone.loop import Plan, TrainingLoop
 from tvq_t5x.standalone.run_log import TEST, VALIDATION
@@ -114,9 +113,6 @@ def train(
     placement.validate(partitioner, model.config, eval_dataset_cfg.batch_size)
   if sample_cfg:
     sample_cfg.encoded_prompt(model.output_vocabulary)
-  if sample_cfg and model.config.attention_type == AttentionType.QUADRATIC:
-    logging.warning('The quadratic baseline keeps no state to sample with: there are no samples.')
-    sample_cfg = None
   directory = run_checks.resolve_model_dir(model_dir)
   info = placement.describe(partitioner, model, train_dataset_cfg.batch_size)
   data = datasets.identity(train_dataset_cfg, model.carry_state)

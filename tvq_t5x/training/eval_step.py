@@ -1,7 +1,5 @@
 """Metrics of sequences without training: a part of each at a time, in the memory of training."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -13,23 +11,49 @@ from tvq_t5x.training.models import Batch, Params, TransformerVQModel
 def batch_metrics(
   model: TransformerVQModel, params: Params, batch: Batch, segment_len: int
 ) -> metrics_lib.Metrics:
-  """Metrics of a batch of whole sequences, summed over segments with carried state."""
-  state = model.init_state(len(batch['decoder_target_tokens']))
-  return continued_metrics(model, params, state, batch, segment_len)[1]
+  """Metrics of a batch of whole sequences, summed over segments with carried state.
+
+  Args:
+    model: defines the metrics.
+    params: of the module.
+    batch: sequences, [B, T] each.
+    segment_len: tokens of each that are processed together; divides T.
+  """
+  return continued_metrics(model, params, None, batch, segment_len)[1]
 
 
 def continued_metrics(
-  model: TransformerVQModel, params: Params, state: DecoderState, batch: Batch, segment_len: int
+  model: TransformerVQModel,
+  params: Params,
+  state: DecoderState | None,
+  batch: Batch,
+  segment_len: int,
 ) -> tuple[DecoderState, metrics_lib.Metrics]:
-  """The same of sequences that continue those of `state`, and the state after them."""
+  """Metrics of a batch of sequences that continue others, summed over segments.
+
+  Args:
+    model: defines the metrics.
+    params: of the module.
+    state: of the tokens before; None at the start of the sequences.
+    batch: sequences, [B, T] each.
+    segment_len: tokens of each that are processed together; divides T.
+
+  Returns:
+    The state after them, and the metrics.
+  """
   num_sequences, length = batch['decoder_target_tokens'].shape
+
+  def segment(state: DecoderState | None, part: Batch) -> tuple[DecoderState, metrics_lib.Metrics]:
+    _, (state, metrics) = model.segment_loss(params, part, state, None, 1.0)
+    return state, metrics
+
+  if segment_len == length:
+    return segment(state, batch)
+  if state is None:
+    state = model.init_state(num_sequences)
 
   def split(x: jax.Array) -> jax.Array:  # [B, T] to [T / segment_len, B, segment_len]
     return x.reshape(num_sequences, length // segment_len, segment_len).swapaxes(0, 1)
-
-  def segment(state: Any, part: Batch) -> tuple[Any, metrics_lib.Metrics]:
-    _, (state, metrics) = model.segment_loss(params, part, state, None, 1.0)
-    return state, metrics
 
   state, metrics = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
   return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 
-from tvq_t5x.network.vq.quantizer import QuantizerAux
+from tvq_t5x.network.mixers import Loss, Ratio
+from tvq_t5x.network.transformer import LayerAux
 
 Metrics = dict[str, clu_metrics.Average]
 
@@ -50,20 +51,30 @@ def token_metrics(
   return metrics
 
 
-def quantizer_metrics(aux: QuantizerAux, num_tokens: jax.Array) -> Metrics:
-  """Metrics of the quantizers; leaves of `aux` are [layers, attention sublayers].
+def sublayer_metrics(aux: LayerAux, num_tokens: jax.Array) -> Metrics:
+  """Metrics of the sublayers.
+
+  Args:
+    aux: of each sublayer of a layer; leaves are [layers].
+    num_tokens: that count.
 
   Returns:
-    `commit_loss` (a token, summed over sublayers) and for each layer
-    `codebook_perplexity/layer_i_j`, `codebook_dead_codes/...` (fraction) and
-    `quantization_error/...`, the sum of squared errors over that of squared norms.
+    Each loss, such as `commit_loss`: a token, summed over sublayers. Each ratio, such as
+    `codebook_perplexity`, as `NAME/layer_i_j` for sublayer j of layer i, or `NAME/layer_i` where
+    only one of a layer has it.
   """
-  metrics = {'commit_loss': average(jnp.sum(aux.commit), num_tokens)}
-  layers, sublayers = aux.commit.shape
-  for i in range(layers):
-    for j in range(sublayers):
-      name = f'layer_{i}' if sublayers == 1 else f'layer_{i}_{j}'
-      metrics[f'codebook_perplexity/{name}'] = average(aux.perplexity[i, j], 1.0)
-      metrics[f'codebook_dead_codes/{name}'] = average(aux.dead_codes[i, j], 1.0)
-      metrics[f'quantization_error/{name}'] = average(aux.commit[i, j], aux.squared_norm[i, j])
+  losses: dict[str, jax.Array | float] = {}
+  ratios: dict[str, dict[int, Ratio]] = {}
+  for j, sublayer in enumerate(aux):
+    for name, said in sublayer.items():
+      if isinstance(said, Loss):
+        losses[name] = losses.get(name, 0.0) + jnp.sum(said.total)
+      elif isinstance(said, Ratio):
+        ratios.setdefault(name, {})[j] = said
+  metrics = {name: average(total, num_tokens) for name, total in losses.items()}
+  for name, found in ratios.items():
+    for j, ratio in found.items():
+      for i, (total, count) in enumerate(zip(*ratio, strict=True)):
+        layer = f'layer_{i}' if len(found) == 1 else f'layer_{i}_{j}'
+        metrics[f'{name}/{layer}'] = average(total, count)
   return metrics

@@ -4,6 +4,7 @@ It has the interface of `t5x.models.BaseModel` by duck typing and imports no T5X
 with the first model: reading this module loads no TensorFlow.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,17 +16,17 @@ from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network import decoding
-from tvq_t5x.network.config import AttentionType, TransformerConfig
+from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.layers import DROPOUT, SEQUENCE_DROPOUT
+from tvq_t5x.network.mixers import Loss, Statistics
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import (
-  DROPOUT,
-  SEQUENCE_DROPOUT,
   DecoderState,
+  LayerAux,
   Transformer,
   decoder_state_axes,
   init_decoder_state,
 )
-from tvq_t5x.network.vq.quantizer import QuantizerAux
 from tvq_t5x.training import metrics as metrics_lib
 from tvq_t5x.training import optimizers
 
@@ -74,7 +75,7 @@ class TransformerVQModel:
         `t5x_adapter.optimizer.OptaxWrapper`. None means that T5X does not train the model.
 
     Raises:
-      ConfigError: if the vocabulary has more ids than the network, or there is no state to carry.
+      ConfigError: if the vocabulary has more ids than the network.
     """
     from tvq_t5x.data import vocabularies
 
@@ -82,12 +83,6 @@ class TransformerVQModel:
       raise ConfigError(
         f'TransformerConfig.vocab_size = {module.config.vocab_size} is not accepted: '
         f'TransformerVQModel.vocabulary needs at least {vocabulary.vocab_size}.'
-      )
-    if carry_state and module.config.attention_type == AttentionType.QUADRATIC:
-      raise ConfigError(
-        'TransformerVQModel.carry_state = True (macro CARRY_STATE): '
-        f'TransformerConfig.attention_type = {module.config.attention_type.value!r} keeps no '
-        "state; give False, or 'vq'."
       )
     self.module = module
     self.carry_state = carry_state
@@ -176,8 +171,9 @@ class TransformerVQModel:
       example_ids: [B] int32, place of each example in the global batch.
 
     Returns:
-      `(cross entropy + beta * commitment) / factor` plus a zero whose gradient carries the codebook
-      statistics; the state after the segment and the metrics.
+      `(cross entropy + losses of the sublayers) / factor`, for VQ beta times the commitment, plus a
+      zero whose gradient carries the codebook statistics; the state after the segment and the
+      metrics.
     """
     targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
     weights = weights.astype(jnp.float32)
@@ -192,16 +188,18 @@ class TransformerVQModel:
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     metrics = metrics_lib.token_metrics(logits, nats, targets, weights, self.bytes_per_token)
+    metrics |= metrics_lib.sublayer_metrics(aux, jnp.sum(weights))
     total, statistics = jnp.sum(weights * nats), 0.0
-    if aux is not None:
-      total = total + self.config.commit_weight * jnp.sum(aux.commit)
-      statistics = jnp.sum(aux.statistics)
-      metrics.update(metrics_lib.quantizer_metrics(aux, jnp.sum(weights)))
+    for said in itertools.chain.from_iterable(x.values() for x in aux):
+      if isinstance(said, Loss):
+        total = total + jnp.sum(said.weight * said.total)
+      elif isinstance(said, Statistics):
+        statistics = statistics + jnp.sum(said.zero)
     return total / normalizing_factor + statistics, (state, metrics)
 
   def _apply(
     self, params: Params, tokens: jax.Array, state: DecoderState | None, **kwargs: Any
-  ) -> tuple[jax.Array, DecoderState, QuantizerAux | None]:
+  ) -> tuple[jax.Array, DecoderState, LayerAux]:
     return self.module.apply({'params': params}, tokens, state, **kwargs)  # pyright: ignore
 
   def loss_fn(
@@ -277,7 +275,7 @@ class TransformerVQModel:
       under the model. With all decodes, [B, D, T] and [B, D], the likeliest last.
 
     Raises:
-      ConfigError: for the quadratic baseline, which keeps no state, or no decodes.
+      ConfigError: for no decodes.
     """
     if num_decodes < 1:
       raise ConfigError(f'predict_batch_with_aux.num_decodes = {num_decodes}: give at least 1.')

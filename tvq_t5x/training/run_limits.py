@@ -3,7 +3,7 @@
 from tvq_t5x.common.errors import ConfigError, is_count
 from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import DatasetConfig
-from tvq_t5x.network.config import AttentionType, TransformerConfig
+from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.training.models import TransformerVQModel
 
 
@@ -49,12 +49,6 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
     raise ConfigError(
       f'train.update_len = {segment} (macro UPDATE_LEN) does not divide {name}: give one of '
       f'{", ".join(map(str, accepted))}.'
-    )
-  if segment < length and config.attention_type == AttentionType.QUADRATIC:
-    raise ConfigError(
-      f'train.update_len = {segment} (macro UPDATE_LEN): the quadratic baseline '
-      '(TransformerConfig.attention_type) keeps no state from one update to the next; give None or '
-      f'{length}, the whole sequence.'
     )
   return length // segment
 

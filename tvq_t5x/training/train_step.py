@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax.linen import partitioning as nn_partitioning
 
-from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.common.tokens import EOS
-from tvq_t5x.network.config import AttentionType
+from tvq_t5x.network import xla
 from tvq_t5x.network.transformer import DecoderState, batch_axes
 from tvq_t5x.training import metrics as metrics_lib
 from tvq_t5x.training.models import Batch, DropoutRngs, TransformerVQModel
@@ -46,17 +45,9 @@ def train_on_sequences(
 
   Returns:
     The new state, and the metrics of each update, [T / update_len] each.
-
-  Raises:
-    ConfigError: for the quadratic baseline, which keeps no state, if update_len is not T.
   """
   num_sequences, length = batch['decoder_target_tokens'].shape
   num_updates = length // update_len
-  if num_updates > 1 and model.config.attention_type == AttentionType.QUADRATIC:
-    raise ConfigError(
-      f'TransformerConfig.attention_type = {model.config.attention_type.value!r} keeps no state '
-      f"from one update to the next: give 'vq', or update_len = {length}, the whole sequence."
-    )
   sequence_rng = jax.random.fold_in(jax.random.fold_in(rng, 0), train_state.step)
 
   def split(x):  # [B, T] to [updates, microbatches, B / microbatches, update_len]
@@ -83,13 +74,17 @@ def train_on_sequences(
     return (apply_gradients(model, train_state, gradients), states), metrics
 
   carried = train_state.carried
-  if carried is None:
-    initial = model.init_state(num_sequences // num_microbatches)
-    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_microbatches, *x.shape)), initial)
-  else:
+  if carried is not None:
     begins = batch['decoder_input_tokens'][:, 0] == EOS
     states = _emptied(model, carried, begins)
     states = _map_rows(functools.partial(_split_rows, num_microbatches), model, states)
+  elif num_updates > 1:
+    initial = model.init_state(num_sequences // num_microbatches)
+    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_microbatches, *x.shape)), initial)
+  else:  # The only update begins the sequences.
+    segment = jax.tree.map(lambda x: split(x)[0], dict(batch))
+    (train_state, _), metrics = update((train_state, None), segment)
+    return train_state, jax.tree.map(lambda x: x[None], metrics)
   (train_state, states), metrics = jax.lax.scan(
     update, (train_state._replace(carried=None), states), jax.tree.map(split, dict(batch))
   )
@@ -129,7 +124,7 @@ def accumulate_gradients(
   model: TransformerVQModel,
   params: Any,
   segment: Batch,
-  states: DecoderState,
+  states: DecoderState | None,
   example_ids: jax.Array,
   rngs: DropoutRngs,
 ) -> tuple[Any, metrics_lib.Metrics, DecoderState]:
@@ -139,7 +134,8 @@ def accumulate_gradients(
     model: defines the loss.
     params: to differentiate by.
     segment: arrays [microbatches, B / microbatches, update_len].
-    states: of the tokens before the segment, stacked over microbatches.
+    states: of the tokens before the segment, stacked over microbatches; None at the start of the
+      sequences.
     example_ids: [microbatches, B / microbatches] int32.
     rngs: of dropout.
 
@@ -152,9 +148,10 @@ def accumulate_gradients(
   def microbatch(inputs):
     batch, state, ids = inputs
     loss_fn = jax.value_and_grad(model.segment_loss, has_aux=True)
-    (loss, (state, metrics)), gradients = loss_fn(
-      params, batch, state, rngs, normalizing_factor, ids
-    )
+    with xla.training_gradients():
+      (loss, (state, metrics)), gradients = loss_fn(
+        params, batch, state, rngs, normalizing_factor, ids
+      )
     metrics['loss'] = metrics_lib.average(loss, 0.0)
     return gradients, metrics, state
 

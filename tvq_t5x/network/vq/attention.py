@@ -11,26 +11,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tvq_t5x.network.attention import MASKED, Queries
 from tvq_t5x.network.config import Reduction, Remat, TransformerConfig
-from tvq_t5x.network.layers import KEEP_MARKED, keep, product
-from tvq_t5x.network.positions import relative_shift, window_mask
+from tvq_t5x.network.layers import SAVE_MARKED, save_for_backward
+from tvq_t5x.network.positions import last_positions, relative_shift, window_mask
 from tvq_t5x.network.vq.cache import (
   AttentionState,
   CompressedCache,
   caches_before_blocks,
   summarize,
 )
+from tvq_t5x.network.xla import einsum
 
-MASKED = -1e30
 # So that time and memory for the caches of blocks stay linear in T.
 _MOST_BLOCKS_AT_ONCE = 8
-
-
-class Queries(NamedTuple):
-  """Queries with the learned biases of their two kinds of score, [B, T, N, G, K]."""
-
-  content: jax.Array  # q + u, scored against keys.
-  position: jax.Array  # q + w, scored against distances.
 
 
 class Keys(NamedTuple):
@@ -87,7 +81,7 @@ def vq_attention(
   def to_blocks(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], num_blocks, block_len, *x.shape[2:])
 
-  def hold(x):
+  def maybe_stop_gradient(x):
     return x if c.grad_through_cache else jax.lax.stop_gradient(x)
 
   # [B, M + T, N(, K or V)]: the first T of them leave the window, the last M are the next window.
@@ -102,14 +96,14 @@ def vq_attention(
     queries=jax.tree.map(lambda x: jnp.moveaxis(to_blocks(x), 2, 4), queries),
     present_keys=_heads_first(to_blocks(keys.quantized)),
     present_values=_heads_first(to_blocks(keys.values)),
-    window_keys=_heads_first(hold(_windows(all_keys, num_blocks, block_len))),
-    window_values=_heads_first(hold(_windows(all_values, num_blocks, block_len))),
+    window_keys=_heads_first(maybe_stop_gradient(_windows(all_keys, num_blocks, block_len))),
+    window_values=_heads_first(maybe_stop_gradient(_windows(all_values, num_blocks, block_len))),
     num_empty=jnp.maximum(c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0),
     leaving_codes=_heads_first(to_blocks(leaving_codes)),
   )
 
   def leaving(x: _Blocks) -> CompressedCache:
-    values = jnp.concatenate([x.window_values, hold(x.present_values)], axis=-2)
+    values = jnp.concatenate([x.window_values, maybe_stop_gradient(x.present_values)], axis=-2)
     return summarize(x.leaving_codes, values[..., :block_len, :], c.num_codes)
 
   def attend(x: _Blocks, cache: CompressedCache) -> jax.Array:
@@ -122,9 +116,9 @@ def vq_attention(
   at_once = _blocks_at_once(num_blocks, c.reduction)
   if c.remat == Remat.ATTENTION and at_once == 1:
     # The scan keeps the cache before each block anyway.
-    step = jax.checkpoint(step, policy=KEEP_MARKED)
+    step = jax.checkpoint(step, policy=SAVE_MARKED)
   elif c.remat == Remat.ATTENTION:
-    attend = jax.checkpoint(attend, policy=KEEP_MARKED)
+    attend = jax.checkpoint(attend, policy=SAVE_MARKED)
   if at_once == num_blocks:
     cache, out = step(state.cache, blocks)
   else:
@@ -132,12 +126,11 @@ def vq_attention(
   out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
 
   def window(x: jax.Array) -> jax.Array:
-    if lengths is None:
-      return x[:, length:]
-    last = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=c.window_len)
-    return jax.vmap(last)(x, lengths)
+    return last_positions(x, c.window_len, lengths)
 
-  new_state = hold(AttentionState(window(all_codes), window(all_keys), window(all_values), cache))
+  new_state = maybe_stop_gradient(
+    AttentionState(window(all_codes), window(all_keys), window(all_values), cache)
+  )
   return out.reshape(out.shape[0], length, *out.shape[3:]), new_state
 
 
@@ -197,13 +190,13 @@ def _attend(
   block_len, window_len = x.present_keys.shape[-2], x.window_keys.shape[-2]
   f32 = {'preferred_element_type': jnp.float32}
 
-  nearness = product('BRNGLK,CNK->BRNGLC', x.queries.position, distances[::-1], jnp.float32)
+  nearness = einsum('BRNGLK,CNK->BRNGLC', x.queries.position, distances[::-1], jnp.float32)
   nearness = relative_shift(nearness, window_len + block_len)
   visible = window_mask(block_len, window_len, x.num_empty, within_window=not c.compressed_cache)
   visible = visible[:, :, None, None]  # [B, R, N, G, L, M + L]
 
   def key_scores(keys, part):
-    scores: jax.Array = product('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
+    scores: jax.Array = einsum('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
     return jnp.where(visible[..., part], scores + nearness[..., part], MASKED)
 
   scores = [
@@ -219,13 +212,13 @@ def _attend(
 
   peaks = [jnp.max(group, axis=-1, keepdims=True) for group in scores]
   peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
-  peak = keep(peak)
+  peak = save_for_backward(peak)
   weights = [jnp.exp(group - peak) for group in scores]
   mass = sum(jnp.sum(group, axis=-1, keepdims=True) for group in weights)
   total = sum(
     jnp.einsum('BRNGLJ,BRNJV->BRNGLV', group.astype(dtype), group_values, **f32)
     for group, group_values in zip(weights, values, strict=True)
   )
-  mass = keep(mass)
-  total = keep(total)
+  mass = save_for_backward(mass)
+  total = save_for_backward(total)
   return (total / mass).astype(dtype)

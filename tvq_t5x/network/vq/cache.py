@@ -36,10 +36,10 @@ def init_attention_state(config: TransformerConfig, batch_size: int) -> Attentio
   return AttentionState(
     codes=jnp.full(window, config.num_codes, jnp.int32),
     keys=jnp.zeros((*window, config.key_dim), config.dtype),
-    values=jnp.zeros((*window, config.value_dim), config.dtype),
+    values=jnp.zeros((*window, config.value_width), config.dtype),
     cache=CompressedCache(
       counts=jnp.zeros(codes, jnp.float32),
-      means=jnp.zeros((*codes, config.value_dim), jnp.float32),
+      means=jnp.zeros((*codes, config.value_width), jnp.float32),
     ),
   )
 

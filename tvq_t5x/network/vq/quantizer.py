@@ -5,8 +5,6 @@ statistics: engines sum gradients over devices and microbatches, so the averages
 global batch whatever the mesh (`optimizers.codebook_ema` then applies the decay once per update).
 """
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,21 +12,12 @@ from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
 
 from tvq_t5x.network.config import TransformerConfig
-from tvq_t5x.network.layers import keep
+from tvq_t5x.network.layers import save_for_backward
+from tvq_t5x.network.mixers import Aux, Loss, Ratio, Statistics
 
 MIN_COUNT = 0.01
 # A code used less than this share of its fair part of the keys counts as dead.
 DEAD_SHARE = 0.01
-
-
-class QuantizerAux(NamedTuple):
-  """Losses and health of one codebook on one batch; every leaf is a float32 scalar."""
-
-  commit: jax.Array  # Sum over unmasked positions and heads of |k - C_z|^2.
-  statistics: jax.Array  # Zero, with minus the batch statistics as its gradient.
-  squared_norm: jax.Array  # Sum over unmasked positions and heads of |k|^2.
-  perplexity: jax.Array  # exp(entropy) of the averaged code usage, mean over heads: 1 to S.
-  dead_codes: jax.Array  # Fraction of codes hardly ever used, by the averaged usage.
 
 
 def codebook_axes(config: TransformerConfig) -> tuple[str, str, str]:
@@ -62,7 +51,7 @@ class VectorQuantizer(nn.Module):
   @nn.compact
   def __call__(
     self, keys: jax.Array, loss_mask: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array, QuantizerAux]:
+  ) -> tuple[jax.Array, jax.Array, jax.Array, Aux]:
     """Quantizes.
 
     Args:
@@ -71,7 +60,11 @@ class VectorQuantizer(nn.Module):
 
     Returns:
       The quantized keys [B, T, N, K] with straight-through gradient, their codes [B, T, N] int32,
-      the codebook [N, S, K] float32 without gradient, and the losses and metrics.
+      the codebook [N, S, K] float32 without gradient, and by name: `commit_loss`, the sum over
+      unmasked positions and heads of |k - C_z|^2; `codebook_statistics`, which bring the batch's
+      counts and sums of keys; `codebook_perplexity`, exp(entropy) of the averaged code usage, mean
+      over heads, 1 to S; `codebook_dead_codes`, the fraction of codes hardly ever used;
+      `quantization_error`, the sum of squared errors over that of squared norms.
     """
     c = self.config
     heads, axes = c.num_kv_heads, codebook_axes(c)
@@ -90,7 +83,7 @@ class VectorQuantizer(nn.Module):
       codebook(c_sum, c_count), (axes[0], None, None)
     )
     float_keys = keys.astype(jnp.float32)
-    codes = keep(nearest_codes(jax.lax.stop_gradient(float_keys), table))
+    codes = save_for_backward(nearest_codes(jax.lax.stop_gradient(float_keys), table))
     nearest = table[jnp.arange(heads), codes]
     quantized = nearest.astype(keys.dtype) + (keys - jax.lax.stop_gradient(keys))
 
@@ -98,15 +91,21 @@ class VectorQuantizer(nn.Module):
     commit = jnp.sum(mask * jnp.square(float_keys - nearest))
     masked = jnp.where(loss_mask[:, :, None] > 0, codes, c.num_codes)
     one_hot = jax.nn.one_hot(masked, c.num_codes, dtype=jnp.float32)
-    batch_count = keep(jnp.sum(one_hot, axis=(0, 1)))
-    batch_sum = keep(jnp.einsum('btns,btnk->nsk', one_hot, jax.lax.stop_gradient(float_keys)))
-    aux = QuantizerAux(
-      commit=commit,
-      statistics=-jnp.sum(batch_count * _zero(c_count)) - jnp.sum(batch_sum * _zero(c_sum)),
-      squared_norm=jax.lax.stop_gradient(jnp.sum(mask * jnp.square(float_keys))),
-      perplexity=jax.lax.stop_gradient(usage_perplexity(c_count)),
-      dead_codes=jnp.mean(c_count < DEAD_SHARE * jnp.mean(c_count, axis=-1, keepdims=True)),
+    batch_count = save_for_backward(jnp.sum(one_hot, axis=(0, 1)))
+    batch_sum = save_for_backward(
+      jnp.einsum('btns,btnk->nsk', one_hot, jax.lax.stop_gradient(float_keys))
     )
+    squared_norm = jax.lax.stop_gradient(jnp.sum(mask * jnp.square(float_keys)))
+    dead = jnp.mean(c_count < DEAD_SHARE * jnp.mean(c_count, axis=-1, keepdims=True))
+    aux = {
+      'commit_loss': Loss(commit, c.commit_weight),
+      'codebook_statistics': Statistics(
+        -jnp.sum(batch_count * _zero(c_count)) - jnp.sum(batch_sum * _zero(c_sum))
+      ),
+      'codebook_perplexity': Ratio(jax.lax.stop_gradient(usage_perplexity(c_count)), 1.0),
+      'codebook_dead_codes': Ratio(dead, 1.0),
+      'quantization_error': Ratio(commit, squared_norm),
+    }
     return quantized, codes, table, aux
 
 

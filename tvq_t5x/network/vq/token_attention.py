@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tvq_t5x.network import xla
+from tvq_t5x.network.attention import MASKED, Queries
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import with_sharding_constraint
-from tvq_t5x.network.vq.attention import MASKED, Keys, Queries, log_counts
+from tvq_t5x.network.vq.attention import Keys, log_counts
 from tvq_t5x.network.vq.cache import AttentionState, CompressedCache, attention_state_axes
+from tvq_t5x.network.xla import depends_on
 
 
 class RingState(NamedTuple):
@@ -108,7 +111,7 @@ def token_attention(
 
   old_code = jax.lax.dynamic_index_in_dim(state.codes, oldest, 2, keepdims=False)
   old_value = jax.lax.dynamic_index_in_dim(state.values, oldest, 2, keepdims=False)
-  old_value, old_mean = _read_once(old_value, _row(state.cache.means, old_code))
+  old_value, old_mean = xla.read_rows(old_value, _row(state.cache.means, old_code))
   has_code = jax.nn.one_hot(old_code, config.num_codes, dtype=bool)
   counts = state.cache.counts + has_code
   count = jnp.sum(jnp.where(has_code, counts, 0), axis=-1, keepdims=True)
@@ -116,8 +119,10 @@ def token_attention(
   new_state = RingState(
     codes=_put(state.codes, code, oldest),
     keys=_put(state.keys, key, oldest),
-    values=_put(state.values, _after(total, _after(old_value, value)), oldest),
-    cache=CompressedCache(counts, _set_row(state.cache.means, old_code, _after(cached, mean))),
+    values=_put(state.values, depends_on(total[:, :, 0], depends_on(old_value, value)), oldest),
+    cache=CompressedCache(
+      counts, _set_row(state.cache.means, old_code, depends_on(cached[:, :, 0], mean))
+    ),
   )
   return out[:, None], _placed(new_state, config)
 
@@ -129,25 +134,6 @@ def _placed(state: RingState, config: TransformerConfig) -> RingState:
     PartitionSpec(batch, heads, slot, *width) for batch, slot, heads, *width in map(tuple, axes[:3])
   ]
   return jax.tree.map(with_sharding_constraint, state, RingState(*window, axes.cache))
-
-
-def _read_once(value: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Rows [B, N, V] of the state as they are, in float32, by a product with the unit matrix.
-
-  XLA writes into an array in place only where everything else that reads the array comes before.
-  It would fuse the slice into each use of the row, some of them after the write; a product is
-  computed once. (On CPU XLA drops an `optimization_barrier` too early to help.)
-  """
-  rows = jnp.stack([value.astype(jnp.float32), mean], axis=2)
-  unit = jnp.broadcast_to(jnp.eye(2), (*rows.shape[:2], 2, 2))
-  rows = jnp.einsum('BNIJ,BNJV->BNIV', unit, rows, precision=jax.lax.Precision.HIGHEST)
-  return rows[:, :, 0], rows[:, :, 1]
-
-
-def _after(read: jax.Array, row: jax.Array) -> jax.Array:
-  """The row [B, N, V], which XLA can't know without `read`: see `_read_once`."""
-  read = read[:, :, 0] if read.ndim > row.ndim else read
-  return jnp.where(jnp.isnan(read), 0, row)
 
 
 def _put(window: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:

@@ -1,13 +1,13 @@
-"""Attention with all pairs of positions: the baseline, and over quantized keys the oracle."""
+"""VQ attention as its definition has it, over all pairs of positions: the oracle of the tests."""
 
 import jax
 import jax.numpy as jnp
 
-from tvq_t5x.network.positions import relative_shift
-from tvq_t5x.network.vq.attention import MASKED, Queries
+from tvq_t5x.network.attention import MASKED, Queries
+from tvq_t5x.network.positions import key_nearness
 
 
-def quadratic_attention(
+def dense_attention(
   queries: Queries,
   keys: jax.Array,
   values: jax.Array,
@@ -16,7 +16,7 @@ def quadratic_attention(
   block_len: int | None = None,
   grad_through_cache: bool = True,
 ) -> jax.Array:
-  """Softmax attention of T queries to S >= T keys, the last T at the queries' positions.
+  """Softmax attention of T queries to S >= T quantized keys, the last T at the queries' positions.
 
   Args:
     queries: [B, T, N, G, K].
@@ -45,12 +45,9 @@ def quadratic_attention(
     block_start = i - (i - (num_keys - num_queries)) % block_len
     old = j < block_start - (window_len if grad_through_cache else 0)
     scores = jnp.where(old, content(frozen(keys)), scores)
-  nearness = jnp.einsum('BTNGK,DNK->BNGTD', queries.position, distances[::-1], **f32)
-  nearness = relative_shift(nearness, num_queries + window_len)  # Columns end at the last key.
-  excess = num_keys - nearness.shape[-1]
-  nearness = jnp.pad(nearness, [(0, 0)] * 4 + [(max(excess, 0), 0)])[..., max(-excess, 0) :]
-  keep = (j <= i) if compressed_cache else (j <= i) & (i - j <= window_len)
-  weights = jax.nn.softmax(jnp.where(keep, scores + nearness, MASKED), axis=-1)
+  scores = scores + key_nearness(queries.position, distances, num_keys)
+  visible = (j <= i) if compressed_cache else (j <= i) & (i - j <= window_len)
+  weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
   weights = weights.astype(values.dtype)
   out = jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32)
   if block_len is not None and not grad_through_cache:

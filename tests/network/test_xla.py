@@ -1,0 +1,107 @@
+"""Programs for one platform have the values and gradients of the plain ones, on every platform."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from util import assert_close, random_batch, random_params, small_model
+
+from tvq_t5x.network import xla
+
+GRADIENTS = {
+  'on_cpu': xla._einsum_gradients_on_cpu,
+  'elsewhere': xla._einsum_gradients,
+}
+EQUATIONS = {
+  'BTD,DNK->BTNK': ((2, 3, 5), (5, 2, 4)),
+  'BTHV,HVD->BTD': ((2, 7, 2, 3), (2, 3, 5)),
+  'BTD,DF->BTF': ((1, 9, 2), (2, 3)),
+  'BRNGLK,BRNJK->BRNGLJ': ((1, 2, 1, 3, 4, 5), (1, 2, 1, 6, 5)),
+}
+
+
+@pytest.mark.parametrize('gradients', GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize('equation', EQUATIONS)
+def test_gradients_of_products(equation, gradients):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, y = (jax.random.normal(k, shape) for k, shape in zip(keys, EQUATIONS[equation], strict=False))
+  out, pull_back = jax.vjp(lambda x, y: jnp.einsum(equation, x, y), x, y)
+  g = jax.random.normal(keys[2], out.shape)
+  assert_close(gradients(equation, x, y, g), pull_back(g))
+
+
+@pytest.mark.parametrize('shape', [(3,), (2, 3, 4), (1, 1)])
+def test_sums_over_positions(shape):
+  x = jax.random.normal(jax.random.key(0), shape)
+  expected = [np.sum(np.asarray(x), axis=tuple(range(x.ndim - 1)))]
+  assert_close(xla._sum_positions(x), expected)
+  assert_close(xla._sum_positions_on_cpu(x), expected)
+
+
+@pytest.mark.parametrize('rows', [1, 2, 5])
+@pytest.mark.parametrize('columns', [1, 4, 7])
+def test_platforms_shift_alike(rows, columns):
+  """TPUs and GPUs take another way than CPUs."""
+  for num_keys in (1, 3, 8):
+    there = num_keys - columns
+    for size, width, shift in ((columns, num_keys, there), (num_keys, columns, rows - 1 - there)):
+      x = jax.random.normal(jax.random.key(0), [3, rows, size])
+      np.testing.assert_array_equal(
+        xla._shift_by_reshaping(x, width, shift), xla._shift_by_slices(x, width, shift)
+      )
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_what_is_read_before_a_write_hides_no_bad_number(bad):
+  row = jnp.arange(3.0)
+  read = jnp.array([1.0, bad, -2.0])
+  found = jax.jit(xla.depends_on)(read, row)
+  np.testing.assert_array_equal(found, np.where(np.isnan(read), np.nan, row))
+  ours = jax.jit(xla.read_rows)(row.astype(jnp.bfloat16), 2 * row)
+  assert_close(ours, [row, 2 * row], rtol=0, atol=0)
+
+
+@pytest.fixture(scope='module')
+def loss():
+  """The loss of a model by its parameters."""
+  model = small_model(scan_layers=False, num_heads=2)
+  batch = random_batch(model.config, 2, 8)
+
+  def loss(params):
+    return model.segment_loss(params, batch, None, None, 16.0)[0]
+
+  return loss, random_params(model.config)
+
+
+@pytest.fixture(scope='module')
+def direction(loss):
+  params = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), loss[1])
+  # By its codebooks a loss has no derivative but what brings their statistics.
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: jnp.zeros_like(x) if path[-1].key in ('c_sum', 'c_count') else x, params
+  )
+
+
+def test_training_gradients_are_the_plain_ones(loss):
+  loss, params = loss
+  plain = jax.jit(jax.grad(loss))(params)
+  with xla.training_gradients():
+    ours = jax.jit(jax.grad(loss))(params)
+  assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+def inner(a, b):
+  return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_the_model_can_be_differentiated_forward(loss, direction):
+  loss, params = loss
+  _, slope = jax.jit(lambda p: jax.jvp(loss, (p,), (direction,)))(params)
+  assert_close(slope, inner(jax.jit(jax.grad(loss))(params), direction), rtol=1e-4)
+
+
+def test_products_with_the_hessian(loss, direction):
+  loss, params = loss
+  forward = jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (direction,))[1])(params)
+  backward = jax.jit(jax.grad(lambda p: inner(jax.grad(loss)(p), direction)))(params)
+  assert_close(inner(forward, direction), inner(backward, direction), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,183 @@
+"""Attention over all pairs of positions, with a cache of keys and values: the baseline."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from tvq_t5x.network import xla
+from tvq_t5x.network.attention import MASKED, Attention, Queries
+from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.layers import with_sharding_constraint
+from tvq_t5x.network.mixers import Aux, Call
+from tvq_t5x.network.positions import key_nearness, last_positions
+
+
+class KeyValueState(NamedTuple):
+  """The last C positions before a segment, the oldest first; those that never were are zero."""
+
+  keys: jax.Array  # [B, C, N, K]
+  values: jax.Array  # [B, C, N, V]
+
+
+class KeyValueRing(NamedTuple):
+  """A KeyValueState for one token after the other.
+
+  Each position keeps its slot until a new one takes it, and slot 0 follows the last one. Heads come
+  first, the order in which products need no transposition.
+  """
+
+  keys: jax.Array  # [B, N, C, K]
+  values: jax.Array  # [B, N, C, V]
+
+
+class QuadraticAttention(Attention):
+  """Softmax attention to all positions of the segment and to the C before it."""
+
+  def attend(
+    self,
+    queries: Queries,
+    keys: jax.Array,
+    values: jax.Array,
+    distances: jax.Array,
+    state: KeyValueState | KeyValueRing | None,
+    call: Call,
+  ) -> tuple[jax.Array, KeyValueState | KeyValueRing, Aux]:
+    """See `Attention`."""
+    if isinstance(state, KeyValueRing):
+      assert call.step is not None
+      args = queries, keys, values, distances, state, call.position, call.step
+      return *token_attention(*args, self.config), {}
+    if state is None:
+      out = quadratic_attention(queries, keys, values, distances)
+      state = self.init_state(len(keys))
+    else:
+      all_keys = jnp.concatenate([state.keys, keys], axis=1)
+      all_values = jnp.concatenate([state.values, values], axis=1)
+      num_empty = jnp.maximum(self.config.kv_cache_len - call.position, 0)
+      out = quadratic_attention(queries, all_keys, all_values, distances, num_empty)
+    after = (
+      last_positions(jnp.concatenate(pair, axis=1), self.config.kv_cache_len, call.lengths)
+      for pair in zip(state, (keys, values), strict=True)
+    )
+    return out, KeyValueState(*after), {}
+
+  def init_state(self, batch_size: int) -> KeyValueState:
+    """No positions."""
+    c = self.config
+    shape = batch_size, c.kv_cache_len, c.num_kv_heads
+    widths = c.key_dim, c.value_width
+    return KeyValueState(*(jnp.zeros((*shape, width), c.dtype) for width in widths))
+
+  def state_axes(self) -> KeyValueState:
+    """See `Mixer`."""
+    c = self.config
+    heads = c.heads_axis(c.num_kv_heads)
+    return KeyValueState(
+      *(PartitionSpec('batch', None, heads, width) for width in ('kv', c.value_axis))
+    )
+
+  def for_tokens(self, state: KeyValueState) -> KeyValueRing:
+    """The positions as a ring, of which a token changes one slot."""
+    return KeyValueRing(*(jnp.swapaxes(x, 1, 2) for x in state))
+
+  def from_tokens(self, state: KeyValueRing, steps: jax.Array) -> KeyValueState:
+    """The positions in order again."""
+    oldest = steps % self.config.kv_cache_len
+    return KeyValueState(*(jnp.swapaxes(jnp.roll(x, -oldest, 2), 1, 2) for x in state))
+
+
+def quadratic_attention(
+  queries: Queries,
+  keys: jax.Array,
+  values: jax.Array,
+  distances: jax.Array,
+  num_empty: jax.Array | None = None,
+) -> jax.Array:
+  """Softmax attention of T queries to S >= T keys, the last T at the queries' positions.
+
+  Args:
+    queries: [B, T, N, G, K].
+    keys: [B, S, N, K].
+    values: [B, S, N, V].
+    distances: [M + 1, N, K]; row d adds to the scores of keys at distance d, further keys get none.
+    num_empty: [B] int32, how many of the first keys are none; None means no key.
+
+  Returns:
+    [B, T, N, G, V] in the dtype of the values.
+  """
+  num_queries, num_keys = queries.content.shape[1], keys.shape[1]
+  f32 = {'preferred_element_type': jnp.float32}
+  scores = jnp.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, **f32)
+  scores = scores + key_nearness(queries.position, distances, num_keys)
+  query = jnp.arange(num_keys - num_queries, num_keys)[:, None]
+  key = jnp.arange(num_keys)[None, :]
+  visible = key <= query
+  if num_empty is not None:
+    visible = visible & (key >= num_empty[:, None, None, None, None])
+  weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(values.dtype)
+  return jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32).astype(values.dtype)
+
+
+def token_attention(
+  queries: Queries,
+  keys: jax.Array,
+  values: jax.Array,
+  distances: jax.Array,
+  state: KeyValueRing,
+  position: jax.Array,
+  step: jax.Array,
+  config: TransformerConfig,
+) -> tuple[jax.Array, KeyValueRing]:
+  """Attends from one token of each row to itself and the C positions before it. Has no gradient.
+
+  Args:
+    queries: of the token, [B, 1, N, G, K].
+    keys: [B, 1, N, K].
+    values: [B, 1, N, V].
+    distances: [M + 1, N, K], as in `quadratic_attention`.
+    state: of the positions before the token.
+    position: [B] int32, how many those are.
+    step: [] int32, tokens since the ring was made: its oldest position is in slot `step % C`.
+    config: for C and the placement.
+
+  Returns:
+    [B, 1, N, G, V], and the state after the token.
+  """
+  state = _placed(state, config)
+  content, by_position = (x[:, 0] for x in queries)  # [B, N, G, K]
+  key, value = keys[:, 0], values[:, 0]
+  dtype, f32 = value.dtype, {'preferred_element_type': jnp.float32}
+  length, reach = config.kv_cache_len, len(distances) - 1
+  oldest = step % length
+
+  nearness = jnp.einsum('BNGK,DNK->BNGD', by_position, distances, **f32)
+  # From the oldest position, at distance C, to the newest at distance 1.
+  in_order = nearness[..., min(length, reach) : 0 : -1]
+  in_order = jnp.pad(in_order, [(0, 0)] * 3 + [(max(length - reach, 0), 0)])
+  empty = jnp.arange(length) < length - position[:, None, None, None]
+  in_order = jnp.where(empty, MASKED, in_order)
+  scores = jnp.einsum('BNGK,BNCK->BNGC', content, state.keys, **f32)
+  scores = scores + jnp.roll(in_order, oldest, axis=-1)
+  own_score = jnp.einsum('BNGK,BNK->BNG', content, key, **f32)[..., None] + nearness[..., :1]
+
+  peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own_score)
+  weights, own_weight = jnp.exp(scores - peak), jnp.exp(own_score - peak)
+  mass = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
+  total = jnp.einsum('BNGC,BNCV->BNGV', weights.astype(dtype), state.values, **f32)
+  out = ((total + own_weight * value[:, :, None]) / mass).astype(dtype)
+
+  put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=oldest, axis=2)
+  # Written in place, after the last look at what was there.
+  value = xla.depends_on(jnp.broadcast_to(total[:, :, 0], value.shape), value)
+  key = xla.depends_on(jnp.broadcast_to(mass[:, :, 0], key.shape), key)
+  new_state = KeyValueRing(put(state.keys, key), put(state.values, value))
+  return out[:, None], _placed(new_state, config)
+
+
+def _placed(state: KeyValueRing, config: TransformerConfig) -> KeyValueRing:
+  heads = config.heads_axis(config.num_kv_heads)
+  axes = (('batch', heads, None, width) for width in ('kv', config.value_axis))
+  return KeyValueRing(*map(with_sharding_constraint, state, axes))

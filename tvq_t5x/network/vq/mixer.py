@@ -1,0 +1,54 @@
+"""The VQ attention sublayer: keys are quantized, and the state is of constant size."""
+
+import jax
+
+from tvq_t5x.network.attention import Attention, Queries
+from tvq_t5x.network.mixers import Aux, Call
+from tvq_t5x.network.vq import cache
+from tvq_t5x.network.vq.attention import Keys, vq_attention
+from tvq_t5x.network.vq.cache import AttentionState
+from tvq_t5x.network.vq.quantizer import VectorQuantizer
+from tvq_t5x.network.vq.token_attention import RingState, in_order, to_ring, token_attention
+
+
+class VQAttention(Attention):
+  """Softmax attention over quantized keys in time linear in T (paper, section 3)."""
+
+  def attend(
+    self,
+    queries: Queries,
+    keys: jax.Array,
+    values: jax.Array,
+    distances: jax.Array,
+    state: AttentionState | RingState | None,
+    call: Call,
+  ) -> tuple[jax.Array, AttentionState | RingState, Aux]:
+    """See `Attention`."""
+    c = self.config
+    quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call.loss_mask)
+    self.sow('intermediates', 'keys', keys)
+    self.sow('intermediates', 'codes', codes)
+    args = queries, Keys(quantized, codes, values), distances, codebook
+    if isinstance(state, RingState):
+      assert call.step is not None
+      out, new_state = token_attention(*args, state, call.step % c.window_len, c)
+    else:
+      state = self.init_state(len(keys)) if state is None else state
+      out, new_state = vq_attention(*args, state, call.position, c, call.lengths)
+    return out, new_state, aux
+
+  def init_state(self, batch_size: int) -> AttentionState:
+    """An empty window and an empty cache."""
+    return cache.init_attention_state(self.config, batch_size)
+
+  def state_axes(self) -> AttentionState:
+    """See `Mixer`."""
+    return cache.attention_state_axes(self.config)
+
+  def for_tokens(self, state: AttentionState) -> RingState:
+    """The window as a ring, which a token changes in one slot."""
+    return to_ring(state)
+
+  def from_tokens(self, state: RingState, steps: jax.Array) -> AttentionState:
+    """The window in order again."""
+    return in_order(state, steps % self.config.window_len)

@@ -1,0 +1,222 @@
+"""Programs that XLA compiles well where it compiles the plain ones badly, with the same values.
+
+The plain programs are what a model runs outside of training, so that it can be differentiated in
+any way, forward too. In `training_gradients()`, which the engines enter around the gradients of a
+loss, some have a backward program of their own, that JAX can't differentiate forward.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_in_training = jax.make_user_context(False)
+
+
+def training_gradients() -> Any:
+  """A context: functions of this module that are traced in it have their own gradients."""
+  return _in_training(True)
+
+
+def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+  """`jnp.einsum` of two operands; in training on CPU its gradients take half of einsum's own time.
+
+  Args:
+    equation: einsum's.
+    x: first operand.
+    y: second operand, of the same dtype.
+    dtype: of the result; None means that of the operands.
+
+  Returns:
+    The product, whose gradients have the dtype of the operands.
+  """
+  function = _einsum if _in_training.value else _plain_einsum
+  return function(equation, x, y, dtype)
+
+
+def _plain_einsum(equation, x, y, dtype):
+  return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+
+
+_einsum = jax.custom_vjp(_plain_einsum, nondiff_argnums=(0, 3))
+
+
+def _einsum_fwd(equation, x, y, dtype):
+  return _plain_einsum(equation, x, y, dtype), (x, y)
+
+
+def _einsum_bwd(equation, dtype, residuals, g):
+  del dtype
+  return jax.lax.platform_dependent(
+    *residuals,
+    g.astype(residuals[0].dtype),
+    cpu=functools.partial(_einsum_gradients_on_cpu, equation),
+    default=functools.partial(_einsum_gradients, equation),
+  )
+
+
+_einsum.defvjp(_einsum_fwd, _einsum_bwd)
+
+
+def _einsum_gradients(equation, x, y, g):
+  left, right, out = _operands(equation)
+  return jnp.einsum(f'{out},{right}->{left}', g, y), jnp.einsum(f'{out},{left}->{right}', g, x)
+
+
+def _einsum_gradients_on_cpu(equation, x, y, g):
+  left, right, out = _operands(equation)
+  # Both products below read g: without the barrier XLA computes it again inside each of them.
+  g = jax.lax.optimization_barrier(g)
+  x_gradient = jnp.einsum(f'{out},{right}->{left}', g, y)
+  # A product that contracts positions transposes its first operand: let that be the smaller one.
+  # Einsum takes them in the order in which the result names their axes.
+  (first, a), (second, b) = sorted([(left, x), (out, g)], key=lambda pair: pair[1].size)
+  axes = [c for c in right if c in first]
+  axes += [c for c in right if c in second and c not in axes]
+  y_gradient = jnp.einsum(f'{first},{second}->{"".join(axes)}', a, b)
+  return x_gradient, y_gradient.transpose([axes.index(c) for c in right])
+
+
+def _operands(equation: str) -> tuple[str, str, str]:
+  inputs, out = equation.split('->')
+  left, right = inputs.split(',')
+  return left, right, out
+
+
+def scale_and_shift(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+  """`x * scale + bias` over the last axis of x.
+
+  In training on CPU, the sums of its gradients take a tenth of XLA's own time.
+  """
+  function = _scale_and_shift if _in_training.value else _plain_scale_and_shift
+  return function(x, scale, bias)
+
+
+def _plain_scale_and_shift(x, scale, bias):
+  return x * scale + bias
+
+
+_scale_and_shift = jax.custom_vjp(_plain_scale_and_shift)
+
+
+def _scale_and_shift_fwd(x, scale, bias):
+  return x * scale + bias, (x, scale)
+
+
+def _scale_and_shift_bwd(residuals, g):
+  x, scale = residuals
+  sums = {'cpu': _sum_positions_on_cpu, 'default': _sum_positions}
+  return g * scale, *jax.lax.platform_dependent(g * x, g, **sums)
+
+
+_scale_and_shift.defvjp(_scale_and_shift_fwd, _scale_and_shift_bwd)
+
+
+def _sum_positions(*arrays):
+  """Sums of arrays [..., D] over all axes but the last."""
+  return [jnp.sum(y, axis=range(y.ndim - 1)) for y in arrays]
+
+
+def _sum_positions_on_cpu(*arrays):
+  """`_sum_positions` as products, which XLA splits among cores."""
+
+  def total(y):
+    y = y.reshape(-1, y.shape[-1])
+    ones = jnp.ones(y.shape[:1], y.dtype)
+    return jnp.einsum('P,PD->D', ones, y, preferred_element_type=jnp.float32).astype(y.dtype)
+
+  return [total(y) for y in arrays]
+
+
+def shift_rows(x: jax.Array, width: int, shift: int) -> jax.Array:
+  """Moves the rows of x, each by its own number of columns.
+
+  Args:
+    x: [..., L, E].
+    width: C, columns of the result.
+    shift: of the last row, to the right; each row above moves by one column less.
+
+  Returns:
+    [..., L, C]; zero where no column of x comes.
+  """
+  function = _shift_rows if _in_training.value else _plain_shift_rows
+  return function(x, width, shift)
+
+
+def _plain_shift_rows(x, width, shift):
+  # Slices are quick on CPU only: on TPU they become a loop over rows.
+  shifts = {'cpu': _shift_by_slices, 'default': _shift_by_reshaping}
+  shifts = {name: functools.partial(f, width=width, shift=shift) for name, f in shifts.items()}
+  return jax.lax.platform_dependent(x, **shifts)
+
+
+_shift_rows = jax.custom_vjp(_plain_shift_rows, nondiff_argnums=(1, 2))
+
+
+def _shift_rows_fwd(x, width, shift):
+  return _plain_shift_rows(x, width, shift), x.shape[-1]
+
+
+def _shift_rows_bwd(width, shift, columns, g):
+  # Moves every row back: the rows' shifts are reversed by reversing their order.
+  back = _plain_shift_rows(jnp.flip(g, axis=-2), columns, g.shape[-2] - 1 - shift)
+  return (jnp.flip(back, axis=-2),)
+
+
+_shift_rows.defvjp(_shift_rows_fwd, _shift_rows_bwd)
+
+
+def _shift_by_slices(x: jax.Array, width: int, shift: int) -> jax.Array:
+  """Row i is the slice from `L - 1 - i` of itself between zeros."""
+  rows, columns = x.shape[-2:]
+  left = rows - 1 + max(shift - (rows - 1), 0)
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, max(width - columns, 0) + rows - 1)])
+  start = left - shift + jnp.arange(rows)[::-1]
+
+  def one_row(row, start):
+    return jax.lax.dynamic_slice_in_dim(row, start, width, axis=-1)
+
+  return jax.vmap(one_row, in_axes=(-2, 0), out_axes=-2)(x, start)
+
+
+def _shift_by_reshaping(x: jax.Array, width: int, shift: int) -> jax.Array:
+  """Row after row, padded, is cut into rows that are shorter by one: row i moves right by i."""
+  *outer, rows, columns = x.shape
+  padded = columns + rows
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rows)]).reshape(*outer, -1)
+  x = x[..., : rows * (padded - 1)].reshape(*outer, rows, padded - 1)
+  left = shift - (rows - 1)
+  sides = [(0, 0, 0)] * (x.ndim - 1) + [(left, width - left - (padded - 1), 0)]
+  return jax.lax.pad(x, jnp.zeros([], x.dtype), sides)
+
+
+def read_rows(*rows: jax.Array) -> list[jax.Array]:
+  """Rows [..., V] of arrays that are then written in place: read once, before that, in float32.
+
+  XLA writes into an array in place only where everything else that reads the array comes before.
+  On CPU it would fuse the slice into each use of the row, some of them after the write, and drop an
+  `optimization_barrier` too early to help; a product, here with the unit matrix, is computed once.
+  """
+  plain = [row.astype(jnp.float32) for row in rows]
+
+  def on_cpu(*rows):
+    stacked = jnp.stack(rows, axis=-2)
+    unit = jnp.broadcast_to(jnp.eye(len(rows)), (*stacked.shape[:-1], len(rows)))
+    read = jnp.einsum('...IJ,...JV->...IV', unit, stacked, precision=jax.lax.Precision.HIGHEST)
+    return [read[..., i, :] for i in range(len(rows))]
+
+  return jax.lax.platform_dependent(*plain, cpu=on_cpu, default=lambda *rows: list(rows))
+
+
+def depends_on(read: jax.Array, row: jax.Array) -> jax.Array:
+  """The row, which XLA on CPU can't know without `read` of the same shape: see `read_rows`.
+
+  Where `read` is NaN, so is the result on CPU.
+  """
+  return jax.lax.platform_dependent(
+    read,
+    row,
+    cpu=lambda read, row: jnp.where(jnp.isnan(read), read.astype(row.dtype), row),
+    default=lambda read, row: row,
+  )
