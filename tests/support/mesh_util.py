@@ -52,4 +52,4 @@ def assert_same_numbers(found, expected, tolerance=TOLERANCE):
     difference = np.max(np.abs(np.subtract(found[name], x, dtype=np.float64)))
     if not difference <= tolerance * max(np.max(np.abs(x)), 1e-30):
       wrong[name] = difference
-  assert not wrong
+  assert not wrong, wrong

@@ -15,10 +15,10 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import serialization, traverse_util
 
 from tvq_t5x.common import errors, named_arrays
 from tvq_t5x.common.errors import CheckpointError, ConfigError
+from tvq_t5x.training import train_state
 from tvq_t5x.training.train_state import TrainState
 
 STATE, DATASET, METADATA = 'state', 'dataset', 'metadata'  # Items of a checkpoint.
@@ -132,29 +132,18 @@ def state_dict(state: TrainState) -> dict[str, Any]:
   """The arrays of a TrainState (or what stands in their place) under their names on disk."""
   arrays = {
     'target': state.params,
-    'state': {'step': state.step, 'param_states': _without_empty(_to_dict(state.opt_state))},
+    # Parts of an optimizer without arrays would be empty folders.
+    'state': {'step': state.step, 'param_states': train_state.to_dict(state.opt_state)},
   }
   if state.carried is not None:
-    arrays['flax_mutables'] = {'carried': _to_dict(state.carried)}
+    arrays['flax_mutables'] = {'carried': train_state.to_dict(state.carried)}
   return arrays
 
 
 def from_state_dict(like: TrainState, arrays: dict[str, Any]) -> TrainState:
   """The inverse of `state_dict`; `like` is any state with the same structure."""
-  template = traverse_util.flatten_dict(_to_dict(like.opt_state), keep_empty_nodes=True)
-  found = traverse_util.flatten_dict(arrays['state'].get('param_states', {}))
-  opt_state = traverse_util.unflatten_dict({**template, **found})
-  opt_state = serialization.from_state_dict(like.opt_state, opt_state)
+  opt_state = train_state.from_dict(like.opt_state, arrays['state'].get('param_states', {}))
   carried = like.carried
   if carried is not None:
-    carried = serialization.from_state_dict(carried, arrays['flax_mutables']['carried'])
+    carried = train_state.from_dict(carried, arrays['flax_mutables']['carried'])
   return TrainState(arrays['state']['step'], arrays['target'], opt_state, carried)
-
-
-def _to_dict(tree: Any) -> dict[str, Any]:
-  return serialization.to_state_dict(tree)
-
-
-def _without_empty(tree: dict[str, Any]) -> dict[str, Any]:
-  # Parts of an optimizer without arrays would be empty folders.
-  return traverse_util.unflatten_dict(traverse_util.flatten_dict(tree))

@@ -8,7 +8,6 @@ import clu.metrics
 import jax
 import jax.numpy as jnp
 import optax
-from flax import serialization
 from t5x import metrics as t5x_metrics
 from t5x import optimizers as t5x_optimizers
 from t5x import partitioning as t5x_partitioning
@@ -19,6 +18,7 @@ from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.gin_support import checks
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import eval_step, partitioning, placement, run_limits
+from tvq_t5x.training import train_state as train_state_lib
 from tvq_t5x.training.metrics import Metrics
 from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.train_state import TrainState
@@ -190,7 +190,7 @@ class Trainer(t5x_trainer.Trainer):
       optimizer_state = t5x_optimizers.OptimizerState(state.step, state.opt_state)
       arrays = self._model.optimizer_def.state_dict(state.params, optimizer_state)
       if state.carried is not None:
-        arrays['flax_mutables'] = {'carried': serialization.to_state_dict(state.carried)}
+        arrays['flax_mutables'] = {'carried': train_state_lib.to_dict(state.carried)}
       return train_state.restore_state(arrays), self._summed(
         metrics, state.step, num_sequences * length
       )
@@ -207,7 +207,7 @@ class Trainer(t5x_trainer.Trainer):
     if not self._model.carry_state:
       return None
     like = jax.eval_shape(lambda: self._model.init_state(batch_size))
-    carried = serialization.from_state_dict(like, train_state.flax_mutables['carried'])
+    carried = train_state_lib.from_dict(like, train_state.flax_mutables['carried'])
     return cast(DecoderState, carried)
 
   @functools.cached_property

@@ -1,9 +1,12 @@
 """What training changes: parameters, the optimizer's state, and what sequences carry on."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import serialization, traverse_util
+from flax.core import unfreeze
 
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training.models import TransformerVQModel
@@ -30,3 +33,16 @@ def init_train_state(model: TransformerVQModel, rng: jax.Array, batch_size: int 
   params = model.get_initial_variables(rng, {'decoder_input_tokens': (1, 1)})['params']
   carried = model.init_state(batch_size) if model.carry_state else None
   return TrainState(jnp.zeros([], jnp.int32), params, model.optimizer.init(params), carried)
+
+
+def to_dict(tree: Any) -> dict[str, Any]:
+  """The arrays of a state as nested dicts, without what has none; see flax.serialization."""
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(serialization.to_state_dict(tree)))
+
+
+def from_dict(like: Any, arrays: Mapping[str, Any]) -> Any:
+  """The inverse of `to_dict`; `like` is any state with the same structure."""
+  template = serialization.to_state_dict(like)
+  template = traverse_util.flatten_dict(template, keep_empty_nodes=True)
+  found = traverse_util.flatten_dict(unfreeze(arrays))
+  return serialization.from_state_dict(like, traverse_util.unflatten_dict({**template, **found}))
