@@ -1,10 +1,9 @@
 """Times sampling at growing positions of a stream, beside the quadratic baseline with a KV cache.
 
 VQ attention reads tokens up to each position and then samples with `decoding.generate`; the
-baseline starts with a cache of random keys and values, which take as long. All programs run in one
+baseline starts with a cache of random keys and values, which takes as long. All programs run in one
 process, one call of each in turn, so that a machine whose speed drifts slows all of them alike.
-Memory is the compiler's own figure for one call: arguments (parameters and state), results and
-temporaries.
+Memory is that of parameters and state.
 
   python benchmarks/sampling.py --positions=1024,8192,32768,100000 --out_dir=runs/sampling
 
@@ -27,9 +26,6 @@ from absl import app, flags
 from report import Line
 
 from tvq_t5x.network import decoding, sampling
-from tvq_t5x.network.config import TransformerConfig
-from tvq_t5x.network.layers import Logits, RMSNorm, rms_normalize
-from tvq_t5x.network.positions import sinusoids
 from tvq_t5x.network.transformer import Transformer
 
 _POSITIONS = flags.DEFINE_list('positions', ['1024', '8192', '32768', '100000'], 'Tokens before.')
@@ -63,13 +59,7 @@ class Program:
     """Compiles it, and runs it once."""
     rng = jax.random.key(2)
     compiled = jax.jit(function, donate_argnums=1).lower(params, state, rng).compile()
-    memory = compiled.memory_analysis()
-    self.bytes = (
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      + memory.temp_size_in_bytes
-      - memory.alias_size_in_bytes
-    )
+    self.bytes = compiled.memory_analysis().argument_size_in_bytes
     self._call, self._state = functools.partial(compiled, params), state
     self._rng = rng
     # A call moves the state on by a few tokens: the timed ones then begin there.
@@ -88,14 +78,19 @@ def _init(module: Transformer) -> Any:
   )
 
 
-def _vq_programs(positions: Sequence[int]) -> dict[int, Program]:
-  module = Transformer(sizes.config(scan_layers=False))
-  params = _init(module)
+def _module_and_generate(**fields: Any) -> tuple[Transformer, Callable[..., Any]]:
+  module = Transformer(sizes.config(scan_layers=False, **fields))
   config = sampling.SamplingConfig(top_p=_TOP_P.value)
 
   def generate(params, state, rng):
     return decoding.generate(module, params, state, _TOKENS.value, rng, config)
 
+  return module, generate
+
+
+def _vq_programs(positions: Sequence[int]) -> dict[int, Program]:
+  module, generate = _module_and_generate()
+  params = _init(module)
   read = jax.jit(functools.partial(decoding.read, module, params))
   state = jax.jit(lambda: decoding.start(module, sizes.BATCH_SIZE.value))()
   programs, done = {}, 0
@@ -112,88 +107,18 @@ def _vq_programs(positions: Sequence[int]) -> dict[int, Program]:
 
 
 def _quadratic_program(position: int) -> Program:
-  c = sizes.config(attention_type='quadratic', scan_layers=False)
-  params = _init(Transformer(c))
-  slots = position + (sizes.ROUNDS.value + 1) * _TOKENS.value
-  keys = iter(jax.random.split(jax.random.key(1), 4 * c.num_layers))
-
-  def cache(width):
-    return jax.random.normal(next(keys), (sizes.BATCH_SIZE.value, slots, width), c.dtype)
-
-  caches = [(cache(c.key_dim), cache(c.value_dim)) for _ in range(2 * c.num_layers)]
-  token = jnp.ones([sizes.BATCH_SIZE.value], jnp.int32)
-  state = jnp.int32(position), token, caches
-  return Program(functools.partial(quadratic_generate, c, _TOKENS.value), params, state)
-
-
-def quadratic_generate(c: TransformerConfig, num_tokens: int, params: Any, state: Any, rng: Any):
-  """As `decoding.generate`, for quadratic attention with one gated head.
-
-  Args:
-    c: hyperparameters.
-    num_tokens: n.
-    params: of a Transformer without scanned layers.
-    state: how many tokens came before, the last one [B], and for each attention sublayer keys
-      [B, P, K] and values [B, P, V], of which the first so many are filled: at least M.
-    rng: key.
-
-  Returns:
-    Tokens [B, n], their log-likelihoods [B, n] and the new state.
-  """
-  sublayers = [
-    params[f'layers_{i}'][f'attention_{j}'] for i in range(c.num_layers) for j in range(2)
-  ]
-  waves = sinusoids(jnp.arange(c.window_len + 1), c.emb_dim, c.max_wavelength).astype(c.dtype)
-  scale = c.key_dim**-0.25
-  distances = [scale * (waves @ p['distance']['kernel'][:, 0].astype(c.dtype)) for p in sublayers]
-  config = sampling.SamplingConfig(top_p=_TOP_P.value)
-
-  def attend(p, distances, keys, values, x, position):
-    def project(name):
-      return y @ p[name]['kernel'][:, 0].astype(c.dtype)
-
-    y = RMSNorm().apply({'params': p['norm']}, x)
-    query = scale * rms_normalize(project('query'))
-    key = scale * rms_normalize(project('key'))
-    value = jax.nn.silu(project('value'))
-    content, near = (query + scale * p[f'{name}_bias'] for name in ('content', 'position'))
-    nearness = near @ distances.T  # [B, M + 1]
-    scores = jnp.einsum('BK,BPK->BP', content, keys, preferred_element_type=jnp.float32)
-    window = position - c.window_len
-    close = jax.lax.dynamic_slice_in_dim(scores, window, c.window_len, 1) + nearness[:, :0:-1]
-    scores = jax.lax.dynamic_update_slice_in_dim(scores, close, window, 1)
-    scores = jnp.where(jnp.arange(keys.shape[1]) < position, scores, -1e30)
-    own = jnp.sum(content * key, axis=-1) + nearness[:, 0]
-    peak = jnp.maximum(jnp.max(scores, axis=-1), own)
-    weights, own = jnp.exp(scores - peak[:, None]), jnp.exp(own - peak)[:, None]
-    weights, mass = weights.astype(c.dtype), jnp.sum(weights, axis=-1, keepdims=True) + own
-    total = jnp.einsum('BP,BPV->BV', weights, values, preferred_element_type=jnp.float32)
-    total = total + own * value
-    # Written after they are read, or XLA copies the cache for each token.
-    key = jnp.where(jnp.isnan(mass), 0, key)
-    value = jnp.where(jnp.isnan(total), 0, value)
-    keys, values = (
-      jax.lax.dynamic_update_slice_in_dim(x, row[:, None].astype(c.dtype), position, 1)
-      for x, row in ((keys, key), (values, value))
-    )
-    out = (total / mass).astype(c.dtype) * jax.nn.silu(project('gate'))
-    return x + out @ p['out']['kernel'][0].astype(c.dtype), (keys, values)
-
-  def step(state, noise):
-    position, token, caches = state
-    x = params['token_embedder']['embedding'][token].astype(c.dtype)
-    new = []
-    for p, d, (keys, values) in zip(sublayers, distances, caches, strict=True):
-      x, cache = attend(p, d, keys, values, x, position)
-      new.append(cache)
-    logits = Logits(c).apply({'params': params['logits']}, x[:, None], None)[:, 0]
-    token = sampling.choose(noise, logits, config)
-    score = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    return (position + 1, token, new), (token, score)
-
-  noise = jax.random.uniform(rng, (num_tokens, len(state[1])))
-  state, (tokens, scores) = jax.lax.scan(step, state, noise)
-  return tokens.T, scores.T, state
+  module, generate = _module_and_generate(
+    attention_type='quadratic', kv_cache_len=position + (sizes.ROUNDS.value + 1) * _TOKENS.value
+  )
+  state = jax.jit(lambda: decoding.start(module, sizes.BATCH_SIZE.value))()
+  keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(state))))
+  decoder = state.decoder._replace(
+    position=jnp.full_like(state.decoder.position, position),
+    layers=jax.tree.map(
+      lambda x: jax.random.normal(next(keys), x.shape, x.dtype), state.decoder.layers
+    ),
+  )
+  return Program(generate, _init(module), state._replace(decoder=decoder))
 
 
 def _print_table(results: Sequence[Result]) -> None:

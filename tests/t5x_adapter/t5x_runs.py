@@ -75,11 +75,11 @@ def train(folder, *settings, shape=(1, 1), files=(TINY,), **macros):
   return run('train', 'train', list(files), [*bindings(**macros), *settings], shape)
 
 
-def train_standalone(folder, *settings, **macros):
+def train_standalone(folder, *settings, files=(TINY,), **macros):
   """The same with the standalone runner, on the same one device."""
   macros = {**SHORT, 'SAMPLE_PERIOD': STEPS, 'MODEL_DIR': str(folder), **macros}
   with one_device():
-    assert standalone.run([TINY], [*bindings(**macros), *settings]) == 0
+    assert standalone.run(list(files), [*bindings(**macros), *settings]) == 0
 
 
 def arrays(folder, step):
