@@ -22,7 +22,7 @@ from tvq_t5x import train as standalone
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.standalone import configuration
 from tvq_t5x.t5x_adapter.trainer import Trainer
-from tvq_t5x.training.partitioning import ADDITIONAL_RULES
+from tvq_t5x.training.partitioning import own_axis_rules
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / 'tests' / 'tiny.gin')
@@ -107,7 +107,7 @@ def _value(event):
 
 def partitioner(shape, dims=(1, 1)):
   """T5X's, with our rules, for activations and parameters partitioned in 1 or 2 dimensions."""
-  rules = partitioning.standard_logical_axis_rules(*dims, ADDITIONAL_RULES)
+  rules = partitioning.standard_logical_axis_rules(*dims, own_axis_rules())
   made = partitioning.PjitPartitioner(num_partitions=1, logical_axis_rules=rules)
   with mesh(*shape):
     assert made.mesh.shape == {'data': shape[0], 'model': shape[1]}

@@ -1,4 +1,4 @@
-"""A mixer of a user's own in T5X: it trains, carries its state and is evaluated as in the runner."""
+"""A mixer of a user's own in T5X: it trains and carries its state as in the runner."""
 
 import pytest
 

@@ -10,7 +10,7 @@ from util import small_config, small_model
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.training import optimizers, placement
-from tvq_t5x.training.partitioning import ADDITIONAL_RULES, Partitioner, standard_logical_axis_rules
+from tvq_t5x.training.partitioning import Partitioner, own_axis_rules, standard_logical_axis_rules
 from tvq_t5x.training.train_state import TrainState, init_train_state
 
 pytestmark = pytest.mark.skipif(
@@ -56,7 +56,7 @@ def by_name(tree):
 @pytest.mark.parametrize('parameter_dims', [1, 2])
 def test_rules_are_those_of_t5x_and_our_own(activation_dims, parameter_dims):
   t5x = pytest.importorskip('t5x.partitioning', reason='T5X is an optional dependency')
-  expected = t5x.standard_logical_axis_rules(activation_dims, parameter_dims, ADDITIONAL_RULES)
+  expected = t5x.standard_logical_axis_rules(activation_dims, parameter_dims, own_axis_rules())
   ours = standard_logical_axis_rules(activation_dims, parameter_dims)
   assert dict(ours).keys() == dict(expected).keys()
   assert specs(ours) == specs(expected)

@@ -16,7 +16,7 @@ import optax
 from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x.common.named_arrays import array_name
-from tvq_t5x.common.tokens import EOS
+from tvq_t5x.common.tokens import EOS, PAD
 from tvq_t5x.network import sampling, sublayers
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import with_sharding_constraint
@@ -149,6 +149,49 @@ def generate(
   if scanned:
     decoder = decoder._replace(layers=jax.tree.map(lambda *x: jnp.stack(x), *decoder.layers))
   return tokens.T, scores.T, GenerationState(decoder, token)
+
+
+def complete(
+  module: Transformer,
+  params: Params,
+  state: GenerationState,
+  prompts: jax.Array,
+  rng: jax.Array,
+  config: SamplingConfig,
+  num_decodes: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+  """Continues prompts of different lengths to the same length, each a number of times.
+
+  Args:
+    module: the network.
+    params: of the module.
+    state: of B sequences before their prompts.
+    prompts: [B, T] int32, PAD where to generate.
+    rng: key.
+    config: how a token is chosen.
+    num_decodes: D.
+
+  Returns:
+    Tokens [B, D, T] int32, prompts included, and the log-likelihoods [B, D] float32 of what was
+    generated, both sorted by these: the likeliest comes last.
+  """
+  batch_size, length = prompts.shape
+  lengths = jnp.sum(jnp.cumprod(prompts != PAD, axis=1), axis=1)
+  state = repeat(module, read(module, params, state, prompts, lengths)[0], num_decodes)
+  count = length - jnp.min(lengths)
+  written, scores, _ = generate(module, params, state, length, rng, config, count=count)
+
+  def of_prompts(x: jax.Array) -> jax.Array:  # [B * D, T] to [B, D, T]
+    return x.reshape(batch_size, num_decodes, length)
+
+  index = jnp.arange(length) - lengths[:, None, None]  # Of the generated tokens, [B, 1, T].
+  tokens = jnp.take_along_axis(of_prompts(written), jnp.maximum(index, 0), axis=2)
+  tokens = jnp.where(index < 0, prompts[:, None], tokens)
+  is_shown = jnp.arange(length) < length - lengths[:, None, None]
+  scores = jnp.sum(jnp.where(is_shown, of_prompts(scores), 0), axis=2)
+  order = jnp.argsort(scores, axis=1)
+  tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+  return tokens, jnp.take_along_axis(scores, order, axis=1)
 
 
 def for_tokens(config: TransformerConfig, decoder: DecoderState) -> DecoderState:

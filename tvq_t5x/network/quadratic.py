@@ -1,7 +1,7 @@
 """Attention over all pairs of positions, with a cache of keys and values: the baseline."""
 
 import functools
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,17 @@ from tvq_t5x.network.layers import with_sharding_constraint
 from tvq_t5x.network.mixers import Aux, Call
 from tvq_t5x.network.positions import key_nearness, last_positions
 
+X = TypeVar('X')
 
-class KeyValueState(NamedTuple):
-  """The last C positions before a segment, the oldest first; those that never were are zero."""
 
-  keys: jax.Array  # [B, C, N, K]
-  values: jax.Array  # [B, C, N, V]
+class KeyValueState(NamedTuple, Generic[X]):
+  """The last C positions before a segment, the oldest first; or an X in the place of each array.
+
+  Those that never were are zero.
+  """
+
+  keys: X  # [B, C, N, K]
+  values: X  # [B, C, N, V]
 
 
 class KeyValueRing(NamedTuple):
@@ -71,7 +76,7 @@ class QuadraticAttention(Attention):
     widths = c.key_dim, c.value_width
     return KeyValueState(*(jnp.zeros((*shape, width), c.dtype) for width in widths))
 
-  def state_axes(self) -> KeyValueState:
+  def state_axes(self) -> KeyValueState[PartitionSpec]:
     """See `Mixer`."""
     c = self.config
     heads = c.heads_axis(c.num_kv_heads)

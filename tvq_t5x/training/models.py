@@ -280,30 +280,15 @@ class TransformerVQModel:
     if num_decodes < 1:
       raise ConfigError(f'predict_batch_with_aux.num_decodes = {num_decodes}: give at least 1.')
     prompts = batch['decoder_target_tokens'].astype(jnp.int32)
-    batch_size, length = prompts.shape
-    lengths = jnp.sum(jnp.cumprod(prompts != 0, axis=1), axis=1)
-    state = decoding.start(self.module, batch_size)
+    state = decoding.start(self.module, len(prompts))
     state = state._replace(token=batch['decoder_input_tokens'][:, 0].astype(jnp.int32))
-    state = decoding.read(self.module, params, state, prompts, lengths)[0]
-
-    state = decoding.repeat(self.module, state, num_decodes)
-    prompts, lengths = (jnp.repeat(x, num_decodes, axis=0) for x in (prompts, lengths))
     settings = SamplingConfig(
       temperature=0 if rng is None else temperature, top_p=top_p, top_k=top_k
     )
     rng = jax.random.key(0) if rng is None else rng
-    count = length - jnp.min(lengths)
-    written, scores, _ = decoding.generate(
-      self.module, params, state, length, rng, settings, count=count
+    tokens, scores = decoding.complete(
+      self.module, params, state, prompts, rng, settings, num_decodes
     )
-    index = jnp.arange(length) - lengths[:, None]
-    written = jnp.take_along_axis(written, jnp.maximum(index, 0), axis=1)
-    tokens = jnp.where(index < 0, prompts, written).reshape(batch_size, num_decodes, length)
-    scores = jnp.sum(jnp.where(jnp.arange(length) < length - lengths[:, None], scores, 0), axis=1)
-    scores = scores.reshape(batch_size, num_decodes)
-    order = jnp.argsort(scores, axis=1)
-    tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
-    scores = jnp.take_along_axis(scores, order, axis=1)
     if return_all_decodes:
       return tokens, {'scores': scores}
     return tokens[:, -1], {'scores': scores[:, -1]}

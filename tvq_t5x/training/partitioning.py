@@ -22,10 +22,12 @@ MODEL = 'model'
 
 LogicalAxisRules = tuple[tuple[str, str | None], ...]
 
-# What T5X's rules lack: bind `standard_logical_axis_rules.additional_rules` to this under T5X.
-ADDITIONAL_RULES: LogicalAxisRules = (('code', MODEL), ('single_head', None))
-
 _UNSHARDED = ('relpos_buckets', 'abspos_buckets', 'length', 'layers', 'stack', 'mlp_activations')
+
+
+def own_axis_rules() -> LogicalAxisRules:
+  """What T5X's rules lack: under T5X, its `standard_logical_axis_rules.additional_rules`."""
+  return (('code', MODEL), ('single_head', None))
 
 
 def standard_logical_axis_rules(
@@ -33,7 +35,7 @@ def standard_logical_axis_rules(
   parameter_partitioning_dims: int = 1,
   additional_rules: Iterable[tuple[str, str | None]] = (),
 ) -> LogicalAxisRules:
-  """Rules equal in effect to T5X's of the same name, and `ADDITIONAL_RULES`.
+  """Rules equal in effect to T5X's of the same name, and `own_axis_rules`.
 
   Args:
     activation_partitioning_dims: 2 also shards the activations' 'embed' axis over 'model'.
@@ -64,7 +66,7 @@ def standard_logical_axis_rules(
     *(embed or [('embed', None)]),
     *((name, None) for name in _UNSHARDED),
     *((name, axis) for name, axis in additional_rules),
-    *ADDITIONAL_RULES,
+    *own_axis_rules(),
   )
 
 

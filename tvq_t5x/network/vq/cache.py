@@ -4,7 +4,7 @@ The cache keeps, per key head and code s, how many old keys have code s and the 
 values. The mean, not the sum, is kept since it stays bounded (paper, section 3.3).
 """
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,26 @@ from jax.sharding import PartitionSpec
 
 from tvq_t5x.network.config import Reduction, TransformerConfig
 
-
-class CompressedCache(NamedTuple):
-  """Old keys and values, grouped by code. Any leading axes `...`."""
-
-  counts: jax.Array  # [..., N, S] float32
-  means: jax.Array  # [..., N, S, V] float32, zero where the count is zero
+X = TypeVar('X')
 
 
-class AttentionState(NamedTuple):
-  """Everything a sublayer remembers of the positions before a segment."""
+class CompressedCache(NamedTuple, Generic[X]):
+  """Old keys and values, grouped by code; or an X in the place of each array. Any leading axes."""
 
-  codes: jax.Array  # [B, M, N] int32; S where the slot is empty
-  keys: jax.Array  # [B, M, N, K] quantized keys
-  values: jax.Array  # [B, M, N, V]
-  cache: CompressedCache  # [B, N, S], [B, N, S, V]
+  counts: X  # [..., N, S] float32
+  means: X  # [..., N, S, V] float32, zero where the count is zero
 
 
-def init_attention_state(config: TransformerConfig, batch_size: int) -> AttentionState:
+class AttentionState(NamedTuple, Generic[X]):
+  """All that a sublayer remembers of the positions before a segment; or an X for each array."""
+
+  codes: X  # [B, M, N] int32; S where the slot is empty
+  keys: X  # [B, M, N, K] quantized keys
+  values: X  # [B, M, N, V]
+  cache: CompressedCache[X]  # [B, N, S], [B, N, S, V]
+
+
+def init_attention_state(config: TransformerConfig, batch_size: int) -> AttentionState[jax.Array]:
   """The state before the first token: an empty window and an empty cache."""
   window = (batch_size, config.window_len, config.num_kv_heads)
   codes = (batch_size, config.num_kv_heads, config.num_codes)
@@ -44,8 +46,8 @@ def init_attention_state(config: TransformerConfig, batch_size: int) -> Attentio
   )
 
 
-def attention_state_axes(config: TransformerConfig) -> AttentionState:
-  """Logical axis names of the arrays of an AttentionState, a PartitionSpec in the place of each."""
+def attention_state_axes(config: TransformerConfig) -> AttentionState[PartitionSpec]:
+  """Logical axis names of the arrays of an AttentionState."""
   heads = config.heads_axis(config.num_kv_heads)
   window, codes = ('batch', None, heads), ('batch', heads, None)
   return AttentionState(
