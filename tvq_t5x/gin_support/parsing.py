@@ -28,6 +28,7 @@ __all__ = [
   'is_bound',
   'message',
   'parse_gin',
+  'read',
   'rewrite_gin_args',
 ]
 
@@ -186,8 +187,8 @@ def _searching(folders: Sequence[str]) -> Iterator[None]:
     gin_config._LOCATION_PREFIXES, gin_config._FILE_READERS = saved
 
 
-def _open(path: str) -> IO[str]:
-  """A gin file, with the imports of today."""
+def read(path: str) -> str:
+  """The text of a gin file, with the imports of today."""
   with open(path, encoding='utf-8') as f:
     text = f.read()
 
@@ -195,7 +196,11 @@ def _open(path: str) -> IO[str]:
     folder = _FOLDERS.get(line[1])
     return f'from tvq_t5x.{folder} import {line[1]}' if folder else line[0]
 
-  found = io.StringIO(re.sub(r'^from tvq_t5x import (\w+)', today, text, flags=re.MULTILINE))
+  return re.sub(r'^from tvq_t5x import (\w+)', today, text, flags=re.MULTILINE)
+
+
+def _open(path: str) -> IO[str]:
+  found = io.StringIO(read(path))
   found.name = path  # gin shows it in its messages.
   return found
 

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from tvq_t5x.common.errors import ConfigError
 
 FILTERED = -1e10
+# Float32 has smaller numbers, but a processor may take them for 0.
+_LOWEST_TEMPERATURE = 1e-30
+# Of a token that is not filtered.
+_LOWEST = -1e9
 # Slack of the nucleus threshold, as in the paper's code.
 _EPSILON = 1e-4
 
@@ -17,7 +21,8 @@ class SamplingConfig:
   """How a token is chosen.
 
   Attributes:
-    temperature: divides the logits; 0 chooses the likeliest token.
+    temperature: divides the logits; 0 chooses the likeliest token, which is also the limit of small
+      ones.
     top_p: share of the probability mass to sample from, in (0, 1]: a token is kept if the likelier
       ones hold less, so equally likely ones are kept together. Of the mass of the likeliest k,
       where those are asked for too.
@@ -75,7 +80,9 @@ def choose(noise: jax.Array, logits: jax.Array, config: SamplingConfig) -> jax.A
   """
   if config.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits / config.temperature
+  # Differences to the likeliest, which no temperature makes infinite.
+  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+  logits = jnp.maximum(logits / max(config.temperature, _LOWEST_TEMPERATURE), _LOWEST)
   if 0 < config.top_k < logits.shape[-1]:
     logits = top_k_filter(logits, config.top_k)
   if config.top_p < 1:

@@ -44,8 +44,8 @@ def continued_metrics(
   num_sequences, length = batch['decoder_target_tokens'].shape
 
   def segment(state: DecoderState | None, part: Batch) -> tuple[DecoderState, metrics_lib.Metrics]:
-    _, (state, metrics) = model.segment_loss(params, part, state, None, 1.0)
-    return state, metrics
+    _, (after, metrics) = model.segment_loss(params, part, state, None, 1.0)
+    return after, metrics
 
   if segment_len == length:
     return segment(state, batch)

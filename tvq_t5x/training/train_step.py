@@ -149,16 +149,16 @@ def accumulate_gradients(
     batch, state, ids = inputs
     loss_fn = jax.value_and_grad(model.segment_loss, has_aux=True)
     with xla.training_gradients():
-      (loss, (state, metrics)), gradients = loss_fn(
+      (loss, (after, metrics)), gradients = loss_fn(
         params, batch, state, rngs, normalizing_factor, ids
       )
     metrics['loss'] = metrics_lib.average(loss, 0.0)
-    return gradients, metrics, state
+    return gradients, metrics, after
 
   if example_ids.shape[0] == 1:
     first = jax.tree.map(lambda x: x[0], (segment, states, example_ids))
-    gradients, metrics, state = microbatch(first)
-    states = jax.tree.map(lambda x: x[None], state)
+    gradients, metrics, after = microbatch(first)
+    after = jax.tree.map(lambda x: x[None], after)
   else:
 
     def add(total, inputs):
@@ -168,11 +168,11 @@ def accumulate_gradients(
     inputs = (segment, states, example_ids)
     shapes = jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], inputs))[:2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (gradients, metrics), states = jax.lax.scan(add, zeros, inputs)
+    (gradients, metrics), after = jax.lax.scan(add, zeros, inputs)
   # Microbatch losses share the normalizing factor, so the update's loss is their plain sum.
   metrics['loss'] = metrics_lib.average(metrics['loss'].total, 1.0)
   metrics['gradient_norm'] = metrics_lib.average(_main_norm(gradients), 1.0)
-  return gradients, metrics, states
+  return gradients, metrics, after
 
 
 def apply_gradients(
