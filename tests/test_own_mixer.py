@@ -30,6 +30,8 @@ from tvq_t5x.training.partitioning import Partitioner
 
 TINY = pathlib.Path(__file__).parent / 'tiny.gin'
 DECAY = 0.75
+# Of the user, that the configuration of such a run names.
+MODULES = ['test_own_mixer', 'tiny_task']
 pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
 
 
@@ -107,7 +109,7 @@ def test_a_run_trains_evaluates_samples_and_carries_its_state(run, capsys):
   assert metadata['model']['sublayers'] == ['test_own_mixer.GatedAverage', 'vq', 'mlp']
   assert 'carried/layers/0' in metadata['arrays']
   with one_device():
-    code = evaluate.run([], checkpoint=str(run), split='test', json_file='-', carry_state=False)
+    code = evaluate.run([], checkpoint=str(run), split='test', json_file='-', modules=MODULES)
   assert code == 0
   found = json.loads(capsys.readouterr().out)
   np.testing.assert_allclose(found['cross_entropy'], last['test']['cross_entropy'], rtol=1e-5)
@@ -128,7 +130,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(run, tmp_path):
 
 def test_text_is_scored_and_continued_token_by_token(run):
   with one_device():
-    lm = language_model.load(str(run))
+    lm = language_model.load(str(run), modules=MODULES)
     state, _ = lm.read(lm.start(), ['the sea and the '])
     generated = lm.generate(state, 9, sampling=sampling.SamplingConfig(temperature=0))
     score = lm.score(generated.tokens[0], state)

@@ -58,6 +58,7 @@ def run(
   json_file: str | None = None,
   carry_state: bool = False,
   data_dir: str | None = None,
+  modules: Sequence[str] = (),
 ) -> int:
   """Evaluates a checkpoint, prints a table and writes JSON.
 
@@ -78,7 +79,7 @@ def run(
       raise ConfigError(f'no --checkpoint was given: try {_EXAMPLE}')
     command_line.check_output('--json', json_file)
     locations.set_data_dir(data_dir)
-    configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths)
+    configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths, modules)
     _write(checkpoint_evaluation.evaluate(configured, split, carry_state), json_file)
 
   return command_line.exit_code(command)
@@ -108,6 +109,7 @@ def run_flags(values: flags.FlagValues) -> int:
     values.json,
     values.carry_state,
     values.data_dir,
+    values.module,
   )
 
 

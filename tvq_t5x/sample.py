@@ -59,6 +59,7 @@ def run(
   search_paths: Sequence[str],
   checkpoint: str | None,
   options: Options,
+  modules: Sequence[str] = (),
 ) -> int:
   """Prints continuations of prompts, or their scores.
 
@@ -74,7 +75,7 @@ def run(
     if not checkpoint:
       raise ConfigError(f'no --checkpoint was given: try {_EXAMPLE}')
     options.check()
-    configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths)
+    configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths, modules)
     sampling_session.run(configured, options)
 
   return command_line.exit_code(command)
@@ -84,7 +85,12 @@ def run_flags(values: flags.FlagValues) -> int:
   """`run` as the flags of `define_flags` say."""
   options = Options(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Options)})
   return run(
-    values.gin_file, values.gin_bindings, values.gin_search_paths, values.checkpoint, options
+    values.gin_file,
+    values.gin_bindings,
+    values.gin_search_paths,
+    values.checkpoint,
+    options,
+    values.module,
   )
 
 

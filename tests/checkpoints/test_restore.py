@@ -1,5 +1,6 @@
 """A checkpoint of either engine gives its parameters on any mesh, or says what is wrong."""
 
+import functools
 import logging
 import pathlib
 import shutil
@@ -13,6 +14,9 @@ from jax.sharding import PartitionSpec
 
 from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.standalone import configuration
+
+# The run's task is not the package's own.
+load = functools.partial(configuration.load, modules=['tiny_task'])
 
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 
@@ -50,20 +54,20 @@ def _assert_parameters(loaded, expected):
 
 
 def test_the_newest_checkpoint_and_the_config_of_its_run(tiny_run):
-  loaded = configuration.load(str(tiny_run))
+  loaded = load(str(tiny_run))
   assert loaded.checkpoint == tiny_run / 'checkpoint_16' and loaded.step == 16
   _assert_parameters(loaded, _saved(tiny_run, 16))
 
 
 def test_a_given_checkpoint_from_a_relative_path(tiny_run, monkeypatch):
   monkeypatch.chdir(tiny_run)
-  loaded = configuration.load('checkpoint_8')
+  loaded = load('checkpoint_8')
   assert loaded.checkpoint == tiny_run / 'checkpoint_8' and loaded.step == 8
   _assert_parameters(loaded, _saved(tiny_run, 8))
 
 
 def test_parameters_lie_as_the_mesh_wants(tiny_run):
-  loaded = configuration.load(str(tiny_run), gin_bindings=['NUM_PARTITIONS = 2'])
+  loaded = load(str(tiny_run), gin_bindings=['NUM_PARTITIONS = 2'])
   table = loaded.params['token_embedder']['embedding']
   assert table.sharding.spec == PartitionSpec('model', None)
   assert dict(table.sharding.mesh.shape) == {'data': 4, 'model': 2}
@@ -71,12 +75,12 @@ def test_parameters_lie_as_the_mesh_wants(tiny_run):
 
 
 def test_a_checkpoint_of_t5x(of_t5x):
-  _assert_parameters(configuration.load(str(of_t5x), [_TINY]), _saved(of_t5x, 16))
+  _assert_parameters(load(str(of_t5x), [_TINY]), _saved(of_t5x, 16))
 
 
 def test_the_config_of_t5x_is_not_enough(of_t5x):
   with pytest.raises(ConfigError) as error:
-    configuration.load(str(of_t5x))
+    load(str(of_t5x))
   message = str(error.value)
   assert 'config.gin was written by T5X' in message and '--gin_file' in message
 
@@ -96,7 +100,7 @@ def test_no_checkpoint(tmp_path, monkeypatch, checkpoint, part):
   pathlib.Path('file').write_text('')
   pathlib.Path('empty').mkdir()
   with pytest.raises(ConfigError) as error:
-    configuration.load(checkpoint, [_TINY])
+    load(checkpoint, [_TINY])
   message = str(error.value)
   assert message.startswith(f'--checkpoint={checkpoint}:') and part in message
   assert '\n' not in message
@@ -105,7 +109,7 @@ def test_no_checkpoint(tmp_path, monkeypatch, checkpoint, part):
 def test_a_folder_without_config(copied):
   (copied / 'config.gin').unlink()
   with pytest.raises(ConfigError, match='has no config.gin: .* --gin_file'):
-    configuration.load(str(copied))
+    load(str(copied))
 
 
 def test_gin_files_that_describe_no_run(tiny_run, tmp_path):
@@ -115,7 +119,7 @@ def test_gin_files_that_describe_no_run(tiny_run, tmp_path):
     'datasets.vocabulary.mixture_or_task_name = %MODEL_DIR\n'
   )
   with pytest.raises(ConfigError, match='describe no run: .*gin/runs/pretrain.gin'):
-    configuration.load(str(tiny_run), [str(path)])
+    load(str(tiny_run), [str(path)])
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def test_gin_files_that_describe_no_run(tiny_run, tmp_path):
 )
 def test_another_size_is_refused_naming_the_arrays(tiny_run, setting, parts):
   with pytest.raises(ConfigError) as error:
-    configuration.load(str(tiny_run), gin_bindings=[f'config.TransformerConfig.{setting}'])
+    load(str(tiny_run), gin_bindings=[f'config.TransformerConfig.{setting}'])
   message = str(error.value)
   for part in (*parts, f'--checkpoint={tiny_run / "checkpoint_16"}', 'more arrays'):
     assert part in message
@@ -137,15 +141,13 @@ def test_another_size_is_refused_naming_the_arrays(tiny_run, setting, parts):
 
 def test_settings_that_no_array_shows_are_told(tiny_run, caplog):
   caplog.set_level(logging.WARNING, logger='absl')
-  configuration.load(str(tiny_run), gin_bindings=['config.TransformerConfig.window_len = 16'])
+  load(str(tiny_run), gin_bindings=['config.TransformerConfig.window_len = 16'])
   assert 'another setting: TransformerConfig.window_len = 16, there 8' in caplog.text
 
 
 def test_settings_of_training_and_speed_are_not_told(tiny_run, caplog):
   settings = ['layer_drop_rate = 0.0', 'block_len = 16']
-  configuration.load(
-    str(tiny_run), gin_bindings=[f'config.TransformerConfig.{s}' for s in settings]
-  )
+  load(str(tiny_run), gin_bindings=[f'config.TransformerConfig.{s}' for s in settings])
   assert 'another setting' not in caplog.text
 
 
@@ -176,7 +178,7 @@ def test_a_damaged_checkpoint_is_one_error(copied, pattern, damage):
   for path in paths:
     damage(path)
   with pytest.raises(CheckpointError) as error:
-    configuration.load(str(copied))
+    load(str(copied))
   message = str(error.value)
   assert message.startswith(f'The checkpoint {copied / "checkpoint_16"} can not be read: ')
   assert '\n' not in message

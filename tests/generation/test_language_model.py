@@ -1,5 +1,6 @@
 """Reading, writing, scoring and saved states from Python, on a trained checkpoint."""
 
+import functools
 import shutil
 
 import jax
@@ -14,6 +15,9 @@ from tvq_t5x.generation import language_model
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.standalone.evaluation import Evaluator
 
+# The run's task is not the package's own.
+load = functools.partial(language_model.load, modules=['tiny_task'])
+
 _TEXT = 'the ship and the sea and a sky.\nthe sky a ship'  # Longer than blocks and window of 8.
 _GREEDY = SamplingConfig(temperature=0.0)
 pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
@@ -22,7 +26,7 @@ pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
 @pytest.fixture(scope='module')
 def lm(tiny_run):
   with one_device():
-    return language_model.load(str(tiny_run))
+    return load(str(tiny_run))
 
 
 def _forward(lm, tokens):
@@ -92,7 +96,7 @@ def test_the_score_of_a_split_is_its_evaluation(lm):
 
 def test_rows_of_different_lengths_on_devices_are_as_each_alone(tiny_run, lm):
   texts = ['', 'a', _TEXT[:8], _TEXT[:21], [value + 3 for value in _TEXT.encode()], 'the', '.', ' ']
-  many = language_model.load(str(tiny_run))
+  many = load(str(tiny_run))
   state, nats = many.read(many.start(8), texts)
   assert len(state.token.sharding.device_set) == 8
   assert state.token.addressable_shards[0].data.shape == (1,)
@@ -125,7 +129,7 @@ def test_n_tokens_and_then_m_are_n_plus_m(lm):
 
 
 def test_devices_that_can_not_share_the_rows_all_have_them(tiny_run, lm):
-  other = language_model.load(str(tiny_run), gin_bindings=['NUM_PARTITIONS = 2'])
+  other = load(str(tiny_run), gin_bindings=['NUM_PARTITIONS = 2'])
   states = [m.start(3) for m in (lm, other)]
   ours, theirs = (m.generate(s, 9, seed=1) for m, s in zip((lm, other), states, strict=True))
   np.testing.assert_array_equal(ours.tokens, theirs.tokens)
@@ -151,7 +155,7 @@ def test_a_saved_state_continues(tiny_run, lm, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['state.npz']
   # With the same parameters, but elsewhere and on another mesh.
   moved = shutil.copytree(tiny_run, tmp_path / 'moved')
-  other = language_model.load(str(moved), gin_bindings=['NUM_PARTITIONS = 4'])
+  other = load(str(moved), gin_bindings=['NUM_PARTITIONS = 4'])
   loaded = other.load_state(tmp_path / 'state.npz')
   jax.tree.map(np.testing.assert_array_equal, loaded, state)
   ours, theirs = (m.generate(s, 20, sampling=_GREEDY) for m, s in ((lm, state), (other, loaded)))
@@ -161,7 +165,7 @@ def test_a_saved_state_continues(tiny_run, lm, tmp_path):
 def test_a_state_in_bfloat16_is_saved_bit_for_bit(tiny_run, tmp_path):
   with one_device():
     bindings = ["config.TransformerConfig.dtype = 'bfloat16'"]
-    lm = language_model.load(str(tiny_run), gin_bindings=bindings)
+    lm = load(str(tiny_run), gin_bindings=bindings)
   state, _ = lm.read(lm.start(), [_TEXT])
   lm.save_state(tmp_path / 'state.npz', state)
   loaded = lm.load_state(tmp_path / 'state.npz')
@@ -180,7 +184,7 @@ def test_a_state_in_bfloat16_is_saved_bit_for_bit(tiny_run, tmp_path):
 def test_a_state_of_something_else_is_refused(tiny_run, lm, tmp_path, checkpoint, binding, part):
   path = tmp_path / 'state.npz'
   lm.save_state(path, lm.start())
-  other = language_model.load(str(tiny_run / checkpoint), gin_bindings=[binding])
+  other = load(str(tiny_run / checkpoint), gin_bindings=[binding])
   with pytest.raises(ConfigError) as error:
     other.load_state(path)
   message = str(error.value)

@@ -37,6 +37,13 @@ def define_checkpoint_flag(flag_values: flags.FlagValues) -> None:
     '--gin_file, the config.gin in MODEL_DIR says what was trained.',
     flag_values,
   )
+  flags.DEFINE_multi_string(
+    'module',
+    [],
+    'Module of yours that the config.gin in MODEL_DIR may import; repeat it for more. Without it, '
+    "that file may name only what is this package's own.",
+    flag_values,
+  )
 
 
 def define_data_flag(flag_values: flags.FlagValues) -> None:

@@ -82,6 +82,7 @@ def load(
   gin_file: str | None = None,
   gin_bindings: Sequence[str] = (),
   search_paths: Sequence[str] = (),
+  modules: Sequence[str] = (),
 ) -> 'LanguageModel':
   """Reads a checkpoint of either engine.
 
@@ -91,13 +92,14 @@ def load(
       runner wrote. The configuration that gin holds is another one afterwards.
     gin_bindings: more settings, as after `--gin.`.
     search_paths: more folders to look for gin files in.
+    modules: of yours, which `MODEL_DIR/config.gin` may import and call besides this package's own.
 
   Raises:
     ConfigError: for a wrong setting, or a checkpoint of another model.
     CheckpointError: if the checkpoint can't be read.
   """
   files = [] if gin_file is None else [gin_file]
-  return LanguageModel(configuration.load(checkpoint, files, gin_bindings, search_paths))
+  return LanguageModel(configuration.load(checkpoint, files, gin_bindings, search_paths, modules))
 
 
 class LanguageModel:

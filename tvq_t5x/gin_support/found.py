@@ -4,12 +4,13 @@ gin imports any module that a file names, and calls any function of it. A file t
 the command line may name only what a run of this package needs.
 """
 
+import tokenize
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gin import config_parser
 
-from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.errors import ConfigError, reason
 
 # What a run's configuration gives settings, by module.
 _ALLOWED: dict[str, frozenset[str]] = {
@@ -31,8 +32,8 @@ _ALLOWED: dict[str, frozenset[str]] = {
 _NEVER_CALLED = frozenset({'train', 'TransformerVQModel.predict_batch_with_aux'})
 _TASKS = 'tvq_t5x.tasks.'
 _OF_TASKS = frozenset({'corpus'})
-# Parameters that name a module, which is then imported.
-_MODULE_PARAMETER = 'module'
+# The parameter of this module's functions that names a module, which is then imported.
+_IMPORTS, _MODULE_PARAMETER = 'tvq_t5x.data.datasets', 'module'
 
 
 class _Reference(NamedTuple):
@@ -63,13 +64,16 @@ def check(text: str, source: str, modules: Sequence[str] = ()) -> None:
     modules: of the user, which the file may import and call, too.
 
   Raises:
-    ConfigError: naming what is refused.
-    SyntaxError: for what is no gin.
+    ConfigError: naming what is refused; also for what is no gin.
   """
+  try:
+    statements = list(config_parser.ConfigParser(text, _Delegate()))
+  except (SyntaxError, ValueError, tokenize.TokenError) as e:
+    raise ConfigError(f'{source} is no configuration of a run: {reason(e)}') from e
   imported: dict[str, str] = {}
   macros: dict[str, Any] = {}
   bindings: list[config_parser.BindingStatement] = []
-  for statement in config_parser.ConfigParser(text, _Delegate()):
+  for statement in statements:
     if isinstance(statement, config_parser.ImportStatement):
       _check_import(statement, source, modules)
       # `import a.b` makes `a` known, `from a import b` makes `b`.
@@ -91,7 +95,8 @@ def check(text: str, source: str, modules: Sequence[str] = ()) -> None:
   for reference in _references(values):
     _check_name(reference.name, imported, source, modules, called=True)
   for binding in bindings:
-    if binding.arg_name == _MODULE_PARAMETER:
+    owner = imported.get(binding.selector.partition('.')[0])
+    if owner == _IMPORTS and binding.arg_name == _MODULE_PARAMETER:
       _check_module(_resolve(binding.value, macros), source, modules)
 
 
@@ -157,7 +162,7 @@ def _references(value: Any) -> Iterator[_Reference]:
 def _refused(source: str, what: str, module: str) -> ConfigError:
   allow = f' If it is yours, allow it with --module={module}.' if module else ''
   return ConfigError(
-    f'{source}: `{what}` is refused: a configuration that is found beside a checkpoint may name only '
-    f"this package's own model, optimizers and tasks.{allow} Or give a gin file that you trust with "
-    '--gin_file.'
+    f'{source}: `{what}` is refused: a configuration that is found beside a checkpoint may name '
+    f"only this package's own model, optimizers and tasks.{allow} Or give a gin file that you "
+    'trust with --gin_file.'
   )

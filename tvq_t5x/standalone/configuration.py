@@ -11,7 +11,7 @@ import gin
 from tvq_t5x.checkpoints import layout, restore
 from tvq_t5x.checkpoints.restore import Loaded
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.gin_support import parsing
+from tvq_t5x.gin_support import found, parsing
 from tvq_t5x.standalone import runner
 from tvq_t5x.training import placement
 from tvq_t5x.training.models import TransformerVQModel
@@ -37,9 +37,10 @@ def load(
   gin_files: Sequence[str] = (),
   gin_bindings: Sequence[str] = (),
   search_paths: Sequence[str] = (),
+  modules: Sequence[str] = (),
 ) -> Loaded:
   """`configure` and `Configured.restore` in one."""
-  return configure(checkpoint, gin_files, gin_bindings, search_paths).restore()
+  return configure(checkpoint, gin_files, gin_bindings, search_paths, modules).restore()
 
 
 def configure(
@@ -47,15 +48,17 @@ def configure(
   gin_files: Sequence[str] = (),
   gin_bindings: Sequence[str] = (),
   search_paths: Sequence[str] = (),
+  modules: Sequence[str] = (),
 ) -> Configured:
   """Parses the gin files of a checkpoint's run, in place of the configuration that gin holds now.
 
   Args:
     checkpoint: as for `layout.find`.
     gin_files: of the run that wrote it; none means the `config.gin` that the standalone runner
-      left in MODEL_DIR.
+      left in MODEL_DIR, which may name only what a run of this package needs.
     gin_bindings: more settings, such as 'NUM_PARTITIONS = 2' for another mesh than the run's.
     search_paths: more folders to look for gin files in.
+    modules: of the user, which that `config.gin` may import and call, too.
 
   Raises:
     ConfigError: if there is no checkpoint, or a setting is wrong; also where the parameters do not
@@ -64,7 +67,10 @@ def configure(
   path = layout.find(checkpoint, '--checkpoint')
   # Nothing is written, so a run without a folder is complete.
   bindings = ["MODEL_DIR = ''", *gin_bindings]
-  parsing.parse_gin(gin_files or [_config_beside(path)], bindings, search_paths)
+  if not gin_files:
+    gin_files = [_config_beside(path)]
+    found.check(parsing.read(gin_files[0]), gin_files[0], modules)
+  parsing.parse_gin(gin_files, bindings, search_paths)
   model: TransformerVQModel = setting('model')
   partitioner: Partitioner = setting('partitioner')
   placement.validate(partitioner, model.config, partitioner.mesh.shape[DATA])
