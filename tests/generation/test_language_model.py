@@ -197,9 +197,14 @@ def test_what_is_no_state_is_refused(lm, tmp_path):
   (tmp_path / 'text.npz').write_text('text')
   np.savez(tmp_path / 'other.npz', a=np.zeros(3))
   lm.save_state(tmp_path / 'cut.npz', lm.start())
+  arrays = dict(np.load(tmp_path / 'cut.npz'))
+  np.savez_compressed(tmp_path / 'compressed.npz', **arrays)  # It may be much larger than its file.
+  name = next(name for name in arrays if name.endswith('values'))
+  np.savez(tmp_path / 'short.npz', **{**arrays, name: arrays[name][:, :-1]})
+  np.savez(tmp_path / 'lacking.npz', **{n: x for n, x in arrays.items() if n != name})
   content = (tmp_path / 'cut.npz').read_bytes()
   (tmp_path / 'cut.npz').write_bytes(content[: len(content) // 2])
-  for name in ('text', 'other', 'cut'):
+  for name in ('text', 'other', 'cut', 'compressed', 'short', 'lacking'):
     with pytest.raises(ConfigError, match='is no state of a generation'):
       lm.load_state(tmp_path / f'{name}.npz')
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,8 +57,7 @@ def load(path: str | os.PathLike[str], loaded: Loaded) -> GenerationState:
     ConfigError: if the file holds none, or one of other parameters.
   """
   try:
-    with np.load(path, allow_pickle=False) as archive:
-      arrays = dict(archive)
+    arrays = _arrays(path)
     about = json.loads(str(arrays.pop(_ABOUT)))
     batch_size = len(about['undecoded'])
   except FileNotFoundError:
@@ -65,10 +65,24 @@ def load(path: str | os.PathLike[str], loaded: Loaded) -> GenerationState:
   except Exception as e:  # Whatever a reader of broken files may raise.
     raise ConfigError(f'{path} is no state of a generation, or not all of one.') from e
   _check(path, about, _about(loaded))
-  start = functools.partial(decoding.start, loaded.model.module, batch_size)
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: arrays[named_arrays.array_name(path)].view(x.dtype), jax.eval_shape(start)
-  )
+  expected = jax.eval_shape(functools.partial(decoding.start, loaded.model.module, batch_size))
+
+  def array(key: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    found = arrays.get(named_arrays.array_name(key))
+    if found is None or (found.shape, found.itemsize) != (x.shape, x.dtype.itemsize):
+      raise ConfigError(f'{path} is no state of a generation, or not all of one.')
+    return found.view(x.dtype)
+
+  return jax.tree_util.tree_map_with_path(array, expected)
+
+
+def _arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+  """The arrays of an archive, which take no more memory than it takes on the disk."""
+  with zipfile.ZipFile(path) as archive:
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+      raise ValueError('compressed')
+  with np.load(path, allow_pickle=False) as archive:
+    return dict(archive)
 
 
 def load_undecoded(path: str | os.PathLike[str]) -> list[bytes]:
