@@ -26,7 +26,9 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   fv = {'flag_values': flag_values}
   flags.DEFINE_multi_string('prompt', [], 'Text to continue; repeat it for more.', **fv)
   path_flag = functools.partial(command_line.define_path_flag, **fv)
-  path_flag('prompt_file', None, 'File with the text to continue, of any length.')
+  path_flag(
+    'prompt_file', None, 'File with the text to continue, of any length; - is standard input.'
+  )
   flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', **fv)
   flags.DEFINE_integer(
     'max_tokens', None, 'Tokens of a continuation; by default 256, or a whole image.', **fv

@@ -159,4 +159,4 @@ def _main(args: Sequence[str]) -> int:
 
 if __name__ == '__main__':
   define_flags(flags.FLAGS)
-  app.run(_main)
+  app.run(_main, flags_parser=command_line.parse_flags)

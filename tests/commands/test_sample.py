@@ -1,7 +1,9 @@
 """`python -m tvq_t5x.sample`: texts as they are made, images, scores, sessions in parts."""
 
+import contextlib
 import itertools
 import json
+import os
 import pathlib
 
 import gin
@@ -242,6 +244,33 @@ def test_the_score_of_a_file_of_any_bytes_with_a_line_per_token(call, lm, tmp_pa
   *records, total = _json(call, '--score', '--per_token', f'--prompt_file={path}')
   assert [record['token'] for record in records] == tokens
   assert total['nats'] == pytest.approx(sum(record['nats'] for record in records))
+
+
+@contextlib.contextmanager
+def _pipe(data):
+  """The path of a pipe that holds some bytes, which can be read once."""
+  reader, writer = os.pipe()
+  with open(writer, 'wb') as f:
+    f.write(data)
+  try:
+    yield f'/dev/fd/{reader}'
+  finally:
+    os.close(reader)
+
+
+@pytest.mark.parametrize('vocabulary', ['bytes', 'pieces'])
+@pytest.mark.parametrize('mode', ['--score', '--temperature=0'])
+def test_a_pipe_is_read_as_a_file_is(call, tmp_path, vocabulary, mode):
+  text = b'the sea and the sky'
+  path = tmp_path / 'text'
+  path.write_bytes(text)
+  args = [mode, *([_pieces(tmp_path)] if vocabulary == 'pieces' else [])]
+  (expected,) = _json(call, f'--prompt_file={path}', *args)
+  with _pipe(text) as pipe:
+    (found,) = _json(call, f'--prompt_file={pipe}', *args)
+  for name in ('prompt', 'seconds'):
+    expected.pop(name, None), found.pop(name, None)
+  assert found == expected
 
 
 # Other vocabularies

@@ -84,7 +84,12 @@ def parse_flags(args: Sequence[str]) -> list[str]:
     args = parsing.rewrite_gin_args(args)
   except ConfigError as e:
     sys.exit(fail(str(e), 2))
-  return app.parse_flags_with_usage(list(args))
+  rest = app.parse_flags_with_usage(list(args))
+  for name in flags.FLAGS:
+    flag = flags.FLAGS[name]
+    if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
+      sys.exit(fail(f'--{name} was given {flag.present} times: give it once', 2))
+  return rest
 
 
 def prepare(args: Sequence[str]) -> None:

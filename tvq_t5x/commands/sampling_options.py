@@ -45,6 +45,8 @@ class Options:
     if self.prompt and self.prompt_file:
       raise ConfigError('--prompt and --prompt_file: give one of them.')
     for name, path in (('prompt_file', self.prompt_file), ('state_in', self.state_in)):
+      if (name, path) == ('prompt_file', '-'):
+        continue
       if path is not None and (not os.path.exists(path) or os.path.isdir(path)):
         raise ConfigError(f'--{name}={path}: there is no such file.')
     if self.score and not self.prompt and not self.prompt_file:

@@ -1,10 +1,13 @@
 """What `python -m tvq_t5x.sample` does with a checkpoint: texts, images, scores."""
 
 import contextlib
+import io
 import math
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import seqio
@@ -45,19 +48,20 @@ def run(configured: Configured, options: Options) -> None:
     CheckpointError: if the checkpoint can't be read.
   """
   vocabulary = configured.model.output_vocabulary
+  prompts = _Prompts(options, vocabulary)
   if isinstance(vocabulary, vocabularies.ImageVocabulary):
     _check_for_images(options, vocabulary)
   else:
-    _check_texts(options, vocabulary)
+    _check_texts(options, prompts)
   sampling = _sampling(options)
   lm = LanguageModel(configured.restore())
   session = _load(lm, options.state_in) if options.state_in else None
   if options.score:
-    session = _score(lm, session or _begin(lm), options)
+    session = _score(lm, session or _begin(lm), options, prompts)
   elif isinstance(vocabulary, vocabularies.ImageVocabulary):
     session = _write_images(lm, options, sampling)
   else:
-    session = _write_texts(lm, session, options, sampling)
+    session = _write_texts(lm, session, options, sampling, prompts)
   if options.state_out:
     lm.save_state(options.state_out, session.state, [x or b'' for x in session.undecoded])
 
@@ -89,33 +93,49 @@ def _check_for_images(options: Options, vocabulary: vocabularies.ImageVocabulary
     raise ConfigError(f'--max_tokens={options.max_tokens}: an image has {size} values.')
 
 
-def _check_texts(options: Options, vocabulary: seqio.Vocabulary) -> None:
+def _check_texts(options: Options, prompts: '_Prompts') -> None:
   if options.png:
     raise ConfigError('--png: the task is not one of images; leave it out.')
-  text_streams.TextDecoder(vocabulary)
-  for parts in _prompts(options, vocabulary):
-    # Each of them is encoded; a vocabulary of bytes accepts all.
-    if not isinstance(vocabulary, seqio.ByteVocabulary):
+  text_streams.TextDecoder(prompts.vocabulary)
+  # Each of them is encoded; a vocabulary of bytes accepts all.
+  if not isinstance(prompts.vocabulary, seqio.ByteVocabulary):
+    for parts in prompts:
       for _ in parts:
         pass
   if options.score and options.state_out and len(options.prompt) > 1:
     raise ConfigError('--state_out with --score: give one prompt.')
 
 
-def _prompts(options: Options, vocabulary: seqio.Vocabulary) -> list[Iterator[np.ndarray]]:
-  """The tokens of each prompt, in parts."""
-  if options.prompt_file:
-    return [_file(options.prompt_file, vocabulary)]
+class _Prompts:
+  """The tokens of each prompt, in parts; they may be asked for any number of times."""
 
-  def parts(text: str) -> Iterator[np.ndarray]:
-    yield np.asarray(text_streams.encode(text, vocabulary, '--prompt'), np.int32)
+  def __init__(self, options: Options, vocabulary: seqio.Vocabulary):
+    self._options, self.vocabulary = options, vocabulary
+    self._held: bytes | None = None  # Of a file that can be read once only.
 
-  return list(map(parts, options.prompt))
+  def __len__(self) -> int:
+    return 1 if self._options.prompt_file else len(self._options.prompt)
 
+  def __iter__(self) -> Iterator[Iterator[np.ndarray]]:
+    if self._options.prompt_file:
+      yield self._parts_of_file(self._options.prompt_file)
+    else:
+      yield from map(self._parts_of_text, self._options.prompt)
 
-def _file(path: str, vocabulary: seqio.Vocabulary) -> Iterator[np.ndarray]:
-  with open(path, 'rb') as f:
-    yield from text_streams.encode_file(f, vocabulary, f'--prompt_file={path}')
+  def _parts_of_text(self, text: str) -> Iterator[np.ndarray]:
+    yield np.asarray(text_streams.encode(text, self.vocabulary, '--prompt'), np.int32)
+
+  def _parts_of_file(self, path: str) -> Iterator[np.ndarray]:
+    with self._open(path) as f:
+      yield from text_streams.encode_file(f, self.vocabulary, f'--prompt_file={path}')
+
+  def _open(self, path: str) -> BinaryIO:
+    if path != '-' and stat.S_ISREG(os.stat(path).st_mode):
+      return open(path, 'rb')
+    if self._held is None:
+      with open(0 if path == '-' else path, 'rb', closefd=path != '-') as f:
+        self._held = f.read()
+    return io.BytesIO(self._held)
 
 
 def _sampling(options: Options) -> SamplingConfig:
@@ -127,18 +147,17 @@ def _sampling(options: Options) -> SamplingConfig:
 
 
 def _read(
-  lm: LanguageModel, session: _Session | None, options: Options
+  lm: LanguageModel, session: _Session | None, options: Options, prompts: _Prompts
 ) -> tuple[_Session, list[np.ndarray]]:
   """The session, its state after the prompts, and the last tokens of each prompt.
 
   All tokens of a prompt, unless it is of a file.
   """
-  prompts = _prompts(options, lm.vocabulary)
   session = session or _begin(lm, max(len(prompts), 1))
   state, number = session.state, len(session.undecoded)
   if options.prompt_file and number == 1:
     last = np.zeros(0, np.int32)
-    for part in prompts[0]:
+    for part in next(iter(prompts)):
       state, _ = lm.read(state, [part])
       last = np.concatenate([last, part])[-_LAST:]
     return session._replace(state=state), [last]
@@ -170,20 +189,24 @@ def _generated(
 
 
 def _write_texts(
-  lm: LanguageModel, session: _Session | None, options: Options, sampling: SamplingConfig
+  lm: LanguageModel,
+  session: _Session | None,
+  options: Options,
+  sampling: SamplingConfig,
+  prompts: _Prompts,
 ) -> _Session:
-  (state, undecoded), prompts = _read(lm, session, options)
+  (state, undecoded), read = _read(lm, session, options, prompts)
   if options.num_samples > 1:
     state = lm.repeat(state, options.num_samples)
-  prompts, undecoded = (
-    [x for x in rows for _ in range(options.num_samples)] for rows in (prompts, undecoded)
+  read, undecoded = (
+    [x for x in rows for _ in range(options.num_samples)] for rows in (read, undecoded)
   )
   decoders = [text_streams.TextDecoder(lm.vocabulary, x) for x in undecoded]
-  heads = [decoder.push(prompt) for decoder, prompt in zip(decoders, prompts, strict=True)]
+  heads = [decoder.push(prompt) for decoder, prompt in zip(decoders, read, strict=True)]
   if options.prompt_file:
     heads = [''] * len(heads)
   in_text = options.json != '-'
-  texts: list[list[str]] = [[] for _ in prompts]
+  texts: list[list[str]] = [[] for _ in read]
   parts: list[Generated] = []
   _show(heads[0], in_text)
   number, start = options.max_tokens or _MAX_TOKENS, time.monotonic()
@@ -275,13 +298,13 @@ def _write_images(lm: LanguageModel, options: Options, sampling: SamplingConfig)
   return begin._replace(state=parts[-1].state)
 
 
-def _score(lm: LanguageModel, session: _Session, options: Options) -> _Session:
+def _score(lm: LanguageModel, session: _Session, options: Options, prompts: _Prompts) -> _Session:
   if len(session.undecoded) != 1:
     raise ConfigError(f'--state_in has {len(session.undecoded)} sequences: --score continues one.')
   sources = options.prompt or [options.prompt_file or '']
   after, last = session.state, np.zeros(0, np.int32)
   with _json(options) as write:
-    for source, parts in zip(sources, _prompts(options, lm.vocabulary), strict=True):
+    for source, parts in zip(sources, prompts, strict=True):
       start, sums = time.monotonic(), np.zeros(3)
       for score in lm.score_parts(parts, session.state):
         if options.per_token:
