@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxlib import xla_client
+from tensorflow.compiler.xla.service import hlo_pb2
 
 from tvq_t5x import plan
 from tvq_t5x.common.errors import ConfigError
@@ -32,13 +34,19 @@ _REFUSAL = (
 _LOOPS = (pathlib.Path(__file__).parent / 'loops.hlo').read_text()
 
 
+def _work(text: str) -> hlo.Work:
+  """Of a program that is given in XLA's notation."""
+  module = xla_client.hlo.hlo_module_from_text(text)
+  return hlo.work_of(hlo_pb2.HloModuleProto.FromString(module.as_serialized_hlo_module_proto()))
+
+
 def _program(*lines: str, before: str = '') -> str:
   body = '\n'.join(f'  {line}' for line in lines)
-  return f'HloModule m\n\n{before}ENTRY %main (x: f32[]) -> f32[] {{\n{body}\n}}\n'
+  return f'HloModule m\n\n{before}ENTRY %main {{\n{body}\n}}\n'
 
 
 def test_everything_in_a_loop_counts_as_often_as_it_runs():
-  work = hlo.work_of(_LOOPS)
+  work = _work(_LOOPS)
   assert work.flops == 12 * 2 * 16 * 128 * 64
   assert work.cycles == 12 * 100
   assert work.collectives == {'all-reduce': hlo.Collective(12, 12 * 2 * 16 * 64)}
@@ -49,7 +57,7 @@ def test_everything_in_a_loop_counts_as_often_as_it_runs():
 
 
 def test_loops_of_unknown_length_count_once_and_are_reported():
-  work = hlo.work_of(_LOOPS.replace(', backend_config={"known_trip_count":{"n":"4"}}', ''))
+  work = _work(_LOOPS.replace(', backend_config={"known_trip_count":{"n":"4"}}', ''))
   assert work.unknown_loops == 1 and work.cycles == 3 * 100
 
 
@@ -60,7 +68,7 @@ def test_a_product_whose_batch_is_an_axis_of_the_window():
     'ROOT %c = bf16[8,256,64]{1,2,0} convolution(%left, %right), '
     'window={size=8 pad=7_7 rhs_reversal=1}, dim_labels=fb0_0oi->0fb',
   )
-  assert hlo.work_of(text).flops == 2 * 8 * 256 * 64 * 128
+  assert _work(text).flops == 2 * 8 * 256 * 64 * 128
 
 
 def test_a_convolution_with_strides_and_dilation_counts_what_is_not_padding():
@@ -72,33 +80,34 @@ def test_a_convolution_with_strides_and_dilation_counts_what_is_not_padding():
   )
   # Positions o of 5 and k of 3 with 0 <= 2 o - 2 + k <= 8 and even: k = 0 and 2.
   positions = sum(0 <= 2 * o - 2 + k <= 8 for o in range(5) for k in (0, 2))
-  assert hlo.work_of(text).flops == 2 * 2 * 7 * 3 * positions
+  assert _work(text).flops == 2 * 2 * 7 * 3 * positions
 
 
 @pytest.mark.parametrize(
-  ('line', 'kind', 'num_bytes'),
+  ('shape', 'start', 'num_bytes'),
   [
-    ('all-gather-start(%x)', 'all-gather', 8 * 400),
-    ('all-gather(%x)', 'all-gather', 8 * 400),
-    ('reduce-scatter(%x)', 'reduce-scatter', 400),
-    ('collective-permute-start(%x)', 'collective-permute', 400),
-    ('all-reduce-start(%x)', 'all-reduce', 400),
+    ('(f32[100], f32[800])', 'all-gather-start(%x), dimensions={0}', 8 * 400),
+    ('f32[800]', 'all-gather(%x), dimensions={0}', 8 * 400),
+    ('f32[25]', 'reduce-scatter(%x), dimensions={0}, to_apply=%add', 400),
+    ('(f32[100], f32[100])', 'collective-permute-start(%x), source_target_pairs={{0,1}}', 400),
+    ('f32[100]', 'all-reduce-start(%x), to_apply=%add', 400),
   ],
 )
-def test_a_collective_has_the_bytes_of_the_whole_array(line, kind, num_bytes):
-  shape = {
-    'all-gather-start': '(f32[100]{0}, f32[800]{0})',
-    'all-gather': 'f32[800]{0}',
-    'reduce-scatter': 'f32[25]{0}',
-    'collective-permute-start': '(f32[100]{0}, f32[100]{0})',
-    'all-reduce-start': 'f32[100]{0}',
-  }[line.partition('(')[0]]
-  text = _program(
-    '%x = f32[100]{0} parameter(0)',
-    f'%start = {shape} {line}, replica_groups={{{{0,1}}}}',
-    f'ROOT %done = {shape} {kind}-done(%start)',
-  )
-  assert hlo.work_of(text).collectives == {kind: hlo.Collective(1, num_bytes)}
+def test_a_collective_has_the_bytes_of_the_whole_array(shape, start, num_bytes):
+  kind = start.partition('(')[0].removesuffix('-start')
+  add = """\
+    %add {
+      %a = f32[] parameter(0)
+      %b = f32[] parameter(1)
+      ROOT %sum = f32[] add(%a, %b)
+    }
+
+    """
+  lines = ['%x = f32[100] parameter(0)', f'%start = {shape} {start}']
+  if '-start' in start:
+    lines.append(f'ROOT %done = {shape.split(" ")[-1].strip(")")} {kind}-done(%start)')
+  work = _work(_program(*lines, before=textwrap.dedent(add)))
+  assert work.collectives == {kind: hlo.Collective(1, num_bytes)}
 
 
 def test_a_slice_of_an_array_moves_no_more_than_the_slice():
@@ -122,7 +131,42 @@ def test_a_slice_of_an_array_moves_no_more_than_the_slice():
     before=fusion,
   )
   # The old row, the new one, the index, and the row that is written.
-  assert hlo.work_of(text).num_bytes == 400 + 400 + 4 + 400
+  assert _work(text).num_bytes == 400 + 400 + 4 + 400
+
+
+def test_a_slice_that_is_copied_meanwhile_moves_no_more_either():
+  text = _program(
+    '%all = f32[24,100] parameter(0)',
+    '%start = ((f32[24,100]), f32[1,100], s32[]) slice-start(%all), slice={[3:4], [0:100]}',
+    'ROOT %done = f32[1,100] slice-done(%start)',
+  )
+  assert _work(text).num_bytes == 400 + 400
+
+
+@pytest.mark.parametrize('condition', ['pred', 's32'])
+def test_what_both_branches_do_counts(condition):
+  branches = textwrap.dedent("""\
+    %square {
+      %a = f32[8,8] parameter(0)
+      ROOT %product = f32[8,8] dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+    }
+
+    %same {
+      ROOT %b = f32[8,8] parameter(0)
+    }
+
+    """)
+  names = {
+    'pred': 'true_computation=%square, false_computation=%same',
+    's32': 'branch_computations={%same, %square}',
+  }
+  text = _program(
+    f'%if = {condition}[] parameter(0)',
+    '%x = f32[8,8] parameter(1)',
+    f'ROOT %y = f32[8,8] conditional(%if, %x, %x), {names[condition]}',
+    before=branches,
+  )
+  assert _work(text).flops == 2 * 8 * 8 * 8
 
 
 def test_a_compiled_loop_over_eight_devices():
@@ -134,7 +178,7 @@ def test_a_compiled_loop_over_eight_devices():
 
   x, w = jnp.zeros([64, 32]), jnp.zeros([32, 16])
   compiled = jax.jit(descend, in_shardings=(rows, whole), out_shardings=whole).lower(x, w).compile()
-  work = hlo.work_of(compiled.as_text())
+  work = hlo.work_of(hlo.module_of(compiled))
   assert work.collectives == {'all-reduce': hlo.Collective(5, 5 * 4 * 32 * 16)}
   assert work.flops == 5 * 2 * (2 * 8 * 32 * 16)
   assert work.unknown_loops == 0

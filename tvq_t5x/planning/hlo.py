@@ -1,4 +1,4 @@
-"""What one execution of a compiled XLA program does, read from the program's text.
+"""What one execution of a compiled XLA program does, read from the program itself.
 
 XLA's own cost analysis counts the body of a loop once. Here it counts as often as it runs, and so
 does everything that it calls. All numbers are those of one device.
@@ -6,12 +6,16 @@ does everything that it calls. All numbers are those of one device.
 
 import collections
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.compiler.xla.service import hlo_pb2
 
 COLLECTIVES = (
   'all-gather',
@@ -28,6 +32,11 @@ _FREE = frozenset(
   'partition-id replica-id tuple while'.split()
 )
 _SLICES = frozenset({'dynamic-slice', 'gather', 'slice'})
+# What others call, as a reduction its sum, runs for each element: it counts as part of them.
+_CALLERS = frozenset({'async-start', 'call', 'conditional', 'fusion'})
+
+_Computation = hlo_pb2.HloComputationProto
+_Instruction = hlo_pb2.HloInstructionProto
 
 
 class Collective(NamedTuple):
@@ -46,7 +55,7 @@ class Work:
     num_bytes: that its instructions read and write, in any memory.
     cycles: the compiler's own estimate; 0 where the compiler writes none (CPU).
     collectives: by kind.
-    unknown_loops: loops whose length the text does not say; they count once.
+    unknown_loops: loops whose length the program does not say; they count once.
   """
 
   flops: int
@@ -56,238 +65,172 @@ class Work:
   unknown_loops: int
 
 
-class _Instruction(NamedTuple):
-  name: str
-  shape: str  # Text such as 'f32[8,128]{1,0}', or a tuple of them.
-  opcode: str
-  operands: tuple[str, ...]
-  attributes: str
-  is_root: bool
+class _Module:
+  """A program, whose computations and instructions have numbers."""
+
+  def __init__(self, proto: hlo_pb2.HloModuleProto):
+    self._computations = {c.id: c for c in proto.computations}
+    self._instructions = {x.id: x for c in proto.computations for x in c.instructions}
+    self.entry = self._computations[proto.entry_computation_id]
+
+  def root(self, computation: _Computation) -> _Instruction:
+    return self._instructions[computation.root_id]
+
+  def operands(self, instruction: _Instruction) -> list[_Instruction]:
+    return [self._instructions[i] for i in instruction.operand_ids]
+
+  def called(self, instruction: _Instruction) -> list[_Computation]:
+    return [self._computations[i] for i in instruction.called_computation_ids]
 
 
-_Computation = dict[str, _Instruction]
+def module_of(compiled: jax.stages.Compiled) -> hlo_pb2.HloModuleProto:
+  """The program that JAX compiled, as the compiler left it."""
+  executable: Any = compiled.runtime_executable()
+  (module,) = executable.hlo_modules()
+  return hlo_pb2.HloModuleProto.FromString(module.as_serialized_hlo_module_proto())
 
 
-def work_of(text: str) -> Work:
-  """Reads the text of a compiled program (`compiled.as_text()`)."""
-  computations, entry = _parse(text)
+def work_of(program: hlo_pb2.HloModuleProto) -> Work:
+  """Adds up what a program's instructions do."""
+  module = _Module(program)
   flops = num_bytes = cycles = unknown_loops = 0
   found = collections.defaultdict(lambda: Collective(0, 0))
-  for computation, times, fused in _executions(computations, entry):
-    for instruction in computation.values():
-      flops += times * _flops(instruction, computation)
-      kind = instruction.opcode.removesuffix('-start')
+  for computation, times, fused in _executions(module):
+    for x in computation.instructions:
+      flops += times * _flops(x, module)
+      kind = x.opcode.removesuffix('-start')
       if kind in COLLECTIVES:
-        size = _collective_bytes(instruction, computation)
+        size = _collective_bytes(x, module)
         found[kind] = Collective(found[kind].count + times, found[kind].num_bytes + times * size)
-      if instruction.opcode == 'while':
-        unknown_loops += _trip_count(instruction, computations) is None
+      if x.opcode == 'while':
+        unknown_loops += _trip_count(x, module) is None
       if not fused:
-        num_bytes += times * _bytes(instruction, computation, computations)
-        cycles += times * _cycles(instruction)
+        num_bytes += times * _bytes(x, module)
+        cycles += times * int(_notes(x).get('window_config', {}).get('estimated_cycles', 0))
   return Work(flops, num_bytes, cycles, dict(sorted(found.items())), unknown_loops)
 
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-  """All computations by name, and the name of the one that runs first."""
-  computations: dict[str, _Computation] = {}
-  entry, current = '', None
-  for line in text.splitlines():
-    if current is None:
-      head = re.match(r'(ENTRY )?%?([\w.-]+) \(.*{$', line)
-      if head:
-        current = computations[head[2]] = {}
-        entry = head[2] if head[1] else entry
-    elif line == '}':
-      current = None
-    elif instruction := _parse_instruction(line):
-      current[instruction.name] = instruction
-  return computations, entry
-
-
-def _parse_instruction(line: str) -> _Instruction | None:
-  head = re.match(r'\s+(ROOT )?%?([\w.-]+) = ', line)
-  if not head:
-    return None
-  rest = line[head.end() :]
-  end = _closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
-  shape, rest = rest[:end], rest[end + 1 :]
-  start = rest.index('(')
-  end = _closing(rest, start)
-  operands = re.sub(r'/\*.*?\*/', '', rest[start + 1 : end])
-  # An operand may have its shape before its name.
-  names = re.findall(r'%([\w.-]+)', operands) or re.findall(r'([\w.-]+)(?:,|$)', operands)
-  return _Instruction(
-    head[2], shape, rest[:start], tuple(names), rest[end + 1 :], is_root=bool(head[1])
-  )
-
-
-def _closing(text: str, start: int) -> int:
-  """Index of the parenthesis that closes the one at `start`."""
-  depth = 0
-  for match in re.compile('[()]').finditer(text, start):
-    depth += 1 if match[0] == '(' else -1
-    if not depth:
-      return match.start()
-  raise ValueError(f'A parenthesis is not closed: {text[start : start + 80]}')
-
-
-def _executions(
-  computations: Mapping[str, _Computation], entry: str
-) -> Iterator[tuple[_Computation, int, bool]]:
+def _executions(module: _Module) -> Iterator[tuple[_Computation, int, bool]]:
   """Every call of a computation: how often it runs, and whether inside a fusion."""
-  stack = [(entry, 1, False)]
+  stack = [(module.entry, 1, False)]
   while stack:
-    name, times, fused = stack.pop()
-    computation = computations[name]
+    computation, times, fused = stack.pop()
     yield computation, times, fused
-    for instruction in computation.values():
-      if instruction.opcode == 'while':
-        count = _trip_count(instruction, computations)
-        stack.append((_called(instruction, 'body')[0], times * (count or 1), fused))
-        continue
-      inside = fused or instruction.opcode == 'fusion'
-      names = _called(instruction, 'calls') + _called(instruction, 'branch_computations')
-      if instruction.opcode == 'call':
-        names += _called(instruction, 'to_apply')
-      stack += [(called, times, inside) for called in names]
+    for x in computation.instructions:
+      if x.opcode == 'while':
+        body, _ = module.called(x)
+        stack.append((body, times * (_trip_count(x, module) or 1), fused))
+      elif x.opcode in _CALLERS:
+        inside = fused or x.opcode == 'fusion'
+        stack += [(called, times, inside) for called in module.called(x)]
 
 
-def _called(instruction: _Instruction, attribute: str) -> list[str]:
-  found = re.search(rf'\b{attribute}=(\{{[^}}]*\}}|%?[\w.-]+)', instruction.attributes)
-  return re.findall(r'[\w.-]+', found[1]) if found else []
+def _notes(instruction: _Instruction) -> dict[str, Any]:
+  """What the compiler wrote down for its own later stages."""
+  try:
+    notes = json.loads(instruction.backend_config or '{}')
+  except ValueError:
+    return {}  # Of a kernel that is called: anything.
+  return notes if isinstance(notes, dict) else {}
 
 
-def _trip_count(loop: _Instruction, computations: Mapping[str, _Computation]) -> int | None:
-  """How often a loop runs: what its text says, or the bound in its condition over the steps to it.
+def _trip_count(loop: _Instruction, module: _Module) -> int | None:
+  """How often a loop runs: what the compiler noted, or the bound in its condition over the steps.
 
   Counters start at 0; the loops that overlap a matrix product with its communication take steps
   of 2.
   """
-  if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
-    return int(found[1])
-  (condition,), (body,) = _called(loop, 'condition'), _called(loop, 'body')
-  bounds = _constants(condition, computations)
+  if noted := _notes(loop).get('known_trip_count'):
+    return int(noted['n'])
+  body, condition = module.called(loop)
+  bounds = _constants(condition, module)
   if not bounds:
     return None
   steps = [1]
-  counters = [x for x in computations[condition].values() if x.opcode == 'get-tuple-element']
-  results = next(x for x in computations[body].values() if x.is_root).operands
-  for counter in counters:
-    index = re.search(r'index=(\d+)', counter.attributes)
-    update = computations[body].get(results[int(index[1])]) if index else None
-    if update is not None and update.opcode == 'add':
-      steps += [n for name in update.operands for n in _constant(computations[body][name])]
+  results = module.operands(module.root(body))
+  for x in condition.instructions:
+    if x.opcode == 'get-tuple-element' and results[x.tuple_index].opcode == 'add':
+      steps += [n for y in module.operands(results[x.tuple_index]) for n in _constant(y)]
   return -(-max(bounds) // max(steps))
 
 
-def _constants(name: str, computations: Mapping[str, _Computation]) -> list[int]:
-  """The integers that a computation, or one that it calls, mentions."""
+def _constants(computation: _Computation, module: _Module) -> list[int]:
+  """The whole numbers that a computation, or one that it calls, mentions."""
   found = []
-  for instruction in computations[name].values():
-    found += _constant(instruction)
-    for called in _called(instruction, 'calls'):
-      found += _constants(called, computations)
+  for x in computation.instructions:
+    found += _constant(x)
+    if x.opcode in _CALLERS:
+      found += [n for called in module.called(x) for n in _constants(called, module)]
   return found
 
 
 def _constant(instruction: _Instruction) -> list[int]:
-  # The number stands where other instructions have operands.
-  scalar = instruction.opcode == 'constant' and re.match(r'[su]\d+\[\]', instruction.shape)
-  return [int(name) for name in instruction.operands if name.isdigit()] if scalar else []
+  value = instruction.literal
+  scalar = instruction.opcode == 'constant' and not instruction.shape.dimensions
+  numbers = [*value.s32s, *value.s64s, *value.u32s, *value.u64s]
+  return [n for n in numbers if n >= 0] if scalar else []
 
 
-def _dims(shape: str) -> list[tuple[int, ...]]:
-  """Of an array, or of those in a tuple."""
-  return [
-    tuple(map(int, dims.split(','))) if dims else ()
-    for dims in re.findall(r'\w+\[([\d,]*)\]', shape)
-  ]
-
-
-def _size(shape: str) -> int:
+def _size(shape: xla_data_pb2.ShapeProto) -> int:
   """Bytes of an array or tuple."""
-  bits = 0
-  for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', shape):
-    width = re.search(r'\d+', dtype)  # As in f32, bf16, f8e4m3fn; pred and token have none.
-    elements = math.prod(map(int, dims.split(','))) if dims else 1
-    bits += elements * (int(width[0]) if width else 8 * (dtype == 'pred'))
-  return bits // 8
+  name = xla_data_pb2.PrimitiveType.Name(shape.element_type)
+  width = re.search(r'\d+', name)  # As in F32, BF16, F8E4M3FN; PRED, TUPLE and TOKEN have none.
+  bits = int(width[0]) if width else 8 * (name == 'PRED')
+  return bits * math.prod(shape.dimensions) // 8 + sum(map(_size, shape.tuple_shapes))
 
 
-def _operand_size(instruction: _Instruction, index: int, computation: _Computation) -> int:
-  return _size(computation[instruction.operands[index]].shape)
+def _sizes(instructions: list[_Instruction]) -> int:
+  return sum(_size(x.shape) for x in instructions)
 
 
-def _cycles(instruction: _Instruction) -> int:
-  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-  return int(found[1]) if found else 0
-
-
-def _collective_bytes(instruction: _Instruction, computation: _Computation) -> int:
-  operands = sum(_size(computation[name].shape) for name in instruction.operands)
-  result = _size(instruction.shape)
+def _collective_bytes(instruction: _Instruction, module: _Module) -> int:
+  operands, result = _sizes(module.operands(instruction)), _size(instruction.shape)
   if instruction.opcode in ('all-gather-start', 'collective-permute-start'):
     result -= operands  # They have operands and results in one tuple.
   return max(operands, result)
 
 
-def _flops(instruction: _Instruction, computation: _Computation) -> int:
+def _flops(instruction: _Instruction, module: _Module) -> int:
   if instruction.opcode == 'dot':
-    return _dot_flops(instruction, computation)
+    left, _ = module.operands(instruction)
+    contracted = instruction.dot_dimension_numbers.lhs_contracting_dimensions
+    terms = math.prod(left.shape.dimensions[i] for i in contracted)
+    return 2 * math.prod(instruction.shape.dimensions) * terms
   if instruction.opcode == 'convolution':
-    return _convolution_flops(instruction, computation)
+    return _convolution_flops(instruction, module)
   return 0
 
 
-def _dot_flops(instruction: _Instruction, computation: _Computation) -> int:
-  (left,) = _dims(computation[instruction.operands[0]].shape)
-  found = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.attributes)
-  contracted = [left[int(i)] for i in found[1].split(',')] if found and found[1] else []
-  return 2 * math.prod(_dims(instruction.shape)[0]) * math.prod(contracted)
-
-
-def _convolution_flops(instruction: _Instruction, computation: _Computation) -> int:
+def _convolution_flops(instruction: _Instruction, module: _Module) -> int:
   """A matrix product on TPU is a convolution, whose batch may be one of the window's axes."""
-  left, right = (_dims(computation[name].shape)[0] for name in instruction.operands)
-  (out,) = _dims(instruction.shape)
-  (labels,) = re.findall(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)
-  left, right, out = (
-    dict(zip(names, dims, strict=True))
-    for names, dims in zip(labels, (left, right, out), strict=True)
-  )
-  window = re.search(r'window=\{([^}]*)\}', instruction.attributes)
-  window = dict(re.findall(r'(\w+)=(\S+)', window[1])) if window else {}
-
-  def axis(name, i, default):
-    return window[name].split('x')[i] if name in window else default
-
-  products = out['b'] * out['f'] * right['i']
-  for i in range(len(out) - 2):
-    pad, _ = axis('pad', i, '0_0').split('_')
-    steps = (int(axis(name, i, 1)) for name in ('stride', 'lhs_dilate', 'rhs_dilate'))
-    products *= _positions(left[str(i)], right[str(i)], out[str(i)], int(pad), *steps)
+  left, right = (x.shape.dimensions for x in module.operands(instruction))
+  out, axes = instruction.shape.dimensions, instruction.convolution_dimension_numbers
+  products = out[axes.output_batch_dimension] * out[axes.output_feature_dimension]
+  products *= right[axes.kernel_input_feature_dimension]
+  for window, i, j, k in zip(
+    instruction.window.dimensions,
+    axes.input_spatial_dimensions,
+    axes.kernel_spatial_dimensions,
+    axes.output_spatial_dimensions,
+    strict=True,
+  ):
+    products *= _positions(left[i], right[j], out[k], window)
   return 2 * products
 
 
-def _positions(
-  size: int, kernel: int, out: int, pad: int, stride: int, dilation: int, kernel_dilation: int
-) -> int:
+def _positions(size: int, kernel: int, out: int, window: xla_data_pb2.WindowDimension) -> int:
   """Pairs of an output and a kernel position that meet an element rather than padding."""
-  starts = np.arange(out, dtype=np.int64) * stride - pad
+  starts = np.arange(out, dtype=np.int64) * window.stride - window.padding_low
+  dilation = window.base_dilation
   total = 0
   for i in range(kernel):
-    at = starts + i * kernel_dilation
+    at = starts + i * window.window_dilation
     inside = (at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)
     total += int(np.count_nonzero(inside))
   return total
 
 
-def _bytes(
-  instruction: _Instruction,
-  computation: _Computation,
-  computations: Mapping[str, _Computation],
-) -> int:
+def _bytes(instruction: _Instruction, module: _Module) -> int:
   """Bytes read and written, of arrays that are only sliced those of the slices."""
   opcode = instruction.opcode
   if opcode in _FREE or opcode.endswith('-done') or opcode.startswith('async-'):
@@ -295,30 +238,30 @@ def _bytes(
   if opcode in _SLICES:
     return 2 * _size(instruction.shape)
   if opcode == 'dynamic-update-slice':
-    return 2 * _operand_size(instruction, 1, computation)
+    return 2 * _written(instruction, module)
   if opcode == 'fusion':
-    return _fusion_bytes(computations[_called(instruction, 'calls')[0]])
-  read = sum(_size(computation[name].shape) for name in instruction.operands)
-  return read + _size(instruction.shape)
+    (body,) = module.called(instruction)
+    return _fusion_bytes(body, module)
+  return _sizes(module.operands(instruction)) + _size(instruction.shape)
 
 
-def _fusion_bytes(body: _Computation) -> int:
+def _fusion_bytes(body: _Computation, module: _Module) -> int:
   users = collections.defaultdict(list)
-  for instruction in body.values():
-    for i, name in enumerate(instruction.operands):
-      users[name].append((instruction, i))
-  read = sum(_read(x, users, body) for x in body.values() if x.opcode == 'parameter')
-  (root,) = (x for x in body.values() if x.is_root)
-  results = [body[name] for name in root.operands] if root.opcode == 'tuple' else [root]
-  return read + sum(_written(x, body) for x in results)
+  for x in body.instructions:
+    for i, operand in enumerate(x.operand_ids):
+      users[operand].append((x, i))
+  read = sum(_read(x, users) for x in body.instructions if x.opcode == 'parameter')
+  root = module.root(body)
+  results = module.operands(root) if root.opcode == 'tuple' else [root]
+  return read + sum(_written(x, module) for x in results)
 
 
-def _read(value: _Instruction, users: Mapping[str, list], body: _Computation) -> int:
+def _read(value: _Instruction, users: Mapping[int, list[tuple[_Instruction, int]]]) -> int:
   """Bytes that a fusion reads of a parameter."""
   total = 0
-  for user, index in users[value.name]:
+  for user, index in users[value.id]:
     if user.opcode == 'bitcast':
-      total += _read(user, users, body)
+      total += _read(user, users)
     elif user.opcode in _SLICES and index == 0:
       total += _size(user.shape)
     elif user.opcode == 'dynamic-update-slice' and index == 0:
@@ -328,9 +271,10 @@ def _read(value: _Instruction, users: Mapping[str, list], body: _Computation) ->
   return min(total, _size(value.shape))
 
 
-def _written(value: _Instruction, body: _Computation) -> int:
+def _written(value: _Instruction, module: _Module) -> int:
+  """Bytes of a fusion's result, of one that is updated in place those of the update."""
   while value.opcode == 'bitcast':
-    value = body[value.operands[0]]
+    (value,) = module.operands(value)
   if value.opcode == 'dynamic-update-slice':
-    return _operand_size(value, 1, body)
+    _, value, *_ = module.operands(value)
   return _size(value.shape)

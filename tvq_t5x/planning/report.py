@@ -71,7 +71,7 @@ def estimate(
     code=stats.generated_code_size_in_bytes,
   )
   state = placement.describe(program.partitioner, program.model, program.batch_size)
-  return Estimate(program, topology, chip, state, memory, hlo.work_of(compiled.as_text()))
+  return Estimate(program, topology, chip, state, memory, hlo.work_of(hlo.module_of(compiled)))
 
 
 def refused(program: Program, topology: str, chip: Chip, error: Exception) -> Estimate:
