@@ -66,7 +66,7 @@ def run(
     Exit code: 0, 1 for a checkpoint that can't be read, 2 for a wrong setting.
   """
   # Slow to import: --help should not wait for it.
-  with command_line.quiet():
+  with command_line.quiet_imports():
     import tensorflow as tf
 
     from tvq_t5x.data import locations

@@ -37,7 +37,7 @@ def run(
   """
   # There may be libtpu, but there is no TPU.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  with command_line.quiet():
+  with command_line.quiet_imports():
     import jax
 
     from tvq_t5x.gin_support import parsing
@@ -50,13 +50,11 @@ def run(
     chip = topologies.chip_of(topology)
     # Nothing is written, so a run without a folder is complete.
     parsing.parse_gin(gin_files, ["MODEL_DIR = ''", *gin_bindings], search_paths)
-    with command_line.quiet():
-      devices = topologies.devices_of(topology)
+    devices = topologies.devices_of(topology)
     program = program_lib.configured_program(devices)
     logging.info('Compiling; the large models take minutes.')
     try:
-      with command_line.quiet():
-        compiled = program_lib.compile_program(program)
+      compiled = program_lib.compile_program(program)
       estimate = report.estimate(program, topology, chip, compiled)
     except jax.errors.JaxRuntimeError as e:
       estimate = report.refused(program, topology, chip, e)

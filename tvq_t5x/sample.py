@@ -69,7 +69,7 @@ def run(
     Exit code: 0, 1 for a checkpoint that can't be read, 2 for a wrong setting.
   """
   # Slow to import: --help should not wait for it.
-  with command_line.quiet():
+  with command_line.quiet_imports():
     from tvq_t5x.commands import sampling_session
     from tvq_t5x.standalone import configuration
 

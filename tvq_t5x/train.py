@@ -41,7 +41,7 @@ def run(
     setting.
   """
   # Slow to import: --help should not wait for it.
-  with command_line.quiet():
+  with command_line.quiet_imports():
     import gin
     import tensorflow as tf
 

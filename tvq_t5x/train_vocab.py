@@ -120,7 +120,7 @@ def _read_files(paths: Sequence[str]) -> Iterator[bytes]:
 
 def _blocks_of_task(name: str) -> Iterator[bytes]:
   """The texts of a task's training split, before they are tokenized."""
-  with command_line.quiet():
+  with command_line.quiet_imports():
     import seqio
     import tensorflow as tf
 

@@ -23,6 +23,9 @@ from tvq_t5x.planning import hlo, report, topologies
 from tvq_t5x.planning import program as program_lib
 from tvq_t5x.training.placement import StateInfo
 
+needs_libtpu = pytest.mark.skipif(
+  not importlib.util.find_spec('libtpu'), reason='libtpu is not installed'
+)
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 _REFUSAL = (
   'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
@@ -336,15 +339,28 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
   assert 'pip install libtpu' in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
-def test_the_command_compiles_for_tpus():
-  done = subprocess.run(
+def _command(flags):
+  return subprocess.run(
     [sys.executable, '-m', 'tvq_t5x.plan', f'--gin_file={_TINY}', '--topology=v3:2x2'],
-    env={**os.environ, 'XLA_FLAGS': '', 'PYTHONPATH': str(pathlib.Path(_TINY).parent)},
+    env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(pathlib.Path(_TINY).parent)},
     capture_output=True,
     text=True,
     check=False,
   )
+
+
+@needs_libtpu
+def test_the_command_compiles_for_tpus():
+  done = _command(flags='')
   assert done.returncode == 0, done.stderr
   assert '| devices | 8 (TPU v3 cores), data 8 x model 1 |' in done.stdout
   assert '| so, estimated, tokens/s | ' in done.stdout
+  (log,) = done.stderr.splitlines()
+  assert log.endswith('Compiling; the large models take minutes.')
+
+
+@needs_libtpu
+def test_why_a_compiler_aborts_is_seen():
+  done = _command(flags='--xla_no_such_flag')
+  assert done.returncode != 0
+  assert 'Unknown flag in XLA_FLAGS: --xla_no_such_flag' in done.stderr

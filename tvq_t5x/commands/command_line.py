@@ -3,13 +3,19 @@
 import contextlib
 import logging as std_logging
 import os
+import shutil
+import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags, logging
 
 from tvq_t5x.common.errors import CheckpointError, ConfigError
+
+# TensorFlow logs like this before it reads TF_CPP_MIN_LOG_LEVEL; that there is no GPU is no error.
+_LOG_LINE = (
+  '^(WARNING: All log messages before absl::InitializeLog|[IW][0-9]{4} |E.*failed call to cuInit)'
+)
 
 # The flags that are defined here belong to the command: its --help shows them.
 flags.disclaim_key_flags()
@@ -171,21 +177,24 @@ def fail(message: str, code: int) -> int:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-  """Holds back what C++ libraries print, as while they load, unless there is an exception."""
-  if logging.get_verbosity() > logging.INFO:
+def quiet_imports() -> Iterator[None]:
+  """Leaves out what C++ libraries log while they load, errors apart; --verbosity=1 shows all.
+
+  Another process leaves it out: if this one is aborted, its last words are still seen.
+  """
+  grep = shutil.which('grep')
+  if logging.get_verbosity() > logging.INFO or not grep:
     yield
     return
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
   sys.stderr.flush()
   terminal = os.dup(2)
-  with tempfile.TemporaryFile() as held:
-    os.dup2(held.fileno(), 2)
+  with subprocess.Popen([grep, '-vE', _LOG_LINE], stdin=subprocess.PIPE, stdout=terminal) as others:
+    assert others.stdin is not None
+    os.dup2(others.stdin.fileno(), 2)
     try:
       yield
-    except BaseException:
-      held.seek(0)
-      os.write(terminal, held.read())
-      raise
     finally:
+      sys.stderr.flush()
       os.dup2(terminal, 2)
       os.close(terminal)

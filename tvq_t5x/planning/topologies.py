@@ -72,8 +72,10 @@ def devices_of(topology: str) -> list[jax.Device]:
       'The compiler for TPUs is missing: pip install libtpu (no TPU is needed; the version that '
       f'goes with this JAX comes with pip install "jax[tpu]=={jax.__version__}").'
     )
-  # libtpu would else ask a metadata server for its machine and refuse a second process.
+  # libtpu would else ask a metadata server for its machine, complain that it has none, whatever it
+  # is, and refuse a second process.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v3-8')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   # The chips of a host: 2 x 2, or fewer.
