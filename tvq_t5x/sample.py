@@ -9,6 +9,7 @@ Examples:
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -23,7 +24,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   """Adds T5X's flags and the command's own."""
   command_line.define_gin_flags(flag_values)
   command_line.define_checkpoint_flag(flag_values)
-  fv = {'flag_values': flag_values}
+  fv: dict[str, Any] = {'flag_values': flag_values}
   flags.DEFINE_multi_string('prompt', [], 'Text to continue; repeat it for more.', **fv)
   path_flag = functools.partial(command_line.define_path_flag, **fv)
   path_flag(

@@ -4,6 +4,9 @@ XLA's own cost analysis counts the body of a loop once. Here it counts as often 
 does everything that it calls. All numbers are those of one device.
 """
 
+# Protobuf makes the classes of its messages as they are imported.
+# pyright: reportAttributeAccessIssue=false
+
 import collections
 import dataclasses
 import json
