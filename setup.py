@@ -43,6 +43,7 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.5',
     'clu>=0.0.12',
+    'etils[epath,epy]>=1.15',
     'flax>=0.12.8',
     'gin-config>=0.5.0',
     'importlib_resources>=7.1',  # TFDS needs it and does not declare it.

@@ -1,3 +1,17 @@
-"""Transformer-VQ: linear-time attention over vector-quantized keys, for T5X and one machine."""
+"""Transformer-VQ: linear-time attention over vector-quantized keys, for T5X and one machine.
 
+The names below are imported when they are first used, and none of them needs TensorFlow to be
+imported; `load` imports it when it is called.
+"""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+  from tvq_t5x.generation.language_model import load
+  from tvq_t5x.network.config import TransformerConfig
+  from tvq_t5x.network.sampling import SamplingConfig
+  from tvq_t5x.network.transformer import Transformer
+  from tvq_t5x.training.models import TransformerVQModel
+
+__all__ = ['SamplingConfig', 'Transformer', 'TransformerConfig', 'TransformerVQModel', 'load']
 __version__ = '0.1.0'

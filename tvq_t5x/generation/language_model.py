@@ -1,6 +1,6 @@
 """Generates and scores text with a checkpoint, from Python.
 
-  lm = generation.load('runs/kjv')
+  lm = load('runs/kjv')
   state = lm.start(batch_size=2)
   state, nats = lm.read(state, ['In the beginning', 'And he said'])
   tokens, log_likelihoods, state = lm.generate(state, 200, seed=0)
@@ -20,13 +20,11 @@ import numpy as np
 
 from tvq_t5x.checkpoints.restore import Loaded
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.data import text_streams
 from tvq_t5x.generation import state_files
 from tvq_t5x.network import decoding
 from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import Transformer
-from tvq_t5x.standalone import configuration
 from tvq_t5x.training import placement
 from tvq_t5x.training.partitioning import Partitioner
 
@@ -98,6 +96,8 @@ def load(
     ConfigError: for a wrong setting, or a checkpoint of another model.
     CheckpointError: if the checkpoint can't be read.
   """
+  from tvq_t5x.standalone import configuration  # Slow to import: TensorFlow.
+
   files = [] if gin_file is None else [gin_file]
   return LanguageModel(configuration.load(checkpoint, files, gin_bindings, search_paths, modules))
 
@@ -258,10 +258,14 @@ class LanguageModel:
     Raises:
       ConfigError: if it has characters that the vocabulary lacks.
     """
+    from tvq_t5x.data import text_streams
+
     return text_streams.encode(text, self.vocabulary, source)
 
   def text(self, tokens: Iterable[int]) -> str:
     """The text of tokens; EOS is an empty line, and bytes that are no UTF-8 are U+FFFD."""
+    from tvq_t5x.data import text_streams
+
     return text_streams.text_of(tokens, self.vocabulary)
 
   def num_bytes(self, tokens: np.ndarray) -> int | None:
