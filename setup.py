@@ -33,12 +33,14 @@ setuptools.setup(
   description='Transformer-VQ for T5X: linear-time exact attention over vector-quantized keys.',
   long_description=_read('README.md'),
   long_description_content_type='text/markdown',
+  author='The tvq_t5x Authors',
   license='Apache-2.0',
+  license_files=['LICENSE'],
   classifiers=[f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)],
   packages=_LIBRARY + _TASKS + _GIN,
   # `gin/` may hold no __init__.py: with the root on sys.path it would shadow gin-config.
   package_dir={'tvq_t5x.tasks': 'tasks', 'tvq_t5x.gin': 'gin'},
-  package_data={name: ['*.gin'] for name in _GIN},
+  package_data={'tvq_t5x': ['py.typed'], **{name: ['*.gin'] for name in _GIN}},
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.5',
@@ -77,6 +79,7 @@ setuptools.setup(
       'pytest>=9.1',
       'pytest-cov>=7.1',
       'pytest-xdist>=3.8',
+      'PyYAML>=6',
       'ruff>=0.14',
       'scikit-image==0.26.0',
     ],

@@ -6,6 +6,7 @@ import runpy
 
 import pytest
 import setuptools
+import yaml
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -46,6 +47,19 @@ def test_every_module_is_in_a_wheel(settings, folder):
 
 def test_folders_beside_the_package_come_into_it(settings):
   assert settings['package_dir'] == {'tvq_t5x.gin': 'gin', 'tvq_t5x.tasks': 'tasks'}
+
+
+def test_license_and_types_come_into_it(settings):
+  for name in settings['license_files']:
+    assert (_ROOT / name).is_file(), name
+  (typed,) = settings['package_data']['tvq_t5x']
+  assert (_ROOT / 'tvq_t5x' / typed).is_file()
+
+
+def test_hooks_are_lines_of_the_checks():
+  (local,) = yaml.safe_load((_ROOT / '.pre-commit-config.yaml').read_text())['repos']
+  checks = (_ROOT / '.ci' / 'run').read_text().splitlines()
+  assert {hook['entry'] for hook in local['hooks']} <= set(checks)
 
 
 def test_nothing_else_is_in_a_wheel(settings):
