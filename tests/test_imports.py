@@ -11,6 +11,8 @@ import pytest
 
 import tvq_t5x
 
+pytestmark = pytest.mark.quick
+
 _ROOT = pathlib.Path(__file__).parents[1]
 _COMMANDS = 'the commands'  # The modules beside the folders, such as `tvq_t5x/train.py`.
 

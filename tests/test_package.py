@@ -8,6 +8,8 @@ import pytest
 import setuptools
 import yaml
 
+pytestmark = pytest.mark.quick
+
 _ROOT = pathlib.Path(__file__).parents[1]
 
 

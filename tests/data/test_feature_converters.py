@@ -5,6 +5,8 @@ import tensorflow as tf
 
 from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
 
+pytestmark = pytest.mark.quick
+
 
 def convert(sequences, length, **kwargs):
   dataset = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(sequences, tf.int32)).map(

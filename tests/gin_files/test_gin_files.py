@@ -23,6 +23,8 @@ from tvq_t5x.training import placement, run_limits
 from tvq_t5x.training.optimizers import adafactor, adamw, warmup_cosine
 from tvq_t5x.training.partitioning import own_axis_rules
 
+pytestmark = pytest.mark.quick
+
 _ROOT = pathlib.Path(parsing.gin_root())
 _FILES = sorted(str(path.relative_to(_ROOT)) for path in _ROOT.rglob('*.gin'))
 _RUNS = [name.removesuffix('.gin') for name in _FILES if '/' not in name]

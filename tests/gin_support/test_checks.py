@@ -108,6 +108,8 @@ from __gin__ import dynamic_registration
 
 import checks_library as lib
 
+pytestmark = pytest.mark.quick
+
 MIXTURE_OR_TASK_NAME = %gin.REQUIRED
 TASK_FEATURE_LENGTHS = %gin.REQUIRED
 TRAIN_STEPS = %gin.REQUIRED

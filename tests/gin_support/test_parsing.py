@@ -28,6 +28,8 @@ from __gin__ import dynamic_registration
 
 from ginfakes import data
 
+pytestmark = pytest.mark.quick
+
 MODEL_DIR = %gin.REQUIRED
 STEPS = 10
 

@@ -206,6 +206,7 @@ def diagnostics(config, quantizer, keys, codes):
   }
 
 
+@pytest.mark.quick
 @needs('logprobs')
 def test_block_length_changes_nothing(case):
   """One token at a time, from the same parameters, gives the same log-probabilities and state."""
@@ -280,6 +281,7 @@ def test_training_trace(case, in_parts):
   assert_trees_close(state.params, case.to_params(case.tree('params_final/'), model.config))
 
 
+@pytest.mark.quick
 @needs('steps/')
 def test_learning_rates(case):
   r = case.reference
@@ -288,6 +290,7 @@ def test_learning_rates(case):
   assert_close([schedule(i) for i in steps], [case[f'steps/{i}/lr'] for i in steps])
 
 
+@pytest.mark.quick
 @needs('masked/')
 def test_nucleus(case):
   for p in case.reference['p']:
@@ -295,6 +298,7 @@ def test_nucleus(case):
     assert_close(masked, case[f'masked/{p}'])
 
 
+@pytest.mark.quick
 @needs('rel_shift/')
 def test_relative_shift(case):
   for i in range(len(case.reference['rel_shift_shapes'])):
@@ -306,6 +310,7 @@ def test_relative_shift(case):
     assert_close(np.where(past, ours, 0), np.where(past, y, 0))
 
 
+@pytest.mark.quick
 @needs('mask/')
 def test_window_mask(case):
   for block_len, window_len, empty, local in case.reference[
@@ -316,11 +321,13 @@ def test_window_mask(case):
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.quick
 @needs('agg_bias/')
 def test_cache_biases(case):
   assert_close(log_counts(jnp.asarray(case['agg_bias/lower'])), case['agg_bias/bias'])
 
 
+@pytest.mark.quick
 @needs('sinusoid/')
 def test_sinusoids(case):
   for key, expected in case.tree('sinusoid/').items():

@@ -142,6 +142,7 @@ def cases(draw):
 
 
 # Every example compiles anew: few of them, and no search for a smaller one when one fails.
+@pytest.mark.quick
 @settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(cases())
 def test_equals_oracle_on_awkward_sizes(case):
@@ -187,6 +188,7 @@ def test_state_does_not_depend_on_segments_or_block_length():
   np.testing.assert_array_equal(states[0].values, x['values'][:, -5:])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('grad_through_cache', [True, False])
 def test_gradient_through_the_state_itself(grad_through_cache):
   config = make_config(grad_through_cache=grad_through_cache)
@@ -262,6 +264,7 @@ def loop_attention(x, quantized, compressed_cache):
   return out
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('window_len', [2, 9])
 @pytest.mark.parametrize('compressed_cache', [True, False])
 @pytest.mark.parametrize('head_type', ['mha', 'mqa'])

@@ -69,6 +69,7 @@ def reduce_every_way(codes, values, num_old, block_len):
   return [reduce_blocks(codes, values, num_old, block_len, reduction) for reduction in Reduction]
 
 
+@pytest.mark.quick
 @settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
   block_len=st.integers(1, 4),

@@ -7,6 +7,8 @@ from util import small_config
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network.config import AttentionType, HeadType, Reduction, Remat, TransformerConfig
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
   ('field', 'value', 'accepted'),

@@ -132,6 +132,7 @@ def test_tokens_beyond_a_row_s_length_are_ignored(decoder):
 SAMPLED = SamplingConfig(temperature=1.2, top_p=0.9, top_k=8)
 
 
+@pytest.mark.quick
 def test_generating_in_pieces_is_generating_the_whole(decoder):
   d, _, state = decoder
   key = jax.random.key(3)

@@ -10,6 +10,7 @@ from tvq_t5x.network import xla
 from tvq_t5x.network.positions import relative_shift, sinusoids, window_mask
 
 
+@pytest.mark.quick
 def test_sinusoids():
   places = np.array([[0, 1, 7], [100, 8191, 131071]])
   expected = np.zeros((2, 3, 6))
@@ -24,6 +25,7 @@ def test_sinusoids():
   assert_close(ours[1], expected[1].astype(np.float32), atol=2e-2)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ('rows', 'columns', 'num_keys'),
   [(1, 1, 1), (1, 4, 4), (1, 4, 3), (3, 1, 3), (4, 3, 6), (4, 3, 4), (4, 3, 2), (2, 6, 7)],
@@ -46,6 +48,7 @@ def test_relative_shift(rows, columns, num_keys):
       np.testing.assert_array_equal(pull_back(jnp.asarray(cotangent))[0], expected_gradient)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('within_window', [True, False])
 @pytest.mark.parametrize(('block_len', 'window_len'), [(1, 1), (4, 2), (2, 5), (3, 3)])
 def test_window_mask(block_len, window_len, within_window):

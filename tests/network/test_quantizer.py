@@ -14,6 +14,8 @@ from tvq_t5x.network.vq.quantizer import (
   usage_perplexity,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope='module')
 def setup():

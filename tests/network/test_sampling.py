@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network.sampling import FILTERED, SamplingConfig, choose, nucleus_filter, top_k_filter
 
+pytestmark = pytest.mark.quick
+
 PROBABILITIES = [0.5, 0.2, 0.2, 0.07, 0.03]
 LOGITS = jnp.log(jnp.asarray([PROBABILITIES, PROBABILITIES[::-1]])) + 3.0
 

@@ -86,6 +86,7 @@ def test_quadratic_attention_remembers_as_many_positions_as_asked(kv_cache_len):
   assert_close(apply(params, tokens[:, 7:], apply(params, other[:, :7])[1])[0], out)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('attention_type', ['vq', 'quadratic'])
 def test_causality(attention_type):
   config = small_config(attention_type=attention_type)
@@ -352,6 +353,7 @@ def test_quadratic_baseline_has_the_same_parameters_but_codebooks(heads):
   assert baseline == {name: x for name, x in quantized.items() if name not in codebooks}
 
 
+@pytest.mark.quick
 def test_codebook_of_the_very_keys_gives_the_quadratic_baseline():
   config = small_config(num_heads=2, num_codes=12, **LIGHT)
   params, tokens = random_params(config), random_tokens(config, 1, 12)
@@ -401,6 +403,7 @@ def count(config):
   return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)['params']))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('heads', HEADS.values(), ids=HEADS)
 def test_number_of_parameters(heads):
   options = {'tied_embeddings': True, 'final_norm': True, 'absolute_positions': True}
@@ -432,6 +435,7 @@ def test_sizes_of_the_paper(emb_dim, vocab_size, tied, millions):
   assert abs(count(config) / 1e6 / millions - 1) < 0.05
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('scan_layers', [True, False])
 @pytest.mark.parametrize('heads', [HEADS['gated_single'], HEADS['mqa']], ids=str)
 def test_every_parameter_has_named_axes(heads, scan_layers):

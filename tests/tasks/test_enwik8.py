@@ -139,6 +139,7 @@ def _other_zip(path):
     (_bad_zip, 'is not enwik8'),
     (_other_zip, 'is not enwik8.*not 100,000,000 bytes'),
   ],
+  ids=['nothing', 'a folder', 'short', 'empty', 'a bad zip', 'another zip'],
 )
 def test_refusals_say_where_to_get_it(tmp_path, monkeypatch, write, words):
   path = tmp_path / 'enwik8'

@@ -10,6 +10,8 @@ from tvq_t5x.data import likelihood
 from tvq_t5x.network.mixers import Loss, Ratio, Statistics
 from tvq_t5x.training import metrics as metrics_lib
 
+pytestmark = pytest.mark.quick
+
 WEIGHTS = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], np.float32)
 
 

@@ -17,6 +17,7 @@ def name_of(path):
   return path[-1].key
 
 
+@pytest.mark.quick
 def test_warmup_cosine():
   schedule = optimizers.warmup_cosine(4e-4, 100, 1100)
   expected = {0: 0.0, 25: 1e-4, 100: 4e-4, 600: 2.2e-4, 1100: 4e-5, 5000: 4e-5}
@@ -28,6 +29,7 @@ def test_warmup_cosine():
   np.testing.assert_allclose([without_warmup(i) for i in (0, 5, 10)], [1, 0.75, 0.5], rtol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(('warmup', 'total'), [(10, 10), (-1, 10)])
 def test_warmup_must_end_first(warmup, total):
   with pytest.raises(ConfigError, match=rf'warmup_steps = {warmup} .* 0 to .*total_steps - 1 = 9'):
@@ -39,6 +41,7 @@ def random_like(params, seed):
   return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
 
 
+@pytest.mark.quick
 def test_adamw_step_equals_numpy():
   config = small_config(head_type='mha', num_heads=2, final_norm=True)
   params = random_params(config)
@@ -106,6 +109,7 @@ def test_only_weights_decay(factory, heads, scan_layers):
   assert decayed == {'embedding', 'kernel', 'position_scale'}
 
 
+@pytest.mark.quick
 def test_codebook_ema():
   params = {'c_sum': jnp.asarray([1.0, 2.0]), 'c_count': jnp.asarray([3.0])}
   statistics = {'c_sum': jnp.asarray([5.0, -4.0]), 'c_count': jnp.asarray([0.0])}
@@ -116,6 +120,7 @@ def test_codebook_ema():
   assert_close(new, jax.tree.map(lambda p, s: 0.99 * p + 0.01 * s, params, statistics))
 
 
+@pytest.mark.quick
 def test_codebook_labels():
   labels = optimizers.codebook_labels(random_params(small_config()))
   assert labels['layers']['attention_1'].pop('quantizer') == {
@@ -125,6 +130,7 @@ def test_codebook_labels():
   assert set(jax.tree.leaves(labels['layers']['attention_1'])) == {'main'}
 
 
+@pytest.mark.quick
 def test_codebook_gradients_do_not_clip_the_rest():
   params = {'kernel': jnp.ones([2, 2]), 'quantizer': {'c_sum': jnp.ones([3])}}
   inner = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
@@ -170,6 +176,7 @@ def test_adafactor_does_not_see_that_layers_are_stacked(width):
   assert np.all(relative > 0.002)
 
 
+@pytest.mark.quick
 def test_lion_step_is_the_sign():
   params = {'kernel': jnp.asarray([[1.0, -2.0], [3.0, 4.0]])}
   gradients = {'kernel': jnp.asarray([[0.1, -5.0], [1e-3, 7.0]])}
