@@ -21,7 +21,7 @@ import gin
 
 from tvq_t5x.common.tokens import FIRST_BYTE
 from tvq_t5x.data import corpora, locations, token_cache
-from tvq_t5x.tasks import images
+from tvq_t5x.tasks import images  # pyright: ignore[reportMissingImports]
 
 _MACRO = 'IMAGENET64_PATH'
 _RESIZED = 'imagenet_resized/64x64:0.1.0'

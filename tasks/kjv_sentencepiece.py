@@ -10,7 +10,7 @@ and set SENTENCEPIECE_MODEL to kjv2048.model, in gin or as an environment variab
 import seqio
 
 from tvq_t5x.data import indexed, vocabularies
-from tvq_t5x.tasks import kjv
+from tvq_t5x.tasks import kjv  # pyright: ignore[reportMissingImports]
 
 seqio.TaskRegistry.add(
   'kjv_sentencepiece',

@@ -19,7 +19,7 @@ import seqio
 import tensorflow as tf
 
 from tvq_t5x.data import indexed
-from tvq_t5x.tasks import images
+from tvq_t5x.tasks import images  # pyright: ignore[reportMissingImports]
 
 _PACKAGE = 'scikit-image==0.26.0'
 _SPLITS = {

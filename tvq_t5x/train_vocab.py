@@ -124,7 +124,7 @@ def _blocks_of_task(name: str) -> Iterator[bytes]:
     import seqio
     import tensorflow as tf
 
-    from tvq_t5x import tasks
+    from tvq_t5x import tasks  # pyright: ignore[reportAttributeAccessIssue]
     from tvq_t5x.data import indexed
 
     for module in pkgutil.iter_modules(tasks.__path__):

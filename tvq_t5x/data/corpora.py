@@ -57,7 +57,7 @@ class TfdsCorpus:
   @property
   def folder(self) -> str:
     """TFDS's data directory."""
-    return self._loader.data_dir or tfds.core.constants.DATA_DIR
+    return self._loader.data_dir or tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]
 
   def dataset(self, split: str) -> tf.data.Dataset:
     """See `Corpus`."""

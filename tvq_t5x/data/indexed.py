@@ -227,7 +227,7 @@ def _indices(
   def epoch_order(epoch: tf.Tensor) -> tf.data.Dataset:
     order = tf.range(size, dtype=tf.int64)
     if shuffle:
-      order = tf.random.experimental.stateless_shuffle(order, seed=tf.stack([seed, epoch]))
+      order = tf.random.experimental.stateless_shuffle(order, seed=tf.stack([seed, epoch]))  # pyright: ignore[reportAttributeAccessIssue]
     # Whose turn it is when the epoch begins depends on the ones before.
     first = tf.math.floormod(shard.index - epoch * size, shard.num_shards)
     return tf.data.Dataset.from_tensor_slices(order[first :: shard.num_shards])

@@ -13,7 +13,8 @@ from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.common.tokens import FIRST_BYTE
 from tvq_t5x.data import locations
 
-Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+Model = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+Piece = Model.SentencePiece
 _TRAIN_IT = 'train one with python -m tvq_t5x.train_vocab'
 
 
@@ -173,11 +174,9 @@ def texts_of_tokens(vocabulary: seqio.Vocabulary) -> list[bytes] | None:
   return list(map(_text_of_piece, sentencepiece_proto(vocabulary).pieces))
 
 
-def sentencepiece_proto(
-  vocabulary: seqio.SentencePieceVocabulary,
-) -> sentencepiece_model_pb2.ModelProto:
+def sentencepiece_proto(vocabulary: seqio.SentencePieceVocabulary) -> Model:
   """The pieces and settings of a SentencePiece model."""
-  return sentencepiece_model_pb2.ModelProto.FromString(vocabulary.sp_model)
+  return Model.FromString(vocabulary.sp_model)
 
 
 def _text_of_piece(piece: Piece) -> bytes:

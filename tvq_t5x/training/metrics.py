@@ -16,7 +16,8 @@ _NATS_PER_BIT = float(np.log(2.0))
 def average(total: jax.Array, count: jax.Array | float) -> clu_metrics.Average:
   """A ratio whose parts add up over microbatches, updates and hosts."""
   return clu_metrics.Average(
-    total=jnp.asarray(total, jnp.float32), count=jnp.asarray(count, jnp.float32)
+    total=jnp.asarray(total, jnp.float32),  # pyright: ignore[reportCallIssue]
+    count=jnp.asarray(count, jnp.float32),  # pyright: ignore[reportCallIssue]
   )
 
 

@@ -133,7 +133,7 @@ def _placed(state: RingState, config: TransformerConfig) -> RingState:
   window = [
     PartitionSpec(batch, heads, slot, *width) for batch, slot, heads, *width in map(tuple, axes[:3])
   ]
-  return jax.tree.map(with_sharding_constraint, state, RingState(*window, axes.cache))
+  return jax.tree.map(with_sharding_constraint, state, RingState(*window, cache=axes.cache))
 
 
 def _put(window: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
