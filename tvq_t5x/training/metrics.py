@@ -75,7 +75,8 @@ def sublayer_metrics(aux: LayerAux, num_tokens: jax.Array) -> Metrics:
   metrics = {name: average(total, num_tokens) for name, total in losses.items()}
   for name, found in ratios.items():
     for j, ratio in found.items():
-      for i, (total, count) in enumerate(zip(ratio.total, ratio.count, strict=True)):
+      counts = jnp.broadcast_to(ratio.count, ratio.total.shape)
+      for i, (total, count) in enumerate(zip(ratio.total, counts, strict=True)):
         layer = f'layer_{i}' if len(found) == 1 else f'layer_{i}_{j}'
         metrics[f'{name}/{layer}'] = average(total, count)
   return metrics
