@@ -80,6 +80,15 @@ def test_step_counts_updates_and_metrics_are_of_each(with_dropout, expected):
   assert all(jax.tree.leaves(changed))
 
 
+def test_the_loss_is_a_token_as_the_cross_entropy_is(with_dropout, expected):
+  """Padding is in neither, or the loss would be the smaller one where there is some."""
+  model, _, batch = with_dropout
+  assert np.any(batch['decoder_loss_weights'] == 0)
+  found = values(expected[1])
+  losses = found['cross_entropy'] + model.config.commit_weight * found['commit_loss']
+  assert_close(found['loss'], losses)
+
+
 def test_masks_change_with_the_step(with_dropout, expected):
   model, state, batch = with_dropout
   later = train(model, state._replace(step=state.step + 1), batch, UPDATE_LEN)[1]
@@ -114,7 +123,7 @@ def test_state_is_carried_along_the_sequence(update_len):
   new_state, metrics = train(model, state, batch, update_len)
   params, losses = by_hand(model, state, batch, update_len, carry=True)
   assert_close(new_state.params, params)
-  assert_close(metrics['loss'].total, losses)
+  assert_close(metrics['loss'].total / (SEQUENCES * update_len), losses)
 
   _, forgetful = by_hand(model, state, batch, update_len, carry=False)
   assert_close(losses[0], forgetful[0])

@@ -152,7 +152,9 @@ def accumulate_gradients(
       (loss, (after, metrics)), gradients = loss_fn(
         params, batch, state, rngs, normalizing_factor, ids
       )
-    metrics['loss'] = metrics_lib.average(loss, 0.0)
+    # A token, as the cross entropy is: padding, which the gradient counts as zero, is in neither.
+    num_tokens = metrics['cross_entropy'].count
+    metrics['loss'] = metrics_lib.average(loss * normalizing_factor, num_tokens)
     return gradients, metrics, after
 
   if example_ids.shape[0] == 1:
@@ -169,8 +171,6 @@ def accumulate_gradients(
     shapes = jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], inputs))[:2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (gradients, metrics), after = jax.lax.scan(add, zeros, inputs)
-  # Microbatch losses share the normalizing factor, so the update's loss is their plain sum.
-  metrics['loss'] = metrics_lib.average(metrics['loss'].total, 1.0)
   metrics['gradient_norm'] = metrics_lib.average(_main_norm(gradients), 1.0)
   return gradients, metrics, after
 
