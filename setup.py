@@ -47,7 +47,7 @@ setuptools.setup(
     'clu>=0.0.12',
     'etils[epath,epy]>=1.15',
     'flax>=0.12.8',
-    'gin-config>=0.5.0',
+    'gin-config>=0.5.0,<0.6',  # tvq_t5x/gin_support/private.py knows its insides.
     'importlib_resources>=7.1',  # TFDS needs it and does not declare it.
     'jax>=0.10.2',
     'matplotlib>=3.10',

@@ -411,3 +411,13 @@ def test_t5x_programs_read_their_run_files(program, files, required, monkeypatch
   assert missing == set(required)
   rules = gin.get_bindings('t5x.partitioning.standard_logical_axis_rules')['additional_rules']
   assert rules == own_axis_rules()
+
+
+@_needs_t5x
+@pytest.mark.parametrize('task', [n for n in _SHARED if n.startswith('tasks/')])
+@pytest.mark.parametrize('program', ['eval', 'infer', 'export'])
+def test_t5x_programs_refuse_no_task(program, task, monkeypatch):
+  parts = [f'runs/{program}.gin', 'models/transformer_vq.gin', 'sizes/tiny.gin', task]
+  _parse_as(program, monkeypatch, [f'gin/{part}' for part in (*parts, 'mesh/v3_8.gin')])
+  with pytest.raises(ConfigError, match='^required, but not set: [A-Z_, ]+; set each .*$'):
+    gin.finalize()

@@ -15,22 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import gin
-from gin import config as gin_config
-from gin import resource_reader
 
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.gin_support.checks import check_config, registered, suggest
-
-__all__ = [
-  'check_config',
-  'config_str',
-  'gin_root',
-  'is_bound',
-  'message',
-  'parse_gin',
-  'read',
-  'rewrite_gin_args',
-]
+from tvq_t5x.gin_support import bindings, private
+from tvq_t5x.gin_support.checks import suggest
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Folders of modules that gin files once imported from the package itself, as the `config.gin` of
@@ -88,13 +76,12 @@ def parse_gin(
   for binding in gin_bindings:
     _check_quotes(binding)
   gin.clear_config()
-  with _searching(folders):
+  with private.files_read_from(folders, _open, _in_package):
     for path in gin_files:
       with _explained(path, folders):
         gin.parse_config_file(path)
     with _explained('command line', folders):
       gin.parse_config(list(gin_bindings))
-  check_config()
   gin.finalize()
 
 
@@ -110,8 +97,10 @@ def config_str() -> str:
 
 def is_bound(function: Callable[..., Any]) -> bool:
   """Whether the configuration says anything about `function`."""
-  name = f'{function.__module__}.{function.__qualname__}'
-  return any(selector == name for _, selector in gin_config._CONFIG)
+  try:
+    return bool(gin.get_bindings(function, resolve_references=False))
+  except ValueError:  # No gin file names it.
+    return False
 
 
 def message(error: BaseException) -> str:
@@ -167,26 +156,6 @@ def _search_folders(search_paths: Sequence[str]) -> list[str]:
   return [os.path.join(root, 'standalone'), '', *search_paths, os.path.dirname(root)]
 
 
-@contextlib.contextmanager
-def _searching(folders: Sequence[str]) -> Iterator[None]:
-  """Makes gin look for files in `folders` only.
-
-  gin's public function can only append to a list that starts with the working directory. Its
-  reader of files in Python packages logs an error for each folder without the file, and raises
-  TypeError, ending the search, at a folder that could be a package but has no __init__.py.
-  """
-  saved = gin_config._LOCATION_PREFIXES, gin_config._FILE_READERS
-  ours = {open: _open, resource_reader.system_path_reader: None}
-  readers = [(ours.get(read, read), exists) for read, exists in saved[1]]
-  readers.append((_open_in_package, lambda path: bool(_in_package(path))))
-  gin_config._LOCATION_PREFIXES = list(folders)
-  gin_config._FILE_READERS = [reader for reader in readers if reader[0]]
-  try:
-    yield
-  finally:
-    gin_config._LOCATION_PREFIXES, gin_config._FILE_READERS = saved
-
-
 def read(path: str) -> str:
   """The text of a gin file, with the imports of today."""
   with open(path, encoding='utf-8') as f:
@@ -203,10 +172,6 @@ def _open(path: str) -> IO[str]:
   found = io.StringIO(read(path))
   found.name = path  # gin shows it in its messages.
   return found
-
-
-def _open_in_package(path: str) -> IO[str]:
-  return _open(_in_package(path))
 
 
 def _in_package(path: str) -> str:
@@ -289,7 +254,7 @@ def _meant(what: str, file: str | None, text: str, folders: Sequence[str]) -> st
     return suggest(found[2], _attributes(found[1]))
   if found := re.search(r"No configurable matching (?:reference )?'@?([\w.]+)", what):
     parts = found[1].count('.') + 1
-    return suggest(found[1], ('.'.join(name.split('.')[-parts:]) for name in registered()))
+    return suggest(found[1], ('.'.join(name.split('.')[-parts:]) for name in private.registered()))
   if found := re.search(r"'(\w+)' was not provided by an import statement", what):
     return suggest(found[1], _imported_names(file))
   found = re.search(r"No module named '([\w.]+)'", what)
@@ -305,9 +270,9 @@ def _meant(what: str, file: str | None, text: str, folders: Sequence[str]) -> st
 def _parameters(selector: str) -> list[str]:
   """The parameters of what a gin file calls `selector`, which may be an alias."""
   for name in (selector, selector.split('.')[-1]):
-    for full_name, configurable in registered().items():
+    for full_name in private.registered():
       if f'.{full_name}'.endswith(f'.{name}'):
-        return list(inspect.signature(configurable.wrapped).parameters)
+        return list(inspect.signature(bindings.configurable(full_name).wrapped).parameters)
   return []
 
 

@@ -15,7 +15,6 @@ from t5x import trainer as t5x_trainer
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data.datasets import DatasetConfig
-from tvq_t5x.gin_support import checks
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import eval_step, partitioning, placement, run_limits
 from tvq_t5x.training import train_state as train_state_lib
@@ -61,7 +60,6 @@ def checked_trainer(
   Raises:
     ConfigError: for settings that do not fit together.
   """
-  checks.check_config()
   updates = 1
   for cfg in (eval_dataset_cfg, train_dataset_cfg):
     run_limits.check_vocabulary(cfg, model)
