@@ -42,12 +42,11 @@ def run(
   """
   # Slow to import: --help should not wait for it.
   with command_line.quiet_imports():
-    import gin
     import tensorflow as tf
 
     from tvq_t5x.data import locations
     from tvq_t5x.gin_support import parsing
-    from tvq_t5x.standalone import runner
+    from tvq_t5x.standalone import configuration, runner
 
   tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
   try:
@@ -59,7 +58,7 @@ def run(
       raise ConfigError(
         f"{', '.join(gin_files)}: nothing says what to train; add `include 'gin/runs/pretrain.gin'`"
       )
-    gin.get_configurable(runner.train)(dry_run=dry_run)
+    runner.run(configuration.run_settings(), dry_run)
   except ConfigError as e:
     return command_line.fail(parsing.message(e), 2)
   except (CheckpointError, TrainingDiverged) as e:

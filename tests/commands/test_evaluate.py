@@ -158,10 +158,10 @@ def test_carried_state_sees_all_of_the_split(call, tiny_run, recorded):
     (['--checkpoint='], ['no --checkpoint was given']),
     (['--checkpoint=nothing'], ['--checkpoint=nothing: there is no such folder']),
     (['--gin_file=nothing.gin'], ['--gin_file=nothing.gin: no such file']),
-    (['--split=tset'], ["'tset'", 'test, train, validation']),
+    (['--split=tset'], ["error: --split = 'tset'", 'test, train, validation']),
     (['--json=nowhere/result.json'], ['--json=nowhere/result.json: there is no folder']),
     (['--json=.'], ['--json=.: give the path of a file']),
-    (['--gin_bindings=BATCH_SIZE = 3'], ['BATCH_SIZE = 3', 'multiple of']),
+    (['--gin_bindings=BATCH_SIZE = 3'], ['batch_size = 3 (macro BATCH_SIZE)', 'multiple of']),
     (['--gin_bindings=BATCH_SZIE = 8'], ['BATCH_SZIE', 'did you mean BATCH_SIZE']),
     (['--gin_bindings=NUM_PARTITIONS = 3'], ['Partitioner.num_partitions = 3']),
     (['--gin_bindings=config.TransformerConfig.emb_dim = 32'], ['there [1, 16, 1, 8]']),
@@ -199,7 +199,7 @@ def test_what_needs_no_data_is_said_before_it_is_looked_for(call, tiny_run, monk
 
   monkeypatch.setattr(indexed.IndexedTask, 'find', find)
   for args, part in (
-    (['BATCH_SIZE = 3'], 'BATCH_SIZE = 3'),
+    (['BATCH_SIZE = 3'], 'macro BATCH_SIZE'),
     (['UPDATE_LEN = 12'], 'UPDATE_LEN'),
     (
       ["train_eval/datasets.DatasetConfig.mixture_or_task_name = 'tiny_images'"],

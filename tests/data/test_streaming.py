@@ -84,5 +84,5 @@ def test_tasks_of_no_text_are_refused():
     output_features={'targets': seqio.Feature(seqio.ByteVocabulary())},
   )
   cfg = dataclasses.replace(CFG, mixture_or_task_name=task)
-  with pytest.raises(ConfigError, match='CARRY_STATE.*others'):
+  with pytest.raises(ConfigError, match='carry_state.*others'):
     streaming.training_batches(cfg, TransformerVQFeatureConverter)

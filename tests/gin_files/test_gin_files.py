@@ -356,8 +356,9 @@ def test_t5x_trains_what_the_runner_trains(run, monkeypatch):
   # It would need the vocabulary, which for PG-19 is a file.
   monkeypatch.setattr(run_limits, 'check_vocabulary', lambda *args: None)
   checked = gin.get_configurable('tvq_t5x.t5x_adapter.trainer.checked_trainer')
-  trainer = checked(program.model)  # Refuses what does not fit together.
-  assert trainer.keywords['update_len'] == program.update_len
+  gin.bind_parameter('MODEL/gin.macro.value', program.model)
+  trainer = checked()  # Refuses what does not fit together.
+  assert trainer.update_len == program.update_len
   lengths = gin.query_parameter('TASK_FEATURE_LENGTHS/gin.macro.value')
   assert lengths['targets'] == program.length
 

@@ -11,7 +11,7 @@ from util import next_batch
 from tvq_t5x import train
 from tvq_t5x.checkpoints import layout, manager
 from tvq_t5x.common import named_arrays
-from tvq_t5x.standalone import loop, run_log
+from tvq_t5x.standalone import run_log, start
 
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 _CHECKSUMS = 'checksums'
@@ -49,7 +49,7 @@ def tuned(source, tmp_path_factory):
     return state
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'initial_state', spy)
+    patch.setattr(start, 'initial_state', spy)
     assert _finetune(source, folder) == 0
   return folder, sums[0]
 
@@ -97,7 +97,7 @@ def test_state_that_sequences_carry_begins_anew(tmp_path):
 @pytest.mark.parametrize(
   ('macros', 'bindings', 'parts'),
   [
-    ({'INITIAL_CHECKPOINT_PATH': 'nothing'}, [], ['INITIAL_CHECKPOINT_PATH=nothing', 'no such']),
+    ({'INITIAL_CHECKPOINT_PATH': 'nothing'}, [], ['(macro INITIAL_CHECKPOINT_PATH)', 'no such']),
     ({'TRAIN_STEPS': 8}, [], ['total_steps = 8 (macro TRAIN_STEPS)', 'the 8 steps of']),
     ({'UPDATE_LEN': 16, 'TRAIN_STEPS': 24, 'INITIAL_CHECKPOINT_PATH': 4}, [], []),
     ({}, ['TransformerConfig.num_codes = 24'], ['of another model or optimizer', 'c_sum']),

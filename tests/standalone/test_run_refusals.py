@@ -53,7 +53,14 @@ def _refused(capsys, model_dir, *bindings, **macros):
   ('bindings', 'parts'),
   [
     (['UPDATE_LEN = 20'], ['train.update_len = 20', 'UPDATE_LEN', 'block_len = 8', '16 or 24']),
-    (['UPDATE_LEN = 48'], ['train.update_len = 48', '= 64', '16, 32, 64']),
+    (
+      ['UPDATE_LEN = 48'],
+      [
+        'train.update_len = 48 (macro UPDATE_LEN)',
+        "'targets': 64} (macro TASK_F",
+        '16, 32, 64',
+      ],
+    ),
     (
       ['UPDATE_LEN = 32', "TransformerConfig.attention_type = 'quadratic'"],
       ['train.update_len = 32', 'quadratic baseline', 'None or 64'],
@@ -61,25 +68,35 @@ def _refused(capsys, model_dir, *bindings, **macros):
     (['UPDATE_LEN = -1'], ['train.update_len = -1', 'None for whole sequences']),
     (["TASK_FEATURE_LENGTHS = {'targets': 36}", 'UPDATE_LEN = None'], ['36', 'block_len = 8']),
     (['TRAIN_STEPS = 25'], ['TRAIN_STEPS', '25', '24 or 26']),
-    (['LOG_PERIOD = 3'], ['train.log_period = 3', 'multiple of 2', '2 or 4']),
-    (['EVAL_PERIOD = 0'], ['train.eval_period = 0', 'or None']),
+    (['LOG_PERIOD = 3'], ['train.log_period = 3', 'LOG_PERIOD', 'multiple of 2', '2 or 4']),
+    (['EVAL_PERIOD = 0'], ['train.eval_period = 0 (macro EVAL_PERIOD)', 'or None']),
     (['runner.train.keep_checkpoints = 0'], ['train.keep_checkpoints = 0', 'at least 1, or None']),
     (['CHECKPOINT_PERIOD = 5'], ['train.checkpoint_period = 5', '4 or 6']),
-    (['BATCH_SIZE = 12'], ['BATCH_SIZE = 12', 'multiple of', '8 devices']),
-    (['train_eval/datasets.DatasetConfig.batch_size = 3'], ['BATCH_SIZE = 3', 'multiple of']),
-    (['NUM_MICROBATCHES = 3'], ['NUM_MICROBATCHES']),
-    (['NUM_PARTITIONS = 3'], ['Partitioner.num_partitions = 3', '1, 2, 4, 8']),
-    (["MIXTURE_OR_TASK_NAME = 'tiny_byte'"], ['tiny_byte', 'tiny_bytes']),
-    (["TEST_SPLIT = 'tset'"], ["'tset'", 'test, train, validation']),
-    (['WARMUP_STEPS = 40'], ['warmup_cosine.warmup_steps = 40', '7']),
-    (['VOCAB_SIZE = 200'], ['TransformerConfig.vocab_size = 200', '259']),
+    (['BATCH_SIZE = 12'], ['batch_size = 12 (macro BATCH_SIZE)', 'multiple of', '8 devices']),
+    (
+      ['train_eval/datasets.DatasetConfig.batch_size = 3'],
+      ['batch_size = 3 (train_eval/DatasetConfig.batch_size)', 'multiple of'],
+    ),
+    (['NUM_MICROBATCHES = 3'], ['train.num_microbatches = 3 (macro NUM_MICROBATCHES)']),
+    (['NUM_PARTITIONS = 3'], ['num_partitions = 3 (macro NUM_PARTITIONS)', '1, 2, 4, 8']),
+    (["MIXTURE_OR_TASK_NAME = 'tiny_byte'"], ["'tiny_byte' (macro MIXTURE_OR_", 'tiny_bytes']),
+    (
+      ["TEST_SPLIT = 'tset'"],
+      ["train.test_split = 'tset' (macro TEST_SPLIT)", 'test, train, validation'],
+    ),
+    (
+      ['WARMUP_STEPS = 40'],
+      ['warmup_cosine.warmup_steps = 40 (macro WARMUP_STEPS)', 'macro TRAIN_STEPS', '7'],
+    ),
+    (['VOCAB_SIZE = 200'], ['vocab_size = 200 (macro VOCAB_SIZE)', '259']),
     (['TransformerConfig.emb_dim = 15'], ['TransformerConfig.emb_dim = 15', 'even']),
-    (["MODEL_DIR = 'gs://bucket/run'"], ['gs://bucket/run', 'local folder']),
+    (["MODEL_DIR = 'gs://bucket/run'"], ['gs://bucket/run', 'macro MODEL_DIR', 'local folder']),
     (['BATCH_SZIE = 8'], ['BATCH_SZIE', 'BATCH_SIZE']),
     (['trian/datasets.DatasetConfig.split = "train"'], ['trian', 'did you mean train']),
     (["BATCH_SIZE = '8'"], ['BATCH_SIZE', 'int']),
     (["SampleConfig.prompt = 'in the beginning it was'"], ['SampleConfig.prompt', '16']),
-    (['SampleConfig.top_p = 0.0'], ['top_p']),
+    (['SampleConfig.top_p = 0.0'], ['SampleConfig.top_p']),
+    (['TOP_P = 0.0'], ['top_p = 0.0 (macro TOP_P)']),
     (['SampleConfig.length = 0'], ['SampleConfig.length = 0']),
   ],
 )
@@ -153,7 +170,7 @@ def test_changed_training_settings_are_told(copied, caplog):
   [
     (
       'train/datasets.DatasetConfig.seed = 99',
-      'seed = 99 (macro RANDOM_SEED), there 3',
+      'seed = 99 (train/DatasetConfig.seed), there 3',
     ),
     ('BATCH_SIZE = 16', 'batch_size = 16 (macro BATCH_SIZE), there 8'),
   ],
@@ -168,7 +185,8 @@ def test_other_batches_are_refused(copied, capsys, setting, said, dry_run):
 def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
   with run_checks.locked(tmp_path):
     assert _run(tmp_path) == 2
-  assert 'another run is writing there' in capsys.readouterr().err
+  message = capsys.readouterr().err
+  assert 'another run is writing there' in message and '(macro MODEL_DIR)' in message
 
 
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):

@@ -119,13 +119,13 @@ def test_a_batch_that_does_not_divide_is_refused():
   with pytest.raises(ConfigError) as error:
     placement.validate(partitioner, config, 40, 4)
   assert str(error.value) == (
-    'BATCH_SIZE = 40 is not accepted: give a multiple of NUM_MICROBATCHES x data axis = 4 x 4 = '
-    '16, such as 32, 48; or NUM_MICROBATCHES one of 1, 2, 5, 10 '
-    '(data axis 4 x model axis 2 = 8 devices).'
+    'DatasetConfig.batch_size = 40 is not accepted with train.num_microbatches = 4 and data axis 4 '
+    'x model axis 2 = 8 devices: give a multiple of 16, such as 32, 48, or one of 1, 2, 5, 10 for '
+    'train.num_microbatches.'
   )
-  with pytest.raises(ConfigError, match='such as 4 .data axis 4'):
+  with pytest.raises(ConfigError, match='data axis 4 .*such as 4'):
     placement.validate(partitioner, config, 3, 1)
-  with pytest.raises(ConfigError, match='NUM_MICROBATCHES = 0 .* a positive integer'):
+  with pytest.raises(ConfigError, match='num_microbatches = 0 .* a positive integer'):
     placement.validate(partitioner, config, 4, 0)
 
 
@@ -159,9 +159,9 @@ def test_parameters_that_do_not_divide_are_refused(num_partitions, dims, fields,
     placement.validate(partitioner, config, 8)
   found = set(str(error.value).split('\n'))
   assert found == {
-    f'TransformerConfig.{name} = {getattr(config, name)} is not accepted: give a multiple of '
-    f'{unit}, or another num_partitions (macro NUM_PARTITIONS; '
-    f'data axis {8 // num_partitions} x model axis {num_partitions} = 8 devices).'
+    f'TransformerConfig.{name} = {getattr(config, name)} is not accepted with data axis '
+    f'{8 // num_partitions} x model axis {num_partitions} = 8 devices: give a multiple of {unit}, '
+    'or another Partitioner.num_partitions.'
     for name, unit in wrong.items()
   }
 

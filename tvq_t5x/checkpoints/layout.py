@@ -41,27 +41,27 @@ def steps_in(model_dir: pathlib.Path) -> list[int]:
   return sorted(int(match[1]) for match in names if match)
 
 
-def find(checkpoint: str, setting: str) -> pathlib.Path:
+def find(checkpoint: str, given: str) -> pathlib.Path:
   """The folder of a checkpoint.
 
   Args:
     checkpoint: that folder, `MODEL_DIR/checkpoint_N`, or MODEL_DIR, whose newest one is meant.
-    setting: that gives it, for the message.
+    given: the flag or setting with this value, for the message.
 
   Raises:
     ConfigError: if there is none.
   """
-  what = 'give a MODEL_DIR, or one of the checkpoint_N folders in it'
+  what = "give a run's folder, or one of the checkpoint_N folders in it"
   if not checkpoint or '://' in checkpoint:
-    raise ConfigError(f'{setting}={checkpoint}: {what}, on a local disk.')
+    raise ConfigError(f'{given}: {what}, on a local disk.')
   path = pathlib.Path(checkpoint).expanduser().absolute()
   if not path.is_dir():
-    raise ConfigError(f'{setting}={checkpoint}: there is no such folder; {what}.')
+    raise ConfigError(f'{given}: there is no such folder; {what}.')
   if re.fullmatch(rf'{PREFIX}_\d+', path.name) and (path / STATE).is_dir():
     return path
   steps = steps_in(path)
   if not steps:
-    raise ConfigError(f'{setting}={checkpoint}: there is no checkpoint in it; {what}.')
+    raise ConfigError(f'{given}: there is no checkpoint in it; {what}.')
   return folder(path, steps[-1])
 
 

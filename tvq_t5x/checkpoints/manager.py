@@ -74,7 +74,7 @@ class _Best:
 
 
 class Checkpoints:
-  """The checkpoints in a MODEL_DIR; use it as a context."""
+  """The checkpoints in a run's folder; use it as a context."""
 
   def __init__(
     self, directory: pathlib.Path, keep: int | None, best_step: Callable[[], int | None]
@@ -206,7 +206,7 @@ class Checkpoints:
     reasons = '; '.join(f'step {step}: {why}' for step, why in damaged.items())
     raise CheckpointError(
       f'No checkpoint in {self._directory} can be read ({reasons or "there is none"}). To start '
-      'from step 0, give another MODEL_DIR or remove that folder.'
+      'from step 0, give another train.model_dir or remove that folder.'
     )
 
   def _read(

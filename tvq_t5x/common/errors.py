@@ -1,13 +1,59 @@
 """The exceptions whose messages are all that a user needs to see."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 
 class ConfigError(ValueError):
   """A setting, file or flag that is refused before anything is compiled.
 
-  The message names the gin binding, file or flag to change and what would be accepted.
+  The message names the setting, file or flag to change and what would be accepted. A setting has
+  the name that it has in Python, `DatasetConfig.batch_size`; which gin macro sets it is found where
+  the message is shown.
+
+  Attributes:
+    setting: its name; None where the message was given as a whole.
+    value: of the setting.
+    accepted: what to give in its place, in words.
+    problem: what is wrong with it, in words.
   """
+
+  def __init__(
+    self,
+    setting: str,
+    value: Any = None,
+    accepted: str | None = None,
+    problem: str = 'is not accepted',
+  ):
+    """Makes the message `SETTING = VALUE PROBLEM: give ACCEPTED.`
+
+    Args:
+      setting: its name; without `accepted`, the whole message.
+      value: that was given.
+      accepted: what to give in its place, in words.
+      problem: what is wrong with the value, in words.
+    """
+    self.setting = None if accepted is None else setting
+    self.value, self.accepted, self.problem = value, accepted, problem
+    whole = f'{setting} = {value!r} {problem}: give {accepted}.'
+    super().__init__(setting if accepted is None else whole)
+
+
+@contextlib.contextmanager
+def renamed(setting: str, given: str) -> Iterator[None]:
+  """Gives a ConfigError about a setting the name of what it was set by.
+
+  Args:
+    setting: its name.
+    given: the other setting, or the flag.
+  """
+  try:
+    yield
+  except ConfigError as e:
+    if e.setting != setting:
+      raise
+    raise ConfigError(given, e.value, e.accepted, e.problem) from e
 
 
 class CheckpointError(RuntimeError):

@@ -164,8 +164,11 @@ def check_seed(cfg: DatasetConfig) -> None:
   """Refuses training batches whose order nothing determines."""
   if cfg.shuffle and cfg.seed is None:
     raise errors.ConfigError(
-      'DatasetConfig.seed = None: training batches can be reproduced and resumed only from a given '
-      'seed; set a whole number, or DatasetConfig.shuffle = False.'
+      'DatasetConfig.seed',
+      None,
+      'a whole number, from which training batches can be reproduced and resumed, or '
+      'DatasetConfig.shuffle = False',
+      problem='is not accepted with DatasetConfig.shuffle = True',
     )
 
 
@@ -196,22 +199,12 @@ def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
   }
 
 
-_MACROS = {
-  'mixture_or_task_name': 'MIXTURE_OR_TASK_NAME',
-  'task_feature_lengths': 'TASK_FEATURE_LENGTHS',
-  'batch_size': 'BATCH_SIZE',
-  'seed': 'RANDOM_SEED',
-  'carry_state': 'CARRY_STATE',
-}
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """What differs between two results of `identity`, in words."""
 
   def words(name: str) -> str:
     owner = 'TransformerVQModel' if name == 'carry_state' else 'DatasetConfig'
-    macro = f' (macro {_MACROS[name]})' if name in _MACROS else ''
-    return f'{owner}.{name} = {new[name]!r}{macro}, there {old.get(name)!r}'
+    return f'{owner}.{name} = {new[name]!r}, there {old.get(name)!r}'
 
   return [words(name) for name in new if old.get(name) != new[name]]
 
@@ -299,8 +292,10 @@ def task_or_mixture(
       if not e.name or not f'{module}.'.startswith(f'{e.name}.'):
         raise  # The module exists, something that it imports does not.
       raise errors.ConfigError(
-        f'DatasetConfig.module = {module!r}: there is no module {e.name!r}; give the import '
-        "path of the module that registers the task, such as 'tvq_t5x.tasks.kjv'."
+        'DatasetConfig.module',
+        module,
+        "the import path of the module that registers the task, such as 'tvq_t5x.tasks.kjv'",
+        problem=f'is not there (no module {e.name!r})',
       ) from e
   if not isinstance(name, str):
     return name
@@ -310,9 +305,9 @@ def task_or_mixture(
   near = difflib.get_close_matches(name, names) or names[:10]
   known = f'registered: {", ".join(near)}' if near else 'none is registered'
   raise errors.ConfigError(
-    f'DatasetConfig.mixture_or_task_name = {name!r} (macro '
-    f'MIXTURE_OR_TASK_NAME): no task or mixture has this name; {known}. DatasetConfig.module, here '
-    f"{module!r}, must name the module that registers it, such as 'tvq_t5x.tasks.kjv'."
+    f'DatasetConfig.mixture_or_task_name = {name!r}: no task or mixture has this name; {known}. '
+    f'DatasetConfig.module = {module!r} must name the module that registers it, such as '
+    "'tvq_t5x.tasks.kjv'."
   )
 
 
@@ -326,9 +321,9 @@ def validate(
   """
   provider = task_or_mixture(cfg.mixture_or_task_name, cfg.module)
   if cfg.split not in provider.splits:
+    splits = ', '.join(sorted(provider.splits))
     raise errors.ConfigError(
-      f'DatasetConfig.split = {cfg.split!r}: {provider.name} has the splits '
-      f'{", ".join(sorted(provider.splits))}.'
+      'DatasetConfig.split', cfg.split, f'one of {splits}, the splits of {provider.name}'
     )
   lengths = cfg.task_feature_lengths
   needed = feature_converter_cls(pack=cfg.pack).TASK_FEATURES
@@ -339,18 +334,17 @@ def validate(
   ):
     example = {name: 512 for name in needed}
     raise errors.ConfigError(
-      f'DatasetConfig.task_feature_lengths = {lengths!r} (macro TASK_FEATURE_LENGTHS): give the '
-      f'features {", ".join(needed)} and no other, with a length of at least 1, such as {example}.'
+      'DatasetConfig.task_feature_lengths',
+      lengths,
+      f'the features {", ".join(needed)} and no other, with a length of at least 1, such as '
+      f'{example}',
     )
   if not errors.is_count(cfg.batch_size):
     raise errors.ConfigError(
-      f'DatasetConfig.batch_size = {cfg.batch_size!r} (macro BATCH_SIZE): give a whole number '
-      'of at least 1.'
+      'DatasetConfig.batch_size', cfg.batch_size, 'a whole number of at least 1'
     )
   if cfg.seed is not None and (not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool)):
-    raise errors.ConfigError(
-      f'DatasetConfig.seed = {cfg.seed!r} (macro RANDOM_SEED): give a whole number or None.'
-    )
+    raise errors.ConfigError('DatasetConfig.seed', cfg.seed, 'a whole number or None')
   if (
     cfg.use_cached
     and isinstance(provider, seqio.Task)
@@ -358,8 +352,9 @@ def validate(
     and not provider.cache_dir
   ):
     raise errors.ConfigError(
-      f'DatasetConfig.use_cached = True: no cache of {provider.name} was '
-      f'found in {list(seqio.get_global_cache_dirs())}; set False, or name the directory that '
-      'seqio_cache_tasks wrote with seqio.set_global_cache_dirs.'
+      'DatasetConfig.use_cached',
+      True,
+      'False, or name the directory that seqio_cache_tasks wrote with seqio.set_global_cache_dirs',
+      problem=f'finds no cache of {provider.name} in {list(seqio.get_global_cache_dirs())}',
     )
   return provider

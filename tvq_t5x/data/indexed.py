@@ -139,9 +139,10 @@ class IndexedTask(seqio.Task):
   def _check_length(self, length: int) -> None:
     if self.sequence_len not in (None, length):
       raise errors.ConfigError(
-        f"DatasetConfig.task_feature_lengths = {{'targets': {length}}} (macro "
-        f'TASK_FEATURE_LENGTHS): a sequence of {self.name} is one image; give '
-        f"{{'targets': {self.sequence_len}}}."
+        'DatasetConfig.task_feature_lengths',
+        {'targets': length},
+        f"{{'targets': {self.sequence_len}}}",
+        problem=f'is not one image, as a sequence of {self.name} is',
       )
 
   def documents(self, split: str) -> Iterator[Document]:

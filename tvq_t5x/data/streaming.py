@@ -11,7 +11,7 @@ from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import Batch, DatasetConfig, FeatureConverterFactory, TrainingIterator
 from tvq_t5x.data.indexed import IndexedTask, Tokens
 
-_CARRY_STATE = 'TransformerVQModel.carry_state = True (macro CARRY_STATE)'
+_CARRY_STATE = 'TransformerVQModel.carry_state = True'
 
 
 def training_batches(

@@ -17,7 +17,7 @@ from typing import IO, Any
 import gin
 
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.gin_support import bindings, private
+from tvq_t5x.gin_support import bindings, origins, private
 from tvq_t5x.gin_support.checks import suggest
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -104,8 +104,13 @@ def is_bound(function: Callable[..., Any]) -> bool:
 
 
 def message(error: BaseException) -> str:
-  """The message of an error without what gin appends to it on its way through configurables."""
-  return re.sub(r'\n  In call to configurable .*', '', str(error), flags=re.DOTALL)
+  """The message of an error, for who wrote the gin files.
+
+  It says what sets the settings that it names, and has lost what gin appends to it on its way
+  through configurables.
+  """
+  text = re.sub(r'\n  In call to configurable .*', '', str(error), flags=re.DOTALL)
+  return origins.with_origins(text)
 
 
 def _rewrite_gin_arg(arg: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import logging
 
+from tvq_t5x.common import errors
 from tvq_t5x.data import datasets, indexed, likelihood, streaming, vocabularies
 from tvq_t5x.data.datasets import Batch, DatasetConfig
 from tvq_t5x.standalone import configuration, run_checks
@@ -23,7 +24,8 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   Args:
     configured: from `configuration.configure`; gin is still configured in the same way.
     split: of the task; None means the one of the run's validation.
-    carry_state: whether to read the split as BATCH_SIZE long stretches, see `stretches`.
+    carry_state: whether to read the split as long stretches, one for each row of a batch, see
+      `streaming`.
 
   Returns:
     By name, as JSON has them: what was evaluated, `tokens`, `bytes` of text (where the vocabulary
@@ -37,7 +39,8 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   model, partitioner = configured.model, configured.partitioner
   cfg: DatasetConfig = configuration.setting('eval_dataset_cfg')
   cfg = dataclasses.replace(cfg, split=split or cfg.split)
-  datasets.validate(cfg, model.FEATURE_CONVERTER_CLS)
+  with errors.renamed('DatasetConfig.split', '--split' if split else 'DatasetConfig.split'):
+    datasets.validate(cfg, model.FEATURE_CONVERTER_CLS)
   run_limits.check_vocabulary(cfg, model)
   length = cfg.task_feature_lengths['targets']
   segments = run_limits.updates_in_batch(length, model.config, configuration.setting('update_len'))

@@ -1,6 +1,7 @@
 """The model and the settings that a gin configuration describes, with or without its checkpoint."""
 
 import copy
+import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from tvq_t5x.checkpoints import layout, restore
 from tvq_t5x.checkpoints.restore import Loaded
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import found, parsing
-from tvq_t5x.standalone import runner
+from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.training import placement
 from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.partitioning import DATA, Partitioner
@@ -64,7 +65,7 @@ def configure(
     ConfigError: if there is no checkpoint, or a setting is wrong; also where the parameters do not
       fit on this machine's devices evenly.
   """
-  path = layout.find(checkpoint, '--checkpoint')
+  path = layout.find(checkpoint, f'--checkpoint={checkpoint}')
   # Nothing is written, so a run without a folder is complete.
   bindings = ["MODEL_DIR = ''", *gin_bindings]
   if not gin_files:
@@ -77,19 +78,42 @@ def configure(
   return Configured(path, model, partitioner)
 
 
-def setting(name: str) -> Any:
-  """What the parsed gin configuration gives `runner.train` for a parameter, built.
+def run_settings() -> RunSettings:
+  """The run that the parsed gin configuration describes.
 
   Raises:
-    ConfigError: if it configures no run.
+    ConfigError: if it describes none, or not all of one.
   """
-  if not parsing.is_bound(runner.train):
+  _bound()
+  return gin.get_configurable(RunSettings)()
+
+
+def setting(name: str) -> Any:
+  """A field of `run_settings`, without building the others.
+
+  Raises:
+    ConfigError: as `run_settings`.
+  """
+  bound = _bound()
+  # gin builds what a reference stands for as it copies.
+  return copy.deepcopy(bound[name]) if name in bound else getattr(RunSettings, name)
+
+
+def _bound() -> dict[str, Any]:
+  """What gin gives the fields of `RunSettings`, unbuilt; all that have no default are there."""
+  if not parsing.is_bound(RunSettings):
     raise ConfigError(
       'the gin files describe no run: give the one that was trained, which includes '
       "'gin/runs/pretrain.gin'"
     )
-  # gin.get_bindings would build all of them; gin builds what a reference stands for as it copies.
-  return copy.deepcopy(gin.get_bindings(runner.train, resolve_references=False)[name])
+  bound = gin.get_bindings(RunSettings, resolve_references=False)
+  names = [f.name for f in dataclasses.fields(RunSettings)]
+  if missing := [n for n in names if n not in bound and not hasattr(RunSettings, n)]:
+    raise ConfigError(
+      f'the gin files describe a run without {", ".join(f"train.{n}" for n in missing)}: include '
+      "'gin/runs/pretrain.gin', or set what is missing"
+    )
+  return bound
 
 
 def _config_beside(checkpoint: pathlib.Path) -> str:

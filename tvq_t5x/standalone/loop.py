@@ -1,171 +1,155 @@
 """The loop of a standalone run: updates, metrics, samples, evaluations and checkpoints."""
 
 import collections
-import dataclasses
-import functools
 import math
 import pathlib
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 
-from tvq_t5x.checkpoints.manager import Checkpoints, initial_state
+from tvq_t5x.checkpoints.manager import Checkpoints
 from tvq_t5x.common import words
 from tvq_t5x.common.errors import TrainingDiverged
 from tvq_t5x.data import datasets
-from tvq_t5x.data.datasets import DatasetConfig, TrainingIterator
-from tvq_t5x.standalone import reports
+from tvq_t5x.data.datasets import TrainingIterator
+from tvq_t5x.standalone import reports, start
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
-from tvq_t5x.standalone.samples import SampleConfig, Sampler
+from tvq_t5x.standalone.run_settings import RunSettings
+from tvq_t5x.standalone.samples import Sampler
 from tvq_t5x.standalone.signals import StopSignals
 from tvq_t5x.training import compilation, placement
-from tvq_t5x.training.models import TransformerVQModel
-from tvq_t5x.training.partitioning import Partitioner
-from tvq_t5x.training.train_state import TrainState, init_train_state
+from tvq_t5x.training.train_state import TrainState
 
 # What tells first that a run has diverged.
 _WATCHED = ('loss', 'gradient_norm')
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """The settings of a run, found to fit together; `runner.train` explains them."""
+class Plan(NamedTuple):
+  """A run, found to be possible.
 
-  model: TransformerVQModel
+  Attributes:
+    settings: of the run.
+    directory: absolute path of its folder, which is there.
+    batches: for training.
+    initial_checkpoint: of another run, that a new run starts from.
+    record: what is saved with each checkpoint.
+  """
+
+  settings: RunSettings
   directory: pathlib.Path
   batches: TrainingIterator
-  batch_size: int
-  evaluated: Mapping[str, DatasetConfig]  # By split.
-  partitioner: Partitioner
-  total_steps: int
-  random_seed: int
-  updates: int  # That a batch gives.
-  update_len: int
-  num_microbatches: int
-  learning_rate: optax.ScalarOrSchedule | None
-  log_period: int
-  eval_period: int | None
-  sample_period: int | None
-  checkpoint_period: int | None
-  keep_checkpoints: int | None
-  sample_cfg: SampleConfig | None
   initial_checkpoint: pathlib.Path | None
-  record: Mapping[str, Any]  # Is saved with each checkpoint.
+  record: Mapping[str, Any]
+
+
+def train(plan: Plan) -> TrainState:
+  """Trains to the end, or until a signal says stop; returns the last state."""
+  settings, directory = plan.settings, plan.directory
+  log = RunLog(directory)
+  checkpoints = Checkpoints(directory, settings.keep_checkpoints, log.best_step)
+  with StopSignals() as stop, checkpoints, log:
+    return TrainingLoop(plan, stop, checkpoints, log).run()
 
 
 class TrainingLoop:
   """One process's part of a run."""
 
-  def __init__(self, plan: Plan):
-    """Compiles nothing yet."""
-    self._plan = plan
-    model, partitioner = plan.model, plan.partitioner
-    self._shardings = placement.train_state_shardings(partitioner, model)
-    params = self._shardings.params
-    self._evaluator = Evaluator(model, partitioner, params, plan.update_len)
-    self._sampler = None
-    if plan.sample_cfg:
-      self._sampler = Sampler(model, partitioner, params, plan.sample_cfg, plan.random_seed)
+  def __init__(self, plan: Plan, stop: StopSignals, checkpoints: Checkpoints, log: RunLog):
+    """Makes the state, or reads it.
+
+    Args:
+      plan: of the run.
+      stop: says when to end early.
+      checkpoints: of the run.
+      log: of the run; records after the state's step are dropped.
+    """
+    self._plan, self._settings = plan, plan.settings
+    self._stop, self._checkpoints, self._log = stop, checkpoints, log
+    settings = plan.settings
     # As T5X splits its seed: both engines start from the same parameters and drop the same.
-    self._init_rng, self._rng = jax.random.split(jax.random.key(plan.random_seed))
-    self._step = 0
-    self._saved_step: int | None = None
+    init_rng, self._rng = jax.random.split(jax.random.key(settings.random_seed))
+    shardings = placement.train_state_shardings(settings.partitioner, settings.model)
+    if checkpoints.steps():
+      begin = start.from_newest(settings, checkpoints, plan.batches, shardings)
+    else:
+      begin = start.of_a_new_run(settings, plan.initial_checkpoint, init_rng)
+    self._state = begin.state
+    self._step = int(begin.state.step)
+    self._saved_step = self._step if begin.saved else None
     # Metrics of updates that are perhaps still being computed, by the step before them.
     self._pending: collections.deque[tuple[int, Any]] = collections.deque()
-    self._window = Sums()  # Since the last training metrics.
+    self._window = begin.window  # Since the last training metrics.
     self._window_tokens, self._window_seconds = 0, 0.0
+    self._began = self._step, time.monotonic()
+    self._evaluator, self._sampler = _evaluator_and_sampler(settings, shardings.params)
+    log.go_on_after(self._step)
 
   def run(self) -> TrainState:
     """Trains to the end, or until a signal says stop; returns the last state."""
-    plan = self._plan
-    checkpoints = Checkpoints(plan.directory, plan.keep_checkpoints, lambda: self._log.best_step())
-    with StopSignals() as self._stop, checkpoints as self._checkpoints:
-      self._restore()
-      with RunLog(plan.directory, self._step) as self._log:
-        if self._step >= plan.total_steps:
-          logging.info(
-            'The run in %s is finished: step %d of %d.',
-            plan.directory, self._step, plan.total_steps,
-          )  # fmt: skip
-        else:
-          self._compile()
-        self._start = self._step, time.monotonic()
-        while True:
-          self._report()
-          if self._stop.received or self._step >= plan.total_steps:
-            break
-          self._advance()
-          if self._due(plan.checkpoint_period) or self._due(plan.eval_period):
-            self._save()
+    if self._at_end:
+      logging.info(
+        'The run in %s is finished: step %d of %d.',
+        self._plan.directory, self._step, self._settings.total_steps,
+      )  # fmt: skip
+    train_step = None if self._at_end else self._compiled()
+    self._began = self._step, time.monotonic()
+    while True:
+      self._report()
+      if self._stop.received or self._at_end:
+        break
+      self._advance(train_step)
+      if self._due(self._settings.checkpoint_period) or self._due(self._settings.eval_period):
         self._save()
-        self._finish()
+    self._save()
+    self._finish()
     return self._state
 
+  @property
+  def _at_end(self) -> bool:
+    return self._step >= self._settings.total_steps
+
   def _due(self, period: int | None) -> bool:
-    return self._step >= self._plan.total_steps or bool(period and self._step % period == 0)
+    return self._at_end or bool(period and self._step % period == 0)
 
-  def _restore(self) -> None:
-    plan = self._plan
-    if not self._checkpoints.steps():
-      init = functools.partial(placement.init_state, plan.partitioner)
-      self._state = init(plan.model, self._init_rng, plan.batch_size)
-      if plan.initial_checkpoint:
-        self._state = initial_state(plan.initial_checkpoint, self._state)
-        self._step = int(self._state.step)
-        logging.info('Starting from %s.', plan.initial_checkpoint)
-      return
-    init = functools.partial(init_train_state, plan.model, batch_size=plan.batch_size)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    abstract = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      shapes,
-      self._shardings,
-    )
-    restored = self._checkpoints.restore(abstract, plan.batches, plan.updates)
-    self._state = restored.state
-    self._step = self._saved_step = int(restored.state.step)
-    self._window = Sums(restored.metadata.get('window'))
-    logging.info('Continuing from the checkpoint of step %d.', self._step)
-
-  def _compile(self) -> None:
-    plan, start = self._plan, time.monotonic()
+  def _compiled(self) -> Callable[..., Any]:
+    settings, began = self._settings, time.monotonic()
     lowered = compilation.lower_train_step(
-      plan.model,
-      plan.partitioner,
-      plan.batch_size,
-      plan.update_len * plan.updates,
-      plan.update_len,
-      plan.num_microbatches,
+      settings.model,
+      settings.partitioner,
+      settings.batch_size,
+      settings.length,
+      settings.segment_len,
+      settings.num_microbatches,
     )
-    self._train_step = lowered.compile()
-    logging.info('Compiled in %s.', words.duration(time.monotonic() - start))
+    train_step = lowered.compile()
+    logging.info('Compiled in %s.', words.duration(time.monotonic() - began))
+    return train_step
 
-  def _advance(self) -> None:
+  def _advance(self, train_step: Callable[..., Any]) -> None:
     """Trains on a batch, and writes metrics if they are due."""
-    plan, start = self._plan, time.monotonic()
-    batch = jax.device_put(next(plan.batches), plan.partitioner.batch_sharding())
-    self._state, metrics = self._train_step(self._state, batch, self._rng)
+    settings, began = self._settings, time.monotonic()
+    batch = jax.device_put(next(self._plan.batches), settings.partitioner.batch_sharding())
+    self._state, metrics = train_step(self._state, batch, self._rng)
     self._pending.append((self._step, metrics))
-    self._step += plan.updates
-    self._window_tokens += plan.batch_size * plan.update_len * plan.updates
+    self._step += settings.updates
+    self._window_tokens += settings.batch_size * settings.length
     # The devices always have the next batch at hand, and at most one.
-    self._read_metrics(left=0 if self._due(plan.log_period) else 1)
-    self._window_seconds += time.monotonic() - start
-    if self._due(plan.log_period):
+    self._read_metrics(left=0 if self._due(settings.log_period) else 1)
+    self._window_seconds += time.monotonic() - began
+    if self._due(settings.log_period):
       self._write_metrics(self._step)
 
   def _read_metrics(self, left: int = 0) -> None:
     while len(self._pending) > left:
       step, metrics = self._pending.popleft()
       metrics = jax.device_get(metrics)
-      for i in range(self._plan.updates):
+      for i in range(self._settings.updates):
         update = {name: jax.tree.map(lambda x, i=i: x[i], m) for name, m in metrics.items()}
         self._window.add(update)
         values = {name: np.asarray(update[name].total).item() for name in _WATCHED}
@@ -173,15 +157,16 @@ class TrainingLoop:
           self._diverge(step + i + 1, values)
 
   def _write_metrics(self, step: int) -> None:
-    plan, metrics = self._plan, self._window.ratios()
-    if plan.learning_rate is not None:
-      rate = plan.learning_rate
+    settings, metrics = self._settings, self._window.ratios()
+    if settings.learning_rate is not None:
+      rate = settings.learning_rate
       metrics['learning_rate'] = np.asarray(rate(step - 1) if callable(rate) else rate).item()
     speed = self._window_tokens / max(self._window_seconds, 1e-9)
-    start_step, start_time = self._start
-    left = (plan.total_steps - step) * (time.monotonic() - start_time) / max(step - start_step, 1)
+    first_step, first_time = self._began
+    total = settings.total_steps
+    left = (total - step) * (time.monotonic() - first_time) / max(step - first_step, 1)
     where = (
-      f'step {step}/{plan.total_steps} ({step / plan.total_steps:.0%}), {speed:,.0f} tokens/s, '
+      f'step {step}/{total} ({step / total:.0%}), {speed:,.0f} tokens/s, '
       f'{words.duration(left)} left: '
     )
     self._log.write(TRAIN, step, metrics, where, tokens=self._tokens(step), tokens_per_second=speed)
@@ -189,7 +174,7 @@ class TrainingLoop:
     self._window_tokens, self._window_seconds = 0, 0.0
 
   def _tokens(self, step: int) -> int:
-    return step * self._plan.batch_size * self._plan.update_len
+    return step * self._settings.batch_size * self._settings.segment_len
 
   def _diverge(self, step: int, values: Mapping[str, float]) -> None:
     if not self._log.record(TRAIN, step):
@@ -216,26 +201,26 @@ class TrainingLoop:
 
   def _report(self) -> None:
     """Writes what is due at this step, but has not been written before an interruption."""
-    plan, step = self._plan, self._step
+    settings, step = self._settings, self._step
     if not step or self._stop.received:
       return
-    if self._sampler and self._due(plan.sample_period) and not self._log.has_samples(step):
+    if self._sampler and self._due(settings.sample_period) and not self._log.has_samples(step):
       self._read_metrics()
       self._log.write_samples(step, self._sampler(self._state.params, step))
-    if self._due(plan.eval_period):
+    if self._due(settings.eval_period):
       self._evaluate(VALIDATION)
       self._draw()
 
   def _evaluate(self, split: str) -> None:
     """Evaluates a split once; a signal ends it without a record."""
-    cfg = self._plan.evaluated[split]
+    cfg = self._settings.evaluated[split]
     if self._log.record(split, self._step):
       return
-    start = time.monotonic()
-    batches = datasets.evaluation_batches(cfg, self._plan.model.FEATURE_CONVERTER_CLS)
+    began = time.monotonic()
+    batches = datasets.evaluation_batches(cfg, self._settings.model.FEATURE_CONVERTER_CLS)
     metrics = self._evaluator(self._state.params, batches, lambda: bool(self._stop.received))
     if metrics is not None:
-      seconds = words.duration(time.monotonic() - start)
+      seconds = words.duration(time.monotonic() - began)
       where = f'{split} after step {self._step} ({seconds}): '
       self._log.write(split, self._step, metrics, where, tokens=self._tokens(self._step))
 
@@ -244,18 +229,18 @@ class TrainingLoop:
     reports.write_curve(directory / 'curve.png', self._log.records(), directory.name)
 
   def _finish(self) -> None:
-    plan, step = self._plan, self._step
+    settings, step = self._settings, self._step
     self._checkpoints.wait()
-    if step >= plan.total_steps and TEST in plan.evaluated:
+    if self._at_end and TEST in settings.evaluated:
       self._evaluate(TEST)
     if self._stop.received:
       logging.warning(
         'Stopped by %s after step %d of %d, with a checkpoint. The same command continues from it.',
-        self._stop.received, step, plan.total_steps,
+        self._stop.received, step, settings.total_steps,
       )  # fmt: skip
       return
     self._draw()
-    for split in plan.evaluated:
+    for split in settings.evaluated:
       record = self._log.record(split, step) or {}
       metrics = {k: record[k] for k in ('bits_per_byte', LOSS, 'accuracy') if k in record}
       values = ', '.join(f'{k} {v:.4f}' for k, v in metrics.items())
@@ -263,8 +248,17 @@ class TrainingLoop:
     logging.info(
       'In %s: curve.png, metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints of steps '
       '%s (lowest validation loss: %s).',
-      plan.directory, self._checkpoints.steps(), self._log.best_step(),
+      self._plan.directory, self._checkpoints.steps(), self._log.best_step(),
     )  # fmt: skip
+
+
+def _evaluator_and_sampler(
+  settings: RunSettings, params_shardings: Any
+) -> tuple[Evaluator, Sampler | None]:
+  """Compile nothing yet; without a `sample_cfg` there is no sampler."""
+  of = settings.model, settings.partitioner, params_shardings
+  sampler = settings.sample_cfg and Sampler(*of, settings.sample_cfg, settings.random_seed)
+  return Evaluator(*of, settings.segment_len), sampler
 
 
 @jax.jit

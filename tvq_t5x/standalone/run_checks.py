@@ -13,7 +13,7 @@ from tvq_t5x.checkpoints import layout, model_settings
 from tvq_t5x.common import errors, named_arrays
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.training.placement import StateInfo
 
 _PARAMS = 'params/'  # Before the names of parameters in a train state.
@@ -38,64 +38,59 @@ def missing_data() -> Iterator[None]:
 
 
 def resolve_model_dir(model_dir: str) -> pathlib.Path:
-  """The absolute path of MODEL_DIR, which this creates nothing in.
+  """The absolute path of a run's folder, which this creates nothing in.
 
   Raises:
     ConfigError: if it can't be written.
   """
   if '://' in model_dir or not model_dir:
     raise ConfigError(
-      f'MODEL_DIR = {model_dir!r}: the standalone runner writes to a local folder; give its path.'
+      'train.model_dir', model_dir, 'the path of a local folder, for the standalone runner'
     )
   path = pathlib.Path(model_dir).expanduser().absolute()
   existing = next(p for p in (path, *path.parents) if p.exists())
   if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
     what = 'can not be written' if existing.is_dir() else 'is a file'
-    raise ConfigError(f'MODEL_DIR = {model_dir!r}: {existing} {what}; give a folder of yours.')
+    problem = f'is not accepted, as {existing} {what}'
+    raise ConfigError('train.model_dir', model_dir, 'a folder of yours', problem)
   return path
 
 
 @contextlib.contextmanager
 def locked(model_dir: pathlib.Path) -> Iterator[None]:
-  """Creates MODEL_DIR and keeps other runs out of it; the lock ends with the process."""
+  """Creates a run's folder and keeps other runs out of it; the lock ends with the process."""
   try:
     model_dir.mkdir(parents=True, exist_ok=True)
     lock = (model_dir / '.lock').open('w')
   except OSError as e:
-    raise ConfigError(f'MODEL_DIR = {str(model_dir)!r} can not be written: {e}.') from e
+    raise ConfigError(f'{model_dir} can not be written ({e}): give another train.model_dir.') from e
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       raise ConfigError(
-        f'MODEL_DIR = {str(model_dir)!r}: another run is writing there; give another folder, or '
-        'wait for its end.'
+        f'{model_dir}: another run is writing there; give another train.model_dir, or wait for its '
+        'end.'
       ) from e
     yield
 
 
-def record_of(
-  model: TransformerVQModel,
-  info: StateInfo,
-  updates: int,
-  random_seed: int,
-  data: dict[str, Any],
-) -> dict[str, Any]:
+def record_of(settings: RunSettings, info: StateInfo) -> dict[str, Any]:
   """What a checkpoint says of the run that wrote it."""
   return {
-    'model': model_settings.settings_of(model.config),
+    'model': model_settings.settings_of(settings.model.config),
     'arrays': {row.name: [list(row.shape), row.dtype] for row in info.rows},
-    'updates_in_batch': updates,
-    'random_seed': random_seed,
-    'data': data,
+    'updates_in_batch': settings.updates,
+    'random_seed': settings.random_seed,
+    'data': datasets.identity(settings.train_dataset_cfg, settings.model.carry_state),
   }
 
 
 def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[str]:
-  """Compares the checkpoints of MODEL_DIR, if any, with the model that is to be trained.
+  """Compares the checkpoints in a folder, if any, with the model that is to be trained.
 
   Args:
-    model_dir: of the run.
+    model_dir: the folder.
     record: from `record_of`.
 
   Returns:
@@ -114,7 +109,7 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
     refused = _different_arrays(saved['arrays'], record['arrays'])
   if not refused and step % record['updates_in_batch']:
     refused = [
-      f'update_len gives {record["updates_in_batch"]} updates a batch, there '
+      f'train.update_len gives {record["updates_in_batch"]} updates a batch, there '
       f'{saved["updates_in_batch"]}'
     ]
   if refused:
@@ -145,21 +140,19 @@ def _param_shapes(record: dict[str, Any]) -> dict[str, list[int]]:
   return {n.removeprefix(_PARAMS): x for n, x in shapes.items() if n.startswith(_PARAMS)}
 
 
-def check_initial_checkpoint(
-  checkpoint: str, record: dict[str, Any], total_steps: int
-) -> pathlib.Path:
+def check_initial_checkpoint(settings: RunSettings, record: dict[str, Any]) -> pathlib.Path:
   """Finds the checkpoint that a run is to start from.
 
   Args:
-    checkpoint: its folder, or that of its run.
+    settings: of the run, with an `initial_checkpoint`.
     record: from `record_of`.
-    total_steps: step to end after.
 
   Raises:
     ConfigError: if there is none, or it is of another model or optimizer.
   """
-  setting = 'INITIAL_CHECKPOINT_PATH'
-  path = layout.find(checkpoint, setting)
+  given = settings.initial_checkpoint
+  assert given is not None
+  path = layout.find(given, f'train.initial_checkpoint = {given!r}')
   step = layout.step_of(path)
   try:
     refused = named_arrays.differences(layout.param_shapes(path), _param_shapes(record))
@@ -172,18 +165,20 @@ def check_initial_checkpoint(
       refused = found or _different_arrays(there, needed)
   except (OSError, ValueError) as e:
     raise ConfigError(
-      f'{setting} = {str(path)!r} can not be read: {errors.reason(e)} Give another one.'
+      f'{path} can not be read: {errors.reason(e)} Give another train.initial_checkpoint.'
     ) from e
   if refused:
     raise ConfigError(
-      f'{setting} = {str(path)!r} is of another model or optimizer: {"; ".join(refused)}. Give '
-      'another checkpoint, or its settings.'
+      f'{path} is of another model or optimizer: {"; ".join(refused)}. Give another '
+      'train.initial_checkpoint, or its settings.'
     )
-  if total_steps <= step or step % record['updates_in_batch']:
+  if settings.total_steps <= step or step % settings.updates:
     raise ConfigError(
-      f'train.total_steps = {total_steps} (macro TRAIN_STEPS) counts the {step} steps of '
-      f'{setting} too, and batches have {record["updates_in_batch"]} steps: give more steps than '
-      'those, and a checkpoint at the end of a batch.'
+      'train.total_steps',
+      settings.total_steps,
+      'more steps than those, and a checkpoint at the end of a batch',
+      problem=f'counts the {step} steps of train.initial_checkpoint too, and batches have '
+      f'{settings.updates} steps',
     )
   return path
 
@@ -192,8 +187,8 @@ def _of_another(
   what: str, model_dir: pathlib.Path, step: int, differences: list[str]
 ) -> ConfigError:
   return ConfigError(
-    f'MODEL_DIR = {str(model_dir)!r} holds a checkpoint (step {step}) of another {what}: '
-    f'{"; ".join(differences)}. Give another MODEL_DIR, or the settings of that {what}.'
+    f'{model_dir} holds a checkpoint (step {step}) of another {what}: {"; ".join(differences)}. '
+    f'Give another train.model_dir, or the settings of that {what}.'
   )
 
 

@@ -23,21 +23,24 @@ _FIRST = ('loss', 'cross_entropy', 'bits_per_byte', 'accuracy', 'learning_rate')
 class RunLog:
   """The metrics and samples of a run.
 
-  `metrics.jsonl` has one record for each step and split. On a restart the records after the
-  checkpoint are dropped, since the run writes them again.
+  `metrics.jsonl` has one record for each step and split.
   """
 
-  def __init__(self, model_dir: pathlib.Path, last_step: int):
-    """Opens the log of a run that continues after `last_step`."""
+  def __init__(self, model_dir: pathlib.Path):
+    """Reads what the run has written so far."""
     self._dir = model_dir
     self._path = model_dir / 'metrics.jsonl'
-    self._records = [r for r in read_records(self._path) if r['step'] <= last_step]
+    self._records = read_records(self._path)
+    self._writers: dict[str, metric_writers.SummaryWriter] = {}
+
+  def go_on_after(self, last_step: int) -> None:
+    """Drops records and samples after a step, since the run writes them again."""
+    self._records = [r for r in self._records if r['step'] <= last_step]
     with files.replacing(self._path) as f:
       f.write(''.join(map(files.json_line, self._records)).encode())
     for path in self._dir.glob('samples/*'):
       if path.stem.isdecimal() and int(path.stem) > last_step:
         path.unlink()
-    self._writers: dict[str, metric_writers.SummaryWriter] = {}
 
   def __enter__(self) -> 'RunLog':
     return self

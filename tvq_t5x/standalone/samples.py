@@ -38,7 +38,7 @@ class SampleConfig:
     for name in ('num_samples', 'length'):
       value = getattr(self, name)
       if not is_count(value):
-        raise ConfigError(f'SampleConfig.{name} = {value!r} is not accepted: give at least 1.')
+        raise ConfigError(f'SampleConfig.{name}', value, 'a whole number of at least 1')
     SamplingConfig(self.temperature, self.top_p)
 
   def encoded_prompt(self, vocabulary: seqio.Vocabulary) -> list[int]:
@@ -50,8 +50,10 @@ class SampleConfig:
     prompt = list(vocabulary.encode(self.prompt)) if self.prompt else []
     if len(prompt) >= self.length:
       raise ConfigError(
-        f'SampleConfig.prompt has {len(prompt)} tokens: give fewer, or a SampleConfig.length of '
-        f'more than {self.length}.'
+        'SampleConfig.prompt',
+        self.prompt,
+        'fewer, or a greater length',
+        problem=f'has {len(prompt)} tokens and SampleConfig.length = {self.length}',
       )
     return prompt
 

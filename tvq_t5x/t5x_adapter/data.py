@@ -29,7 +29,7 @@ def get_dataset(
     shard_id: which of the hosts' shares to return.
     num_shards: how many there are.
     feature_converter_cls: makes the feature converter, given `pack`.
-    model_dir: MODEL_DIR of the run.
+    model_dir: folder of the run.
     update_len: tokens of each sequence that an update sees; None means all.
     carry_state: whether rows go on in the next batch, for a model with this setting.
   """

@@ -1,7 +1,8 @@
 """T5X's Trainer with our parameter updates."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import clu.metrics
@@ -14,83 +15,71 @@ from t5x import partitioning as t5x_partitioning
 from t5x import trainer as t5x_trainer
 
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.data.datasets import DatasetConfig
+from tvq_t5x.gin_support import origins
 from tvq_t5x.network.transformer import DecoderState
-from tvq_t5x.training import eval_step, partitioning, placement, run_limits
+from tvq_t5x.training import eval_step, partitioning
 from tvq_t5x.training import train_state as train_state_lib
 from tvq_t5x.training.metrics import Metrics
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.settings import TrainingSettings
 from tvq_t5x.training.train_state import TrainState
 from tvq_t5x.training.train_step import train_on_sequences
 
 
-def checked_trainer(
-  model: TransformerVQModel,
-  train_dataset_cfg: DatasetConfig,
-  eval_dataset_cfg: DatasetConfig,
-  partitioner: t5x_partitioning.PjitPartitioner,
-  total_steps: int,
-  learning_rate: optax.ScalarOrSchedule,
-  update_len: int | None = None,
-  num_microbatches: int = 1,
-  relative_steps: int | None = None,
-  log_period: int | None = None,
-  eval_period: int | None = None,
-  checkpoint_period: int | None = None,
-) -> Callable[..., 'Trainer']:
-  """T5X's `trainer_cls`, after a look at the settings: gin calls this before T5X compiles anything.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckedTrainer(TrainingSettings):
+  """T5X's `trainer_cls`, after a look at the settings: gin makes it before T5X compiles anything.
 
-  Args:
-    model: to train.
+  Gin files know it as `trainer.checked_trainer`.
+
+  Attributes:
     train_dataset_cfg: training batches; T5X's class of this name has the same fields.
     eval_dataset_cfg: of T5X's training evaluation.
     partitioner: T5X's.
-    total_steps: parameter updates.
-    learning_rate: what the optimizer was given, to be logged.
-    update_len: tokens of each sequence that an update sees; None means all.
-    num_microbatches: parts of a batch that are computed one after the other.
     relative_steps: parameter updates after the checkpoint, in place of total_steps.
-    log_period: steps between training metrics.
-    eval_period: steps between evaluations.
-    checkpoint_period: steps between checkpoints.
-
-  Returns:
-    The trainer's class with its settings.
+    log_period: steps between training metrics; None means as T5X does.
+    ...: those of `TrainingSettings`.
 
   Raises:
     ConfigError: for settings that do not fit together.
   """
-  updates = 1
-  for cfg in (eval_dataset_cfg, train_dataset_cfg):
-    run_limits.check_vocabulary(cfg, model)
-    length = cfg.task_feature_lengths['targets']
-    updates = run_limits.updates_in_batch(length, model.config, update_len)
-  run_limits.check_steps(
-    updates,
-    total_steps,
-    relative_steps=relative_steps,
-    log_period=log_period,
-    eval_period=eval_period,
-    checkpoint_period=checkpoint_period,
-  )
-  if partitioner.get_data_layout().num_shards < jax.process_count():
-    raise ConfigError(
-      'PjitPartitioner.num_partitions (macro NUM_PARTITIONS) spreads the model over several hosts, '
-      'of which T5X would restore the position in the data on the first only: give at most the '
-      f'devices of a host, {jax.local_device_count()}.'
+
+  partitioner: t5x_partitioning.PjitPartitioner
+  relative_steps: int | None = None
+  log_period: int | None = None
+
+  def __post_init__(self):
+    with origins.added_to_errors():
+      self.check()
+
+  @property
+  def periods(self) -> dict[str, int | None]:
+    """Numbers of steps that have to end with a batch, by name."""
+    return {'relative_steps': self.relative_steps, **super().periods}
+
+  def check(self) -> None:
+    """Refuses settings that do not fit together."""
+    super().check()
+    if self.partitioner.get_data_layout().num_shards < jax.process_count():
+      raise ConfigError(
+        'PjitPartitioner.num_partitions spreads the model over several hosts, of which T5X would '
+        'restore the position in the data on the first only: give at most the devices of a host, '
+        f'{jax.local_device_count()}.'
+      )
+    if self.partitioner.mesh.axis_names == (partitioning.DATA, partitioning.MODEL):
+      self.check_placement(_Placement(self.partitioner))
+
+  def __call__(self, **kwargs: Any) -> 'Trainer':
+    """The trainer; arguments as T5X gives them."""
+    rate = self.learning_rate
+    return Trainer(
+      update_len=self.update_len,
+      num_microbatches=self.num_microbatches,
+      learning_rate_fn=rate if callable(rate) else optax.constant_schedule(rate),
+      **kwargs,
     )
-  if partitioner.mesh.axis_names == (partitioning.DATA, partitioning.MODEL):
-    places = _Placement(partitioner)
-    placement.validate(places, model.config, train_dataset_cfg.batch_size, num_microbatches)
-    placement.validate(places, model.config, eval_dataset_cfg.batch_size)
-  if not callable(learning_rate):
-    learning_rate = optax.constant_schedule(learning_rate)
-  return functools.partial(
-    Trainer,
-    update_len=update_len,
-    num_microbatches=num_microbatches,
-    learning_rate_fn=learning_rate,
-  )
+
+
+checked_trainer = CheckedTrainer
 
 
 class _Placement(partitioning.Partitioner):
@@ -153,12 +142,14 @@ class Trainer(t5x_trainer.Trainer):
       self.train_state = train_state
     return self.train_metrics_manager.write_metrics_summary(metrics, step, step - start_step)
 
+  @origins.added_to_errors()
   def _check_steps(self, batch: Mapping[str, jax.Array], num_steps: int) -> None:
     if num_steps % self._updates(batch):
       raise ConfigError(
-        f'T5X asks for {num_steps} steps, and a batch gives {self._updates(batch)}: give an '
-        'UPDATE_LEN, a TRAIN_STEPS and, if they are set, SaveCheckpointConfig.checkpoint_steps '
-        'with which steps from the checkpoint that training starts from are a multiple of that.'
+        f'T5X asks for {num_steps} steps, and a batch gives {self._updates(batch)}: give a '
+        'checked_trainer.update_len, a train.total_steps and, if they are set, '
+        'SaveCheckpointConfig.checkpoint_steps with which steps from the checkpoint that training '
+        'starts from are a multiple of that.'
       )
 
   def _updates(self, batch: Mapping[str, jax.Array]) -> int:

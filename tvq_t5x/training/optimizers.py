@@ -39,8 +39,9 @@ def warmup_cosine(
   """
   if not 0 <= warmup_steps < total_steps:
     raise ConfigError(
-      f'warmup_cosine.warmup_steps = {warmup_steps} is not accepted: give an integer from 0 to '
-      f'warmup_cosine.total_steps - 1 = {total_steps - 1} (macros WARMUP_STEPS and TRAIN_STEPS).'
+      'warmup_cosine.warmup_steps',
+      warmup_steps,
+      f'an integer from 0 to warmup_cosine.total_steps - 1 = {total_steps - 1}',
     )
   return optax.warmup_cosine_decay_schedule(
     0.0 if warmup_steps else peak, peak, warmup_steps, total_steps, final_share * peak

@@ -54,9 +54,7 @@ def standard_logical_axis_rules(
     ('parameter_partitioning_dims', parameter_partitioning_dims),
   ):
     if dims not in (1, 2):
-      raise ConfigError(
-        f'standard_logical_axis_rules.{name} = {dims!r} is not accepted: give 1 or 2.'
-      )
+      raise ConfigError(f'standard_logical_axis_rules.{name}', dims, '1 or 2')
   embed = [('embed', MODEL)] * (activation_partitioning_dims == 2)
   embed += [('embed', DATA)] * (parameter_partitioning_dims == 2)
   return (
@@ -97,8 +95,10 @@ class Partitioner:
     devices = list(jax.devices() if devices is None else devices)
     if not is_count(num_partitions) or len(devices) % num_partitions:
       raise ConfigError(
-        f'Partitioner.num_partitions = {num_partitions!r} is not accepted with {len(devices)} '
-        f'devices: give one of {_join(_divisors(len(devices)))}.'
+        'Partitioner.num_partitions',
+        num_partitions,
+        f'one of {_join(_divisors(len(devices)))}',
+        problem=f'is not accepted with {len(devices)} devices',
       )
     if logical_axis_rules is None:
       logical_axis_rules = standard_logical_axis_rules()
@@ -118,21 +118,20 @@ class Partitioner:
     Raises:
       ConfigError: naming the setting that does not fit, and what would.
     """
-    for name, value in (('BATCH_SIZE', batch_size), ('NUM_MICROBATCHES', num_microbatches)):
+    size, parts = 'DatasetConfig.batch_size', 'train.num_microbatches'
+    for name, value in ((size, batch_size), (parts, num_microbatches)):
       if not is_count(value):
-        raise ConfigError(f'{name} = {value!r} is not accepted: give a positive integer.')
+        raise ConfigError(name, value, 'a positive integer')
     data = self.mesh.shape[DATA]
     unit = num_microbatches * data
     if batch_size % unit == 0:
       return
     near = sorted({max(batch_size // unit, 1) * unit, -(-batch_size // unit) * unit})
-    message = (
-      f'BATCH_SIZE = {batch_size} is not accepted: give a multiple of NUM_MICROBATCHES x data '
-      f'axis = {num_microbatches} x {data} = {unit}, such as {_join(near)}'
-    )
+    accepted = f'a multiple of {unit}, such as {_join(near)}'
     if batch_size % data == 0:
-      message += f'; or NUM_MICROBATCHES one of {_join(_divisors(batch_size // data))}'
-    raise ConfigError(f'{message} ({self.mesh_in_words()}).')
+      accepted += f', or one of {_join(_divisors(batch_size // data))} for {parts}'
+    problem = f'is not accepted with {parts} = {num_microbatches} and {self.mesh_in_words()}'
+    raise ConfigError(size, batch_size, accepted, problem)
 
   def for_batch(self, batch_size: int) -> 'Partitioner':
     """This one, or one whose devices all have the batch, if they can't share it evenly."""

@@ -82,12 +82,16 @@ def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) ->
         unit = parts // math.gcd(parts, size // getattr(config, field))
         units[field] = math.lcm(unit, units.get(field, 1))
   if units:
-    lines = [
-      f'TransformerConfig.{field} = {getattr(config, field)} is not accepted: give a multiple '
-      f'of {unit}, or another num_partitions (macro NUM_PARTITIONS; {partitioner.mesh_in_words()}).'
+    problems = [
+      ConfigError(
+        f'TransformerConfig.{field}',
+        getattr(config, field),
+        f'a multiple of {unit}, or another Partitioner.num_partitions',
+        problem=f'is not accepted with {partitioner.mesh_in_words()}',
+      )
       for field, unit in units.items()
     ]
-    raise ConfigError('\n'.join(lines))
+    raise ConfigError('\n'.join(map(str, problems)))
 
 
 def train_state_shardings(partitioner: Partitioner, model: TransformerVQModel) -> TrainState:
@@ -158,7 +162,7 @@ def describe(partitioner: Partitioner, model: TransformerVQModel, batch_size: in
 def _abstract_variables(module: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
   """Shapes and logical axes of a module's parameters, each by name."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
+  variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), tokens)
   axes = nn_partitioning.get_axis_names(variables['params_axes'])
   axes = {name: tuple(x) for name, x in named_arrays.leaves_of(axes).items()}
   return named_arrays.leaves_of(variables['params']), axes

@@ -6,14 +6,16 @@ from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.training.models import TransformerVQModel
 
+_UPDATE_LEN, _LENGTHS = 'train.update_len', 'DatasetConfig.task_feature_lengths'
+
 
 def check_vocabulary(cfg: DatasetConfig, model: TransformerVQModel) -> None:
   """Refuses a task with another vocabulary than the model's."""
   vocabulary = datasets.vocabulary(cfg.mixture_or_task_name, cfg.module)
   if vocabulary != model.output_vocabulary:
     raise ConfigError(
-      f'TransformerVQModel.vocabulary = {model.output_vocabulary} is not the one of the task '
-      f'{cfg.mixture_or_task_name} (macro MIXTURE_OR_TASK_NAME): give {vocabulary}.'
+      f'TransformerVQModel.vocabulary = {model.output_vocabulary} is not the one of '
+      f'DatasetConfig.mixture_or_task_name = {cfg.mixture_or_task_name!r}: give {vocabulary}.'
     )
 
 
@@ -28,27 +30,31 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
   Raises:
     ConfigError: if blocks, updates and sequences are no multiples of each other.
   """
-  name = f"task_feature_lengths['targets'] = {length} (macro TASK_FEATURE_LENGTHS)"
   if update_len is not None and not is_count(update_len):
     raise ConfigError(
-      f'train.update_len = {update_len!r} (macro UPDATE_LEN): give a whole number of tokens, or '
-      'None for whole sequences.'
+      _UPDATE_LEN, update_len, 'a whole number of tokens, or None for whole sequences'
     )
+  lengths = {'targets': length}
   segment = length if update_len is None else update_len
   block = config.block_len
   if segment > block and segment % block:
+    name, value = (_LENGTHS, lengths) if update_len is None else (_UPDATE_LEN, segment)
     raise ConfigError(
-      f'{name if update_len is None else f"train.update_len = {segment} (macro UPDATE_LEN)"} is '
-      f'not a whole number of blocks: give a multiple of TransformerConfig.block_len = {block}, '
-      f'such as {_multiples_near(segment, block)}, or a block_len that divides {segment}.'
+      name,
+      value,
+      f'a multiple of TransformerConfig.block_len = {block}, such as '
+      f'{_multiples_near(segment, block)}, or a block_len that divides {segment}',
+      problem='is not a whole number of blocks',
     )
   if length % segment:
     accepted = [
       n for n in range(1, length + 1) if length % n == 0 and (n % block == 0 or n < block)
     ]
     raise ConfigError(
-      f'train.update_len = {segment} (macro UPDATE_LEN) does not divide {name}: give one of '
-      f'{", ".join(map(str, accepted))}.'
+      _UPDATE_LEN,
+      segment,
+      f'one of {", ".join(map(str, accepted))}',
+      problem=f'does not divide {_LENGTHS} = {lengths}',
     )
   return length // segment
 
@@ -61,18 +67,19 @@ def check_steps(updates: int, total_steps: int, **periods: int | None) -> None:
     total_steps: of the run.
     **periods: by name.
   """
-  names = {'total_steps': 'train.total_steps (macro TRAIN_STEPS)'}
   for name, value in {'total_steps': total_steps, **periods}.items():
     if value is None and name in periods:
       continue
-    shown = names.get(name, f'train.{name}')
     if not is_count(value):
       accepted = ' or None' if name in periods else ''
-      raise ConfigError(f'{shown} = {value!r}: give a whole number of at least 1{accepted}.')
+      raise ConfigError(f'train.{name}', value, f'a whole number of at least 1{accepted}')
     if value % updates:
       raise ConfigError(
-        f'{shown} = {value}: give a multiple of {updates}, the updates that a batch of sequences '
-        f'gives (sequence length / update_len), such as {_multiples_near(value, updates)}.'
+        f'train.{name}',
+        value,
+        f'a multiple of {updates}, such as {_multiples_near(value, updates)}',
+        problem=f'does not end with a batch of sequences, which gives {updates} updates (sequence '
+        'length / update_len)',
       )
 
 
