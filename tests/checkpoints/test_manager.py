@@ -178,7 +178,7 @@ def test_if_none_can_be_read_nothing_is_moved(tmp_path):
   _write(tmp_path, [10, 20])
   for step in ('10', '20'):
     _truncate(_largest(tmp_path / f'checkpoint_{step}' / 'state'))
-  with pytest.raises(CheckpointError, match='No checkpoint in .* can be read .*MODEL_DIR'):
+  with pytest.raises(CheckpointError, match='No checkpoint in .* can be read .*train.model_dir'):
     _restore(tmp_path)
   assert layout.steps_in(tmp_path) == [10, 20]
 

@@ -1,5 +1,7 @@
 """Mistakes that gin lets pass are refused; correct configurations, T5X-like ones too, are not."""
 
+import pathlib
+import subprocess
 import sys
 
 import gin
@@ -83,6 +85,11 @@ class Model(Base):
 class Plain:
   def __init__(self, width: int, **kwargs: int):
     del width, kwargs
+
+
+class Twin:
+  def __init__(self, width: int):
+    del width
 
 
 def schedule(base: float = 1.0):
@@ -337,5 +344,29 @@ def test_constants_are_looked_up():
     gin.clear_config(clear_constants=True)
 
 
+def test_a_name_is_long_enough_to_be_the_only_one():
+  wrong = "lib.Twin.width = '1'"
+  assert _problem(_SET, wrong).startswith("Twin.width = '1'")
+  gin.external_configurable(
+    type('Twin', (), {'__init__': lambda self, width: None}), module='other'
+  )
+  assert _problem(_SET, wrong).startswith("lib.Twin.width = '1'")
+
+
 def test_circular_macros_end():
   _check(_SET, 'TRAIN_STEPS = %LONG', 'LONG = %TRAIN_STEPS')
+
+
+def test_files_for_t5x_s_programs_bring_the_checks_along():
+  files = (pathlib.Path(__file__).parents[2] / 'gin' / 'runs').glob('*.gin')
+  texts = [text for path in files if "include 't5x/" in (text := path.read_text())]
+  assert len(texts) == 4
+  assert all('from tvq_t5x.t5x_adapter import paths\n' in text for text in texts)
+  code = """
+import gin
+from tvq_t5x.t5x_adapter import paths
+gin.parse_config('BATCH_SZIE = 8')
+gin.finalize()
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+  assert 'ConfigError: BATCH_SZIE is set but no setting uses %BATCH_SZIE' in done.stderr

@@ -207,7 +207,7 @@ def test_the_program_is_the_one_that_is_configured():
 
 def test_a_batch_that_does_not_divide_is_refused():
   _configure('BATCH_SIZE = 12')
-  with pytest.raises(ConfigError, match='BATCH_SIZE = 12'):
+  with pytest.raises(ConfigError, match=r'DatasetConfig\.batch_size = 12'):
     program_lib.configured_program(jax.devices())
 
 

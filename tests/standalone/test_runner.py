@@ -155,7 +155,7 @@ def test_the_latest_checkpoints_and_the_best_are_kept(whole):
 
 
 def test_the_best_step_is_that_of_the_lowest_validation_loss(tmp_path):
-  with run_log.RunLog(tmp_path, 0) as log:
+  with run_log.RunLog(tmp_path) as log:
     assert log.best_step() is None
     for step, loss in ((1, math.nan), (2, 3.0), (3, 1.0), (4, 2.0)):
       log.write('validation', step, {'cross_entropy': loss})
@@ -164,13 +164,14 @@ def test_the_best_step_is_that_of_the_lowest_validation_loss(tmp_path):
 
 
 def test_records_after_the_checkpoint_are_written_anew(tmp_path):
-  with run_log.RunLog(tmp_path, 0) as log:
+  with run_log.RunLog(tmp_path) as log:
     for step in (1, 2, 3):
       log.write('train', step, {'loss': math.nan if step == 1 else 1.0})
       log.write_samples(step, ['text'])
   with (tmp_path / 'metrics.jsonl').open('a') as f:
     f.write('{"step": 4, "spl')  # Cut short by a kill.
-  with run_log.RunLog(tmp_path, 2) as log:
+  with run_log.RunLog(tmp_path) as log:
+    log.go_on_after(2)
     assert [r['step'] for r in log.records()] == [1, 2]
     assert math.isnan(log.record('train', 1)['loss'])
     assert log.has_samples(2) and not log.has_samples(3)
@@ -366,11 +367,12 @@ def test_a_run_on_the_kjv(tmp_path, caplog):
 
 def test_images_are_a_grid_in_a_file(tmp_path, caplog):
   images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
-  with run_log.RunLog(tmp_path, 0) as log:
+  with run_log.RunLog(tmp_path) as log:
     assert not log.has_samples(5)
     log.write_samples(5, images)
     assert log.has_samples(5)
   path = tmp_path / 'samples' / '00000005.png'
   assert path.read_bytes().startswith(b'\x89PNG') and str(path) in caplog.text
-  with run_log.RunLog(tmp_path, 4) as log:
+  with run_log.RunLog(tmp_path) as log:
+    log.go_on_after(4)
     assert not log.has_samples(5)

@@ -78,7 +78,7 @@ def test_the_cache_has_a_byte_for_each_value(tmp_path):
 
 @pytest.mark.parametrize('task', ['imagenet64', 'downsampled_imagenet64'])
 def test_a_sequence_is_an_image(task):
-  with pytest.raises(errors.ConfigError, match=r"TASK_FEATURE_LENGTHS.*\{'targets': 12288\}"):
+  with pytest.raises(errors.ConfigError, match=r"task_feature_lengths.*\{'targets': 12288\}"):
     sequences(task, 8192, 'test')
 
 

@@ -69,9 +69,9 @@ class TrainingLoop:
       checkpoints: of the run.
       log: of the run; records after the state's step are dropped.
     """
-    self._plan, self._settings = plan, plan.settings
-    self._stop, self._checkpoints, self._log = stop, checkpoints, log
     settings = plan.settings
+    self._plan, self._settings = plan, settings
+    self._stop, self._checkpoints, self._log = stop, checkpoints, log
     # As T5X splits its seed: both engines start from the same parameters and drop the same.
     init_rng, self._rng = jax.random.split(jax.random.key(settings.random_seed))
     shardings = placement.train_state_shardings(settings.partitioner, settings.model)

@@ -5,6 +5,7 @@ from absl import logging
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.common import errors, files
 from tvq_t5x.data import datasets, streaming
+from tvq_t5x.data.datasets import TrainingIterator
 from tvq_t5x.gin_support import parsing
 from tvq_t5x.standalone import loop, reports, run_checks
 from tvq_t5x.standalone.loop import Plan
@@ -50,10 +51,7 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
   with run_checks.locked(directory):
     for difference in differences:
       logging.warning('The checkpoints here were written with other settings: %s', difference)
-    make_batches = datasets.training_batches
-    if settings.model.carry_state:
-      make_batches = streaming.training_batches
-    batches = make_batches(settings.train_dataset_cfg, settings.model.FEATURE_CONVERTER_CLS)
+    batches = _batches(settings)
     with files.replacing(directory / 'config.gin') as f:
       f.write(parsing.config_str().encode())
     logging.info(
