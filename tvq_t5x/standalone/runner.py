@@ -75,3 +75,8 @@ def _find_data(settings: RunSettings) -> None:
       streaming.check(train_cfg)
     else:
       datasets.check_seed(train_cfg)
+
+
+def _batches(settings: RunSettings) -> TrainingIterator:
+  reader = streaming if settings.model.carry_state else datasets
+  return reader.training_batches(settings.train_dataset_cfg, settings.model.FEATURE_CONVERTER_CLS)
