@@ -16,12 +16,12 @@ import dataclasses
 import hashlib
 import os
 
-import gin
 import seqio
 import tensorflow as tf
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import corpora, indexed, locations, token_cache, vocabularies
+from tvq_t5x.gin_support.configurables import configurable
 
 _MACRO = 'PG19_PATH'
 _TFDS = 'pg19:0.1.1'
@@ -33,7 +33,7 @@ _PUBLISHED = {
 }
 
 
-@gin.configurable
+@configurable
 def corpus(path: str | None = None) -> corpora.Corpus:
   """Where the books lie.
 
@@ -60,9 +60,9 @@ class PublishedBooks:
 
   folder: str
 
-  def dataset(self, split: str) -> tf.data.Dataset:
+  def dataset(self, split: str, start: int = 0, stop: int | None = None) -> tf.data.Dataset:
     """See `corpora.Corpus`; the order is that of `metadata.csv`."""
-    files = self._files(split)
+    files = self._files(split)[start:stop]
     return tf.data.Dataset.from_generator(
       lambda: ({'targets': _text(path)} for path in files),
       output_signature={'targets': tf.TensorSpec([], tf.string)},
@@ -131,8 +131,9 @@ class _WordsAsPublished(token_cache.CachedTask):
     return indexed.IndexedSplit(tokens, counts)
 
 
-seqio.TaskRegistry.add(
+indexed.register(
   'pg19',
+  __name__,
   source=corpora.source(corpus, tuple(_PUBLISHED)),
   preprocessors=indexed.text_preprocessors(),
   output_features={'targets': seqio.Feature(vocabularies.SentencePieceVocabulary(), add_eos=True)},

@@ -91,7 +91,7 @@ def test_the_path_is_asked_for_when_it_is_needed(model, tmp_path, monkeypatch):
   assert vocabulary.vocab_size == 300
   # gin's setting holds, and another path another model.
   other = sentencepiece_model(tmp_path, 295)
-  gin.bind_parameter('tvq_t5x.vocabularies.sentencepiece_model.path', other)
+  gin.bind_parameter('tvq_t5x.data.vocabularies.sentencepiece_model.path', other)
   assert vocabulary.vocab_size == 295
   assert vocabulary.sentencepiece_model_file == other
 

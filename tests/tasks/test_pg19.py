@@ -81,7 +81,7 @@ def test_settings_in_gin(tmp_path, model, monkeypatch):
     gin.bind_parameter(f'{name}/gin.macro.value', str(value))
   assert np.concatenate(sequences('pg19', 9, 'train')).tolist() == expected_tokens(model, 'train')
   assert datasets.vocabulary('pg19').vocab_size == 300
-  assert list((tmp_path / 'cache').glob('pg19-train-*.bin'))
+  assert list((tmp_path / 'cache').glob('pg19-train-*/parts/0.json'))
   assert not (data / 'token_cache').exists()
 
 

@@ -1,7 +1,8 @@
-"""Batches of a SeqIO task or mixture, for a run on one machine without T5X."""
+"""Batches of a SeqIO task or mixture, every token of it."""
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import os
@@ -16,7 +17,9 @@ import tensorflow as tf
 from clu.data import dataset_iterator
 
 from tvq_t5x.common import errors
-from tvq_t5x.data.indexed import IndexedTask
+from tvq_t5x.data import vocabularies
+from tvq_t5x.data.cutting import cut
+from tvq_t5x.data.indexed import IndexedTask, refusals
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
@@ -68,12 +71,13 @@ class TrainingIterator(Iterator[Batch]):
     self._identity = dict(identity)
 
   def __next__(self) -> Batch:
-    return next(self._iterator)  # pyright: ignore[reportReturnType]
+    with refusals():
+      return next(self._iterator)  # pyright: ignore[reportReturnType]
 
   def skip(self, num_batches: int) -> None:
     """Reads batches without giving them out."""
     for _ in range(num_batches):
-      next(self._iterator)
+      next(self)
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes the position: after `restore`, the next batch is the one that now comes next."""
@@ -112,7 +116,8 @@ class _Batches(Iterator[Batch]):
     stop_with(self, self._iterator, dataset)
 
   def __next__(self) -> Batch:
-    return {name: x.numpy() for name, x in next(self._iterator).items()}
+    with refusals():
+      return {name: x.numpy() for name, x in next(self._iterator).items()}
 
 
 def stop_with(owner: Any, iterator: Any, dataset: tf.data.Dataset) -> None:
@@ -139,12 +144,7 @@ def _stop(iterator: Any, nothing: tf.data.Dataset) -> None:
 def training_batches(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> TrainingIterator:
-  """Returns endless batches, the same ones as T5X's `utils.get_dataset` with `num_epochs=None`.
-
-  The epochs follow each other before batching: every batch is full, a batch may hold the end of one
-  epoch and the start of the next, and no sequence is ever dropped. With an `IndexedTask`, such as
-  those of this package, each epoch holds every sequence once and has an order of its own; other
-  tasks shuffle with SeqIO's buffer, and the saved position then contains that buffer.
+  """Returns endless batches; `training_dataset` has their order.
 
   Args:
     cfg: what to read.
@@ -153,11 +153,37 @@ def training_batches(
   Raises:
     ConfigError: if a setting is refused; nothing is read before.
   """
+  return TrainingIterator(training_dataset(cfg, feature_converter_cls), identity(cfg))
+
+
+def training_dataset(
+  cfg: DatasetConfig,
+  feature_converter_cls: FeatureConverterFactory,
+  shard_id: int = 0,
+  num_shards: int = 1,
+) -> tf.data.Dataset:
+  """What `training_batches` iterates over, or one host's share of its rows.
+
+  The epochs follow each other before batching: every batch is full, a batch may hold the end of one
+  epoch and the start of the next, and no sequence is ever dropped. With an `IndexedTask`, such as
+  those of this package, each epoch holds every sequence once and has an order of its own. Other
+  tasks shuffle with SeqIO's buffer, and the saved position then contains that buffer; their
+  examples are cut into sequences, see `cutting.cut`.
+
+  Args:
+    cfg: what to read; T5X's class of this name has the same fields.
+    feature_converter_cls: makes the feature converter, given `pack`.
+    shard_id: which of the hosts' shares to return.
+    num_shards: how many hosts there are; divides `cfg.batch_size`.
+
+  Raises:
+    ConfigError: if a setting is refused; nothing is read before.
+  """
   provider = validate(cfg, feature_converter_cls)
   check_seed(cfg)
-  dataset = _read(cfg, provider, feature_converter_cls, shuffle=cfg.shuffle, num_epochs=None)
-  dataset = dataset.batch(cfg.batch_size, drop_remainder=True)
-  return TrainingIterator(dataset, identity(cfg))
+  shard = seqio.ShardInfo(shard_id, num_shards)
+  dataset = _read(cfg, provider, feature_converter_cls, cfg.shuffle, None, shard)
+  return dataset.batch(cfg.batch_size // num_shards, drop_remainder=True)
 
 
 def check_seed(cfg: DatasetConfig) -> None:
@@ -175,11 +201,11 @@ def check(cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory) ->
   Raises:
     ConfigError: if a setting is refused, or the data is not there.
   """
-  provider = validate(cfg, feature_converter_cls)
-  if isinstance(provider, IndexedTask):
-    provider.check(cfg.split, cfg.task_feature_lengths['targets'])
-  else:
-    _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
+  for task in _subtasks(cfg, validate(cfg, feature_converter_cls)):
+    if isinstance(task, IndexedTask):
+      task.check(cfg.split, cfg.task_feature_lengths['targets'])
+    else:
+      _read(cfg, task, feature_converter_cls, shuffle=False, num_epochs=1)
 
 
 def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
@@ -219,7 +245,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def evaluation_batches(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> Iterator[Batch]:
-  """Returns one pass over the split in order, every token once.
+  """Returns one pass over the split in order, every token once; of a mixture, task after task.
 
   Rows of zeros, whose loss weights are zero too, fill the last batch up to the batch size: the
   tokens with a weight are the same for any batch size. `cfg.shuffle` has no effect.
@@ -249,23 +275,65 @@ def evaluation_dataset(
 
     return {name: fill(x) for name, x in batch.items()}
 
-  dataset = _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
+  tasks = _subtasks(cfg, provider)
+  parts = [_read(cfg, task, feature_converter_cls, shuffle=False, num_epochs=1) for task in tasks]
+  dataset = functools.reduce(tf.data.Dataset.concatenate, parts)
   return dataset.batch(cfg.batch_size).map(fill_rows)
 
 
 def vocabulary(
   mixture_or_task_name: str | seqio.Task | seqio.Mixture, module: str | None = None
 ) -> seqio.Vocabulary:
-  """Returns the vocabulary of a task's or mixture's targets.
+  """Returns the vocabulary of a task's or mixture's targets, as it is configured now.
 
   Args:
     mixture_or_task_name: as in `DatasetConfig`.
     module: as in `DatasetConfig`.
 
   Raises:
-    ConfigError: if no task has this name.
+    ConfigError: if no task has this name, or the tasks of a mixture have different vocabularies.
   """
-  return task_or_mixture(mixture_or_task_name, module).output_features['targets'].vocabulary
+  provider = task_or_mixture(mixture_or_task_name, module)
+  found: dict[str, seqio.Vocabulary] = {}
+  for task in seqio.get_subtasks(provider):
+    if 'targets' not in task.output_features:
+      raise errors.ConfigError(
+        f'DatasetConfig.mixture_or_task_name = {provider.name!r} (macro MIXTURE_OR_TASK_NAME): '
+        f"{task.name} has no output feature 'targets'."
+      )
+    vocabulary = task.output_features['targets'].vocabulary
+    if isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
+      vocabulary = vocabulary.bound()
+    found.setdefault(vocabularies.identity(vocabulary), vocabulary)
+  if len(found) > 1:
+    raise errors.ConfigError(
+      f'DatasetConfig.mixture_or_task_name = {provider.name!r} (macro MIXTURE_OR_TASK_NAME): its '
+      f'tasks have different vocabularies, {" and ".join(map(str, found.values()))}.'
+    )
+  return next(iter(found.values()))
+
+
+def vocab_size(
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture,
+  module: str | None = None,
+  multiple: int = 8,
+) -> int:
+  """Ids of the vocabulary of a task or mixture, rounded up so that meshes can share them out.
+
+  Args:
+    mixture_or_task_name: as in `DatasetConfig`.
+    module: as in `DatasetConfig`.
+    multiple: what the result is a multiple of.
+
+  Raises:
+    ConfigError: as `vocabulary`.
+  """
+  size = vocabulary(mixture_or_task_name, module).vocab_size
+  return -(-size // multiple) * multiple
+
+
+def _subtasks(cfg: DatasetConfig, provider: seqio.Task | seqio.Mixture) -> list[seqio.Task]:
+  return [task for task in seqio.get_subtasks(provider) if cfg.split in task.splits]
 
 
 def _read(
@@ -274,15 +342,17 @@ def _read(
   feature_converter_cls: FeatureConverterFactory,
   shuffle: bool,
   num_epochs: int | None,
+  shard: seqio.ShardInfo | None = None,
 ) -> tf.data.Dataset:
   return seqio.get_dataset(
-    provider,
+    cut(provider),
     task_feature_lengths=cfg.task_feature_lengths,
     feature_converter=feature_converter_cls(pack=cfg.pack),
     dataset_split=cfg.split,
     use_cached=cfg.use_cached,
     shuffle=shuffle,
     num_epochs=num_epochs,
+    shard_info=shard,
     seed=cfg.seed,
     verbose=False,
   )
@@ -291,17 +361,17 @@ def _read(
 def task_or_mixture(
   name: str | seqio.Task | seqio.Mixture, module: str | None
 ) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture of this name, once `module` is imported; see `vocabulary`."""
+  """Returns the task or mixture of this name, once a module is imported.
+
+  Args:
+    name: of a registered one; or one itself, which is returned.
+    module: what to import first; None means nothing.
+
+  Raises:
+    ConfigError: if there is no such module, or none has this name.
+  """
   if module:
-    try:
-      importlib.import_module(module)
-    except ModuleNotFoundError as e:
-      if not e.name or not f'{module}.'.startswith(f'{e.name}.'):
-        raise  # The module exists, something that it imports does not.
-      raise errors.ConfigError(
-        f'DatasetConfig.module = {module!r}: there is no module {e.name!r}; give the import '
-        "path of the module that registers the task, such as 'tvq_t5x.tasks.kjv'."
-      ) from e
+    import_tasks(module, 'DatasetConfig.module')
   if not isinstance(name, str):
     return name
   names = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
@@ -314,6 +384,27 @@ def task_or_mixture(
     f'MIXTURE_OR_TASK_NAME): no task or mixture has this name; {known}. DatasetConfig.module, here '
     f"{module!r}, must name the module that registers it, such as 'tvq_t5x.tasks.kjv'."
   )
+
+
+def import_tasks(module: str, setting: str) -> None:
+  """Imports a module that registers tasks.
+
+  Args:
+    module: its name.
+    setting: where it comes from, for the message.
+
+  Raises:
+    ConfigError: if there is no such module.
+  """
+  try:
+    importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    if not e.name or not f'{module}.'.startswith(f'{e.name}.'):
+      raise  # The module exists, something that it imports does not.
+    raise errors.ConfigError(
+      f'{setting} = {module!r}: there is no module {e.name!r}; give the import path of the module '
+      "that registers the task, such as 'tvq_t5x.tasks.kjv'."
+    ) from e
 
 
 def validate(
@@ -347,19 +438,30 @@ def validate(
       f'DatasetConfig.batch_size = {cfg.batch_size!r} (macro BATCH_SIZE): give a whole number '
       'of at least 1.'
     )
-  if cfg.seed is not None and (not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool)):
-    raise errors.ConfigError(
-      f'DatasetConfig.seed = {cfg.seed!r} (macro RANDOM_SEED): give a whole number or None.'
-    )
-  if (
-    cfg.use_cached
-    and isinstance(provider, seqio.Task)
-    and provider.supports_caching
-    and not provider.cache_dir
-  ):
-    raise errors.ConfigError(
-      f'DatasetConfig.use_cached = True: no cache of {provider.name} was '
-      f'found in {list(seqio.get_global_cache_dirs())}; set False, or name the directory that '
-      'seqio_cache_tasks wrote with seqio.set_global_cache_dirs.'
-    )
+  _check_seed_range(cfg.seed, provider)
+  for task in _subtasks(cfg, provider) if cfg.use_cached else ():
+    if task.supports_caching and not task.cache_dir:
+      raise errors.ConfigError(
+        f'DatasetConfig.use_cached = True: no cache of {task.name} was '
+        f'found in {list(seqio.get_global_cache_dirs())}; set False, or name the directory that '
+        'seqio_cache_tasks wrote with seqio.set_global_cache_dirs.'
+      )
   return provider
+
+
+# TensorFlow takes the seed of a buffer modulo the second of these.
+_SEEDS = range(-(2**63), 2**63)
+_SEEDS_OF_SEQIO = range(2**31 - 1)
+
+
+def _check_seed_range(seed: Any, provider: seqio.Task | seqio.Mixture) -> None:
+  """Refuses a seed that has the order of another one."""
+  is_ours = all(isinstance(task, IndexedTask) for task in seqio.get_subtasks(provider))
+  accepted = _SEEDS if is_ours else _SEEDS_OF_SEQIO
+  if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and seed in accepted):
+    return
+  where = '' if is_ours else f', as SeqIO shuffles {provider.name}'
+  raise errors.ConfigError(
+    f'DatasetConfig.seed = {seed!r} (macro RANDOM_SEED): give a whole number from '
+    f'{accepted[0]} to {accepted[-1]}{where}, or None.'
+  )

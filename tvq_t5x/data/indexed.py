@@ -1,7 +1,9 @@
 """SeqIO tasks whose sequences are read by index from the tokens of a split, laid end to end."""
 
+import contextlib
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +13,7 @@ import tensorflow as tf
 
 from tvq_t5x.common import errors
 from tvq_t5x.common.tokens import EOS, FIRST_BYTE
-from tvq_t5x.data import likelihood
+from tvq_t5x.data import likelihood, split_metrics
 
 
 class Tokens(Protocol):
@@ -108,12 +110,12 @@ class IndexedTask(seqio.Task):
     Args:
       *args: as `seqio.Task`'s.
       sequence_len: the only T that is accepted, where a sequence is one document; None means any.
-      **kwargs: as `seqio.Task`'s. Without `metric_fns`, it has those of `data.likelihood`.
+      **kwargs: as `seqio.Task`'s. Without metrics, it has `split_metrics.Likelihood`.
     """
-    kwargs['metric_fns'] = kwargs.get('metric_fns') or [self._likelihood]
+    if not kwargs.get('metric_fns') and not kwargs.get('metric_objs'):
+      kwargs['metric_objs'] = [split_metrics.Likelihood.empty()]
     super().__init__(*args, **kwargs)
     self.sequence_len = sequence_len
-    self._counts: dict[str, Counts] = {}  # Of the splits that were read.
 
   def read(self, split: str) -> IndexedSplit:
     """The tokens of a split, without reading them.
@@ -143,24 +145,6 @@ class IndexedTask(seqio.Task):
         f'TASK_FEATURE_LENGTHS): a sequence of {self.name} is one image; give '
         f"{{'targets': {self.sequence_len}}}."
       )
-
-  def documents(self, split: str) -> Iterator[Document]:
-    """The documents of a split in order."""
-    # Said here, that it can't be loaded is one message; said while TensorFlow traces, it is many.
-    _ = self.output_features['targets'].vocabulary.vocab_size
-    dataset = super().get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
-    for example in examples(dataset):
-      yield Document(example['targets'], example.get('targets_pretokenized'))
-
-  def _likelihood(self, targets: Sequence[Any], scores: Any) -> dict[str, float]:
-    """The metrics of the model's scores."""
-    values = likelihood.likelihood(targets, scores)
-    # The words of part of a split are not known.
-    tokens = int(np.sum(scores[1]['num_tokens'], dtype=np.int64))
-    for counts in self._counts.values():
-      if counts.tokens == tokens and counts.words:
-        values |= counts.word_metrics(values['cross_entropy'])
-    return values
 
   def get_dataset(
     self,
@@ -198,18 +182,20 @@ class IndexedTask(seqio.Task):
         try_in_mem_cache=try_in_mem_cache,
       )
     self._check_length(length)
-    tokens, self._counts[split] = self.read(split)
+    tokens, counts = self.read(split)
     size = -(-len(tokens) // length)
     if not size:
       raise errors.ConfigError(f'The split {split!r} of {self.name} is empty.')
     indices = _indices(size, shuffle, seed, num_epochs, shard_info or seqio.ShardInfo(0, 1))
+
+    of_split = split_metrics.features(counts.tokens, counts.words)
 
     def sequence(i: np.ndarray) -> np.ndarray:
       return np.asarray(tokens[i * length : (i + 1) * length], np.int32)
 
     def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
       targets = tf.numpy_function(sequence, [i], tf.int32, stateful=False)
-      return {'targets': tf.ensure_shape(targets, [None])}
+      return {'targets': tf.ensure_shape(targets, [None]), **of_split}
 
     options = tf.data.Options()
     # A saved position says how far the reader has come, instead of holding all that is in flight.
@@ -241,13 +227,13 @@ class InMemoryTask(IndexedTask):
 
   def find(self, split: str) -> None:
     """See the base class; one document is tokenized."""
-    next(self.documents(split), None)
+    next(documents(self, split), None)
 
   def read(self, split: str) -> IndexedSplit:
     """See the base class; all tokens are read."""
-    documents = list(self.documents(split))
-    tokens = np.concatenate([document.tokens for document in documents] or [[]])
-    return IndexedSplit(tokens, sum((document.counts for document in documents), Counts()))
+    found = list(documents(self, split))
+    tokens = np.concatenate([document.tokens for document in found] or [[]])
+    return IndexedSplit(tokens, sum((document.counts for document in found), Counts()))
 
 
 class ByteTokens:
@@ -289,16 +275,39 @@ class _ByteLevelTask(IndexedTask):
     return IndexedSplit(tokens, Counts(len(texts), len(tokens), len(tokens) - len(texts), None))
 
 
+def documents(task: seqio.Task, split: str) -> Iterator[Document]:
+  """The documents of a split in order.
+
+  Args:
+    task: whose examples are whole documents where no length is given.
+    split: of the task.
+
+  Raises:
+    ConfigError: if its source or its vocabulary can't be read.
+  """
+  # Said here, that it can't be loaded is one message; said while TensorFlow traces, it is many.
+  _ = task.output_features['targets'].vocabulary.vocab_size
+  dataset = task.get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
+  for example in examples(dataset):
+    yield Document(example['targets'], example.get('targets_pretokenized'))
+
+
 def examples(dataset: tf.data.Dataset) -> Iterator[Any]:
   """The examples of a dataset, their features as NumPy arrays.
 
   Raises:
     ConfigError: if its source does, in Python.
   """
-  try:
+  with refusals():
     yield from dataset.as_numpy_iterator()
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+  """Raises a ConfigError of Python code that TensorFlow calls as itself."""
+  try:
+    yield
   except tf.errors.OpError as e:
-    # It comes here within TensorFlow's own error.
     if found := re.search(r'ConfigError: (.*)', str(e)):
       raise errors.ConfigError(found[1]) from e
     raise
@@ -318,20 +327,47 @@ def byte_level_task(
     name: of the task.
     texts: returns the texts of a split in order, as bytes or as uint8 arrays, which may be
       memory-mapped. It is called when the task is read; it raises a ConfigError where they are not
-      to be had.
+      to be had. A function of the module that calls this.
     splits: names of the splits.
 
   Returns:
     the task, an `IndexedTask` with a `seqio.ByteVocabulary`, EOS after each text.
   """
-  return seqio.TaskRegistry.add(
+  return register(
     name,
+    texts.__module__,
+    task_cls=_ByteLevelTask,
     source=text_source(texts, splits),
     preprocessors=text_preprocessors(),
     output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
-    task_cls=_ByteLevelTask,
     texts=texts,
   )
+
+
+_registered: dict[str, tuple[str, Any]] = {}  # What `register` was called from, by task.
+
+
+def register(
+  name: str, module: str, task_cls: Callable[..., seqio.Task], **kwargs: Any
+) -> seqio.Task:
+  """Registers a task with SeqIO, anew when its module is reloaded.
+
+  Args:
+    name: of the task.
+    module: `__name__` of the module that calls this.
+    task_cls: makes the task, given its name and what follows.
+    **kwargs: for `task_cls`.
+
+  Raises:
+    ValueError: if another module, or this one, has registered a task of this name.
+  """
+  # `importlib.reload` gives a module another one.
+  spec = getattr(sys.modules.get(module), '__spec__', None)
+  if name in _registered and _registered[name][0] == module and _registered[name][1] is not spec:
+    seqio.TaskRegistry.remove(name)
+  task = seqio.TaskRegistry.add(name, task_cls=task_cls, **kwargs)
+  _registered[name] = module, spec
+  return task
 
 
 def text_source(

@@ -2,9 +2,8 @@
 
 import os
 
-import gin
-
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.gin_support import configurables
 
 # What --data_dir sets, so that processes that are started see it too, and T5X can be told.
 _DATA_DIR = 'TVQ_DATA_DIR'
@@ -56,8 +55,4 @@ def how_to_set_data(name: str) -> str:
 
 def _ways(name: str) -> list[str]:
   variable = f'the environment variable {name}'
-  try:
-    gin.query_parameter(f'{name}/gin.macro.value')
-  except ValueError:  # A command without gin files, or none of them has the macro.
-    return [variable]
-  return [f'--gin.{name}=\\"...\\"', variable]
+  return [f'--gin.{name}=\\"...\\"', variable] if configurables.has_macro(name) else [variable]
