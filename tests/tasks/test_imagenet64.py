@@ -73,7 +73,7 @@ def test_the_cache_has_a_byte_for_each_value(tmp_path):
   counts = indexed.counts(seqio.get_mixture_or_task('imagenet64'), 'train')
   assert counts == indexed.Counts(3, 3 * SIZE, 3 * SIZE, None)
   (file,) = tmp_path.glob('imagenet64-train-*/tokens/c/*/*')
-  assert file.stat().st_size < 1.3 * counts.tokens
+  assert file.stat().st_size < 1.5 * counts.tokens
 
 
 @pytest.mark.parametrize('task', ['imagenet64', 'downsampled_imagenet64'])

@@ -10,22 +10,26 @@ import tensorflow as tf
 from tvq_t5x.data.indexed import IndexedTask
 
 
-def cut(provider: seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
+def cut(
+  provider: seqio.Task | seqio.Mixture, other_features: bool = False
+) -> seqio.Task | seqio.Mixture:
   """A task or mixture that cuts its examples into sequences, where SeqIO would keep the first.
 
-  An example of n target tokens gives ceil(n / T) sequences, of which the last may be short; they
-  have no other feature. EOS is appended to whole examples, also where the task would first trim
-  them (`seqio.preprocessors.append_eos_after_trim`).
+  An example of n target tokens gives ceil(n / T) sequences, at least one, and the last may be
+  short. EOS is appended to whole examples, also where the task would first trim them
+  (`seqio.preprocessors.append_eos_after_trim`).
 
   Args:
     provider: any; it is not changed.
+    other_features: whether each sequence has the other features of its example, such as the whole
+      text; a buffer of sequences then holds the text of each.
 
   Returns:
     It, or the one that takes its place, of the same name. An `IndexedTask` has sequences already.
   """
   if not isinstance(provider, seqio.Mixture):
-    return provider if isinstance(provider, IndexedTask) else _cut_task(provider)
-  tasks = [cut(task) for task in provider.tasks]
+    return provider if isinstance(provider, IndexedTask) else _cut_task(provider, other_features)
+  tasks = [cut(task, other_features) for task in provider.tasks]
   if tasks == provider.tasks:
     return provider
   rates = map(provider.get_rate, provider.tasks)
@@ -34,11 +38,11 @@ def cut(provider: seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
   )
 
 
-def _cut_task(task: seqio.Task) -> seqio.Task:
+def _cut_task(task: seqio.Task, other_features: bool) -> seqio.Task:
   found = copy.copy(task)
   found.preprocessors = list(map(_untrimmed, task.preprocessors))
   # Where SeqIO trims: before it shuffles.
-  found._trim_output_features = _cut_examples
+  found._trim_output_features = functools.partial(_cut_examples, other_features=other_features)
   return found
 
 
@@ -52,15 +56,15 @@ def _untrimmed(preprocessor: Callable[..., tf.data.Dataset]) -> Callable[..., tf
 
 
 def _cut_examples(
-  dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None
+  dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None, other_features: bool
 ) -> tf.data.Dataset:
   length = (sequence_length or {}).get('targets')
   if length is None:
     return dataset
 
   def pieces(example: dict[str, tf.Tensor]) -> tf.data.Dataset:
-    targets = example['targets']
-    starts = tf.data.Dataset.range(0, tf.size(targets, tf.int64), length)
-    return starts.map(lambda start: {'targets': targets[start : start + length]})
+    targets, others = example['targets'], example if other_features else {}
+    starts = tf.data.Dataset.range(0, tf.maximum(tf.size(targets, tf.int64), 1), length)
+    return starts.map(lambda start: {**others, 'targets': targets[start : start + length]})
 
   return dataset.flat_map(pieces)

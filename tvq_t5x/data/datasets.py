@@ -19,7 +19,8 @@ from clu.data import dataset_iterator
 from tvq_t5x.common import errors
 from tvq_t5x.data import vocabularies
 from tvq_t5x.data.cutting import cut
-from tvq_t5x.data.indexed import IndexedTask, refusals
+from tvq_t5x.data.documents import refusals
+from tvq_t5x.data.indexed import IndexedTask
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
@@ -294,23 +295,25 @@ def vocabulary(
     ConfigError: if no task has this name, or the tasks of a mixture have different vocabularies.
   """
   provider = task_or_mixture(mixture_or_task_name, module)
-  found: dict[str, seqio.Vocabulary] = {}
-  for task in seqio.get_subtasks(provider):
-    if 'targets' not in task.output_features:
+  found, *others = (_vocabulary_of(task) for task in seqio.get_subtasks(provider))
+  for other in others:
+    if other != found:
       raise errors.ConfigError(
-        f'DatasetConfig.mixture_or_task_name = {provider.name!r} (macro MIXTURE_OR_TASK_NAME): '
-        f"{task.name} has no output feature 'targets'."
+        f'DatasetConfig.mixture_or_task_name = {provider.name!r} (macro MIXTURE_OR_TASK_NAME): its '
+        f'tasks have different vocabularies, {found} and {other}.'
       )
-    vocabulary = task.output_features['targets'].vocabulary
-    if isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
-      vocabulary = vocabulary.bound()
-    found.setdefault(vocabularies.identity(vocabulary), vocabulary)
-  if len(found) > 1:
+  return found
+
+
+def _vocabulary_of(task: seqio.Task) -> seqio.Vocabulary:
+  if 'targets' not in task.output_features:
     raise errors.ConfigError(
-      f'DatasetConfig.mixture_or_task_name = {provider.name!r} (macro MIXTURE_OR_TASK_NAME): its '
-      f'tasks have different vocabularies, {" and ".join(map(str, found.values()))}.'
+      f'DatasetConfig.mixture_or_task_name (macro MIXTURE_OR_TASK_NAME): {task.name} has no output '
+      "feature 'targets'."
     )
-  return next(iter(found.values()))
+  found = task.output_features['targets'].vocabulary
+  # A model keeps it, whatever is configured later.
+  return found.bound() if isinstance(found, vocabularies.SentencePieceVocabulary) else found
 
 
 def vocab_size(

@@ -1,10 +1,7 @@
 """SeqIO tasks whose sequences are read by index from the tokens of a split, laid end to end."""
 
-import contextlib
-import dataclasses
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +10,8 @@ import tensorflow as tf
 
 from tvq_t5x.common import errors
 from tvq_t5x.common.tokens import EOS, FIRST_BYTE
-from tvq_t5x.data import likelihood, split_metrics
+from tvq_t5x.data import split_metrics
+from tvq_t5x.data.documents import Counts, documents
 
 
 class Tokens(Protocol):
@@ -24,63 +22,6 @@ class Tokens(Protocol):
   def __getitem__(self, where: slice) -> np.ndarray:
     """The tokens in a slice of step 1, cut at the end as NumPy does it."""
     ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-  """What a split holds.
-
-  Attributes:
-    documents: texts or images.
-    tokens: those that separate documents included.
-    text_bytes: of text, or values of pixels.
-    words: separated by white space; None where there is no text, or they were not counted.
-  """
-
-  documents: int = 0
-  tokens: int = 0
-  text_bytes: int = 0
-  words: int | None = 0
-
-  def word_metrics(self, cross_entropy: float) -> dict[str, float]:
-    """The metric `word_perplexity`, or none where words were not counted.
-
-    Args:
-      cross_entropy: nats a token of the whole split.
-    """
-    if not self.words:
-      return {}
-    perplexity = likelihood.word_perplexity(cross_entropy, self.tokens, self.words)
-    return {'word_perplexity': perplexity}
-
-  def __add__(self, other: 'Counts') -> 'Counts':
-    words = None if self.words is None or other.words is None else self.words + other.words
-    return Counts(
-      self.documents + other.documents,
-      self.tokens + other.tokens,
-      self.text_bytes + other.text_bytes,
-      words,
-    )
-
-
-class Document(NamedTuple):
-  """A text or an image.
-
-  Attributes:
-    tokens: [N], with the EOS that ends a text.
-    text: in UTF-8; None for images.
-  """
-
-  tokens: np.ndarray
-  text: bytes | None
-
-  @property
-  def counts(self) -> Counts:
-    """What this document adds to a split."""
-    if self.text is None:
-      return Counts(1, len(self.tokens), len(self.tokens), None)
-    words = len(self.text.decode(errors='replace').split())
-    return Counts(1, len(self.tokens), len(self.text), words)
 
 
 class IndexedSplit(NamedTuple):
@@ -273,44 +214,6 @@ class _ByteLevelTask(IndexedTask):
     texts = self._texts(split)
     tokens = ByteTokens(texts)
     return IndexedSplit(tokens, Counts(len(texts), len(tokens), len(tokens) - len(texts), None))
-
-
-def documents(task: seqio.Task, split: str) -> Iterator[Document]:
-  """The documents of a split in order.
-
-  Args:
-    task: whose examples are whole documents where no length is given.
-    split: of the task.
-
-  Raises:
-    ConfigError: if its source or its vocabulary can't be read.
-  """
-  # Said here, that it can't be loaded is one message; said while TensorFlow traces, it is many.
-  _ = task.output_features['targets'].vocabulary.vocab_size
-  dataset = task.get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
-  for example in examples(dataset):
-    yield Document(example['targets'], example.get('targets_pretokenized'))
-
-
-def examples(dataset: tf.data.Dataset) -> Iterator[Any]:
-  """The examples of a dataset, their features as NumPy arrays.
-
-  Raises:
-    ConfigError: if its source does, in Python.
-  """
-  with refusals():
-    yield from dataset.as_numpy_iterator()
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-  """Raises a ConfigError of Python code that TensorFlow calls as itself."""
-  try:
-    yield
-  except tf.errors.OpError as e:
-    if found := re.search(r'ConfigError: (.*)', str(e)):
-      raise errors.ConfigError(found[1]) from e
-    raise
 
 
 def text_preprocessors() -> list[Callable[..., tf.data.Dataset]]:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import seqio
 
-from tvq_t5x.data import indexed, locations, token_store, vocabularies
+from tvq_t5x.data import documents, locations, token_store, vocabularies
 from tvq_t5x.data.corpora import Corpus
-from tvq_t5x.data.indexed import Document, IndexedSplit, IndexedTask
+from tvq_t5x.data.documents import Document
+from tvq_t5x.data.indexed import IndexedSplit, IndexedTask
 from tvq_t5x.gin_support.configurables import configurable
 
 
@@ -67,7 +68,7 @@ class CachedTask(IndexedTask):
       lambda split, shuffle_files, seed=None: corpus.dataset(split, which.start, which.stop),
       splits=tuple(self.splits),
     )
-    return indexed.documents(self.replace(source=source), split)
+    return documents.documents(self.replace(source=source), split)
 
   def _place(self, split: str) -> tuple[Corpus, token_store.TokenStore]:
     corpus, vocabulary = self._corpus(), self.output_features['targets'].vocabulary

@@ -17,7 +17,8 @@ from absl import logging
 
 from tvq_t5x.common.errors import ConfigError, reason
 from tvq_t5x.data import locations
-from tvq_t5x.data.indexed import Counts, Document, IndexedSplit
+from tvq_t5x.data.documents import Counts, Document
+from tvq_t5x.data.indexed import IndexedSplit
 
 MACRO = 'TOKEN_CACHE_DIR'
 _SECONDS_BETWEEN_REPORTS = 30

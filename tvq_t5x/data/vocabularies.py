@@ -73,12 +73,14 @@ class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
   def bound(self) -> Self:
     """The vocabulary of the file as it is now, whatever is configured or lies there later.
 
-    Raises:
-      ConfigError: if there is no file, or no model in it.
+    That there is no file is said where the vocabulary is used: not all that have one use it.
     """
-    found, path = copy.copy(self), self._model_file()
-    found._model_file, found._bound_to = lambda: path, _read(path)
-    found.load_model()
+    found = copy.copy(self)
+    try:
+      path = self._model_file()
+      found._model_file, found._bound_to = lambda: path, _read(path)
+    except ConfigError as e:
+      found._model_file = functools.partial(_refuse, e)
     return found
 
   @property
@@ -96,6 +98,10 @@ class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, seqio.SentencePieceVocabulary) and identity(self) == identity(other)
+
+
+def _refuse(error: ConfigError) -> str:
+  raise error
 
 
 def _read(path: str) -> bytes:

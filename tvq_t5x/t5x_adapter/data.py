@@ -42,11 +42,10 @@ def get_dataset(
   return TrainingIterator(dataset, model_dir, length // (update_len or length))
 
 
-def task_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
-  """The name under which T5X's evaluation and inference find all tokens of a task or mixture.
-
-  SeqIO, which reads for them, keeps the first T tokens of each example. A task whose examples may
-  be longer is registered once more, under its name and `_in_sequences`: see `cutting.cut`.
+def in_sequences(
+  mixture_or_task_name: str, module: str | None = None
+) -> seqio.Task | seqio.Mixture:
+  """A task or mixture for T5X's inference, whose sequences hold every token: see `cutting.cut`.
 
   Args:
     mixture_or_task_name: of a registered one.
@@ -56,15 +55,29 @@ def task_in_sequences(mixture_or_task_name: str, module: str | None = None) -> s
     ConfigError: if there is no such module, or none has this name.
   """
   provider = datasets.task_or_mixture(mixture_or_task_name, module)
-  found = cutting.cut(provider)
-  if found is provider:
-    return provider.name
+  return cutting.cut(provider, other_features=True)
+
+
+def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
+  """The name of what `in_sequences` returns, for T5X's evaluation, which takes names only.
+
+  Where that is another task, it is registered under the name of the first and `_in_sequences`.
+
+  Args:
+    mixture_or_task_name: as there.
+    module: as there.
+
+  Raises:
+    ConfigError: as there.
+  """
+  found = in_sequences(mixture_or_task_name, module)
+  if found is datasets.task_or_mixture(mixture_or_task_name, module):
+    return found.name
   registry = seqio.MixtureRegistry if isinstance(found, seqio.Mixture) else seqio.TaskRegistry
-  name = f'{provider.name}_in_sequences'
-  found._name = name
-  registry.remove(name)  # Of an earlier call.
-  registry.add_provider(name, found)
-  return name
+  found._name = f'{found.name}_in_sequences'
+  registry.remove(found.name)  # Of an earlier call.
+  registry.add_provider(found.name, found)
+  return found.name
 
 
 class TrainingIterator(dataset_iterator.TfDatasetIterator):
