@@ -42,10 +42,12 @@ def get_dataset(
   return TrainingIterator(dataset, model_dir, length // (update_len or length))
 
 
-def in_sequences(
-  mixture_or_task_name: str, module: str | None = None
-) -> seqio.Task | seqio.Mixture:
-  """A task or mixture for T5X's inference, whose sequences hold every token: see `cutting.cut`.
+def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
+  """The name by which T5X's evaluation and inference find all tokens of a task or mixture.
+
+  They read with SeqIO, which keeps the first T tokens of each example. What `cutting.cut` gives in
+  the place of a task is registered, too, as the name and `_in_sequences`; files that are written
+  are called as the task itself.
 
   Args:
     mixture_or_task_name: of a registered one.
@@ -55,29 +57,14 @@ def in_sequences(
     ConfigError: if there is no such module, or none has this name.
   """
   provider = datasets.task_or_mixture(mixture_or_task_name, module)
-  return cutting.cut(provider, other_features=True)
-
-
-def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
-  """The name of what `in_sequences` returns, for T5X's evaluation, which takes names only.
-
-  Where that is another task, it is registered under the name of the first and `_in_sequences`.
-
-  Args:
-    mixture_or_task_name: as there.
-    module: as there.
-
-  Raises:
-    ConfigError: as there.
-  """
-  found = in_sequences(mixture_or_task_name, module)
-  if found is datasets.task_or_mixture(mixture_or_task_name, module):
-    return found.name
+  found = cutting.cut(provider, other_features=True)
+  if found is provider:
+    return provider.name
   registry = seqio.MixtureRegistry if isinstance(found, seqio.Mixture) else seqio.TaskRegistry
-  found._name = f'{found.name}_in_sequences'
-  registry.remove(found.name)  # Of an earlier call.
-  registry.add_provider(found.name, found)
-  return found.name
+  name = f'{provider.name}_in_sequences'
+  registry.remove(name)  # Of an earlier call.
+  registry.add_provider(name, found)
+  return name
 
 
 class TrainingIterator(dataset_iterator.TfDatasetIterator):
