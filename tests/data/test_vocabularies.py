@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import seqio
-from data_util import BOOKS, other_sentencepiece_model, processor, sentencepiece_model
+from data_util import BOOKS, ODD_NAME, other_sentencepiece_model, processor, sentencepiece_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
@@ -237,9 +237,8 @@ def test_that_there_is_no_vocabulary_is_told_when_it_is_used():
     vocabulary.encode('the sea')
 
 
-@pytest.mark.parametrize('name', ['[a]', 'a b', '$HOME', '#a', '~', 'a*b?'])
-def test_names_of_folders(model, tmp_path, monkeypatch, name):
-  path = tmp_path / name / f'{name}.model'
+def test_any_name_of_a_file(model, tmp_path, monkeypatch):
+  path = tmp_path / ODD_NAME / f'{ODD_NAME}.model'
   path.parent.mkdir()
   path.write_bytes(pathlib.Path(model).read_bytes())
   monkeypatch.setenv('SENTENCEPIECE_MODEL', str(path))
