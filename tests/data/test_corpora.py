@@ -8,16 +8,18 @@ from data_util import pg19_as_tfds, random_images, store_as_tfds
 from tvq_t5x.data.corpora import TfdsCorpus
 
 NAME = 'of_a_test/config:1.0.0'
-TEXTS = [f'text {i}'.encode() for i in range(30)]
-IMAGES = random_images(0, 30)
-SPLITS = {'train': 'train[:20]', 'validation': 'train[20:]', 'test': 'test'}
+TEXTS = [
+  f'text {i}'.encode() for i in range(90)
+]  # TFDS would take 16 at a time from each of several files.
+IMAGES = random_images(0, 90)[:, :4, :4]
+SPLITS = {'train': 'train[:80]', 'validation': 'train[80:]', 'test': 'test'}
 FORMATS = [('tfrecord', None), ('tfrecord', 4), ('array_record', 4)]
 
 
 @pytest.fixture(scope='module', params=FORMATS, ids=lambda x: '-'.join(map(str, x)))
 def folder(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('data')
-  features = {'text': tfds.features.Text(), 'image': tfds.features.Image(shape=(64, 64, 3))}
+  features = {'text': tfds.features.Text(), 'image': tfds.features.Image(shape=(4, 4, 3))}
   examples = [{'text': t, 'image': x} for t, x in zip(TEXTS, IMAGES, strict=True)]
   store_as_tfds(folder, NAME, features, {'train': examples, 'test': examples[:5]}, *request.param)
   return str(folder)
@@ -29,16 +31,16 @@ def read(corpus, *which):
 
 def test_documents_are_in_order(folder):
   corpus = TfdsCorpus(NAME, 'text', SPLITS, folder, 'X')
-  assert read(corpus, 'train') == TEXTS[:20]
-  assert read(corpus, 'validation') == TEXTS[20:]
+  assert read(corpus, 'train') == TEXTS[:80]
+  assert read(corpus, 'validation') == TEXTS[80:]
   assert read(corpus, 'test') == TEXTS[:5]
-  assert [corpus.num_documents(split) for split in SPLITS] == [20, 10, 5]
+  assert [corpus.num_documents(split) for split in SPLITS] == [80, 10, 5]
 
 
 @pytest.mark.parametrize(('start', 'stop'), [(0, 3), (2, 9), (9, 99)])
 def test_part_of_a_split(folder, start, stop):
   corpus = TfdsCorpus(NAME, 'text', SPLITS, folder, 'X')
-  assert read(corpus, 'validation', start, stop) == TEXTS[20:][start:stop]
+  assert read(corpus, 'validation', start, stop) == TEXTS[80:][start:stop]
 
 
 def test_images(folder):
