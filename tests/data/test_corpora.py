@@ -43,6 +43,16 @@ def test_part_of_a_split(folder, start, stop):
   assert read(corpus, 'validation', start, stop) == TEXTS[80:][start:stop]
 
 
+def test_parts_make_the_whole(tmp_path):
+  """TFDS would take 16 documents at a time from each of several files, other ones for each part."""
+  features, examples = {'text': tfds.features.Text()}, [{'text': text} for text in TEXTS]
+  store_as_tfds(tmp_path, NAME, features, {'train': examples}, 'tfrecord', 3, ordered=False)
+  corpus = TfdsCorpus(NAME, 'text', {'train': 'train'}, str(tmp_path), 'X')
+  found = read(corpus, 'train')
+  assert sorted(found) == sorted(TEXTS)
+  assert read(corpus, 'train', 0, 40) + read(corpus, 'train', 40, 90) == found
+
+
 def test_images(folder):
   found = read(TfdsCorpus(NAME, 'image', SPLITS, folder, 'X'), 'train', 3, 6)
   np.testing.assert_array_equal(found, IMAGES[3:6])

@@ -80,8 +80,9 @@ def store_as_tfds(
   splits: Mapping[str, Sequence[Mapping]],
   file_format: str = 'tfrecord',
   num_shards: int | None = None,
+  ordered: bool = True,
 ) -> None:
-  """Writes a dataset as TFDS prepares it, in the order given.
+  """Writes a dataset as TFDS prepares it.
 
   Args:
     data_dir: TFDS's data directory.
@@ -90,6 +91,7 @@ def store_as_tfds(
     splits: examples.
     file_format: TFDS's name of it.
     num_shards: files of each split; None means that TFDS chooses.
+    ordered: whether the examples stay in the order given, as they do in few datasets.
   """
   name, version = name.split(':')
   name, _, config = name.partition('/')
@@ -100,7 +102,7 @@ def store_as_tfds(
     features=tfds.features.FeaturesDict(features),
     split_datasets={split: list(enumerate(examples)) for split, examples in splits.items()},
     data_dir=str(data_dir),
-    disable_shuffling=True,
+    disable_shuffling=ordered,
     file_format=file_format,
     download_config=tfds.download.DownloadConfig(num_shards=num_shards),
   )
