@@ -295,7 +295,7 @@ def test_a_mesh_on_the_command_line_replaces_the_one_of_the_run():
 
 def test_a_module_of_ones_own_registers_the_task(tmp_path, monkeypatch):
   lines = [
-    'from tvq_t5x import indexed',
+    'from tvq_t5x.data import indexed',
     "splits = ('train', 'validation', 'test')",
     "indexed.byte_level_task('own_bytes', lambda split: [b'text'], splits)",
   ]
