@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import seqio
 import tensorflow as tf
@@ -74,9 +74,10 @@ class TfdsCorpus:
       examples = builder.as_dataset(split=part, shuffle_files=False, read_config=config)
       return examples.map(lambda example: {'targets': example[self.feature]})
     found = builder.as_data_source(split=part)
+    features: Any = builder.info.features
     return tf.data.Dataset.from_generator(
       lambda: ({'targets': example[self.feature]} for example in found),
-      output_signature={'targets': builder.info.features[self.feature].get_tensor_spec()},
+      output_signature={'targets': features[self.feature].get_tensor_spec()},
     )
 
   def num_documents(self, split: str) -> int:

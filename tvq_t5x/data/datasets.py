@@ -40,7 +40,7 @@ class DatasetConfig:
     split: a split of the task.
     batch_size: sequences in a batch.
     shuffle: whether training shuffles; evaluation always reads in order.
-    seed: of the shuffling.
+    seed: of the shuffling: a whole number of 64 bits, or 0 to 2**31 - 2 where SeqIO shuffles.
     use_cached: whether to read what `seqio_cache_tasks` wrote.
     pack: given to the feature converter.
     module: a module to import first, which registers the task.
@@ -246,10 +246,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def evaluation_batches(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> Iterator[Batch]:
-  """Returns one pass over the split in order, every token once; of a mixture, task after task.
+  """Returns one pass over the split in order, every token once, as batches of NumPy arrays [B, T].
 
   Rows of zeros, whose loss weights are zero too, fill the last batch up to the batch size: the
-  tokens with a weight are the same for any batch size. `cfg.shuffle` has no effect.
+  tokens with a weight are the same for any batch size. The tasks of a mixture follow each other.
+  `cfg.shuffle` has no effect.
 
   Args:
     cfg: what to read.
@@ -267,7 +268,13 @@ def evaluation_dataset(
   provider: seqio.Task | seqio.Mixture,
   feature_converter_cls: FeatureConverterFactory,
 ) -> tf.data.Dataset:
-  """Returns what `evaluation_batches` iterates over; `provider` stands for the task of `cfg`."""
+  """Returns one pass over a split as a dataset of batches [B, T], every token once.
+
+  Args:
+    cfg: what to read, but for the task.
+    provider: the task; of a mixture, its tasks follow each other.
+    feature_converter_cls: makes the feature converter, given `pack`.
+  """
 
   def fill_rows(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     def fill(x: tf.Tensor) -> tf.Tensor:
@@ -329,7 +336,7 @@ def vocab_size(
     multiple: what the result is a multiple of.
 
   Raises:
-    ConfigError: as `vocabulary`.
+    ConfigError: if no task has this name, or the vocabulary is not there.
   """
   size = vocabulary(mixture_or_task_name, module).vocab_size
   return -(-size // multiple) * multiple

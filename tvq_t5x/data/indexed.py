@@ -134,7 +134,7 @@ class IndexedTask(seqio.Task):
     def sequence(i: np.ndarray) -> np.ndarray:
       return np.asarray(tokens[i * length : (i + 1) * length], np.int32)
 
-    def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
+    def example(i: tf.Tensor) -> dict[str, Any]:
       targets = tf.numpy_function(sequence, [i], tf.int32, stateful=False)
       return {'targets': tf.ensure_shape(targets, [None]), **of_split}
 

@@ -24,7 +24,15 @@ def path(name: str, value: str | None) -> str | None:
 
 
 def data_path(name: str, value: str | None) -> str | None:
-  """`path` for a task's data, which without one of its own lies in the folder of --data_dir."""
+  """The path of a task's data: from gin, or the environment variable, or the folder of --data_dir.
+
+  Args:
+    name: of the gin macro and of the environment variable.
+    value: from gin; None or '' means that gin does not set it.
+
+  Returns:
+    The path with `~` filled in, or None if it is set in none of these ways.
+  """
   return path(name, value) or path(_DATA_DIR, None)
 
 
@@ -49,7 +57,7 @@ def how_to_set(name: str) -> str:
 
 
 def how_to_set_data(name: str) -> str:
-  """`how_to_set` for what `data_path` looks up."""
+  """The ways to say where a task's data lies, --data_dir among them, for messages."""
   return f'{", ".join(_ways(name))} or --data_dir=FOLDER (in T5X, {_DATA_DIR})'
 
 

@@ -26,11 +26,12 @@ class Likelihood(seqio.metrics.PassthroughLegacyMetric.from_metric_fn(likelihood
     task_output_features: Mapping[str, seqio.Feature],
     target_field_name: str = 'targets',
     cached_targets: Sequence[str] | None = None,
-  ) -> tuple[dict[str, float], dict[str, Any]]:
+  ) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """See the base class."""
-    values, inferences = super().actual_compute(
+    found, inferences = super().actual_compute(
       task_dataset_as_numpy, task_output_features, target_field_name, cached_targets
     )
+    values = dict(found)
     split = next(iter(task_dataset_as_numpy), {})
     tokens = int(np.sum(inferences['score'][1]['num_tokens'], dtype=np.int64))
     # The words of part of a split are not known.

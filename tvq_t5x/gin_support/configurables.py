@@ -1,7 +1,7 @@
 """What modules that know no gin have of it: functions that it configures, macros to ask for."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import gin
 
@@ -16,11 +16,11 @@ def configurable(function: _Function) -> _Function:
   """
   with gin.unlock_config():
     try:
-      return gin.configurable(function)
+      return cast(_Function, gin.configurable(function))
     except ValueError:  # gin has another function of this name, the one before the reload.
       gin.enter_interactive_mode()
       try:
-        return gin.configurable(function)
+        return cast(_Function, gin.configurable(function))
       finally:
         gin.exit_interactive_mode()
 
