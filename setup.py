@@ -43,6 +43,7 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.5',
     'clu>=0.0.12',
+    'etils[epath]>=1.15',
     'flax>=0.12.8',
     'gin-config>=0.5.0',
     'importlib_resources>=7.1',  # TFDS needs it and does not declare it.
@@ -57,6 +58,7 @@ setuptools.setup(
     'tensorboard>=2.21',  # clu's writer needs its summary plugins.
     'tensorflow>=2.21',
     'tensorflow-datasets>=4.9.10',
+    'tensorstore>=0.1.86',
   ],
   extras_require={
     # T5X itself and two more are commits on GitHub, installed with --no-deps, which an extra can't

@@ -147,8 +147,7 @@ class TokenStore:
       ValueError: for ids below `first_id` or above what the type holds.
     """
     array, counts = self._array(create=True), Counts()
-    waiting: list[np.ndarray] = []
-    place = 0
+    waiting, place = [np.zeros([0], self._dtype)], 0
     for document in documents:
       waiting.append(self._narrow(document, part, counts))
       counts += document.counts
@@ -158,7 +157,7 @@ class TokenStore:
         size = len(tokens) // _TOKENS_OF_FILE * _TOKENS_OF_FILE
         self._write_tokens(array[part], place, tokens[:size])
         waiting, place = [tokens[size:]], place + size
-    self._write_tokens(array[part], place, np.concatenate(waiting or [[]]))
+    self._write_tokens(array[part], place, np.concatenate(waiting))
     with self._refusals('written'):
       self._store.write(_record(part), json.dumps(dataclasses.asdict(counts))).result()
     self._documents_written += counts.documents
