@@ -60,6 +60,7 @@ setuptools.setup(
     'tensorboard>=2.21',  # clu's writer needs its summary plugins.
     'tensorflow>=2.21',
     'tensorflow-datasets>=4.9.10',
+    'tensorstore>=0.1.86',
   ],
   extras_require={
     # T5X itself and two more are commits on GitHub, installed with --no-deps, which an extra can't

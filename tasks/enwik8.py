@@ -11,11 +11,11 @@ import mmap
 import os
 import zipfile
 
-import gin
 import numpy as np
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import indexed, locations
+from tvq_t5x.gin_support.configurables import configurable
 
 _MACRO = 'ENWIK8_PATH'
 _URL = 'http://mattmahoney.net/dc/enwik8.zip'
@@ -29,7 +29,7 @@ _SPLITS = {
 }
 
 
-@gin.configurable
+@configurable
 def corpus(path: str | None = None, sha1: str = _SHA1) -> np.ndarray:
   """The whole corpus, [100,000,000] uint8.
 

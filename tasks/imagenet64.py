@@ -17,10 +17,9 @@ comparable, since they were made smaller in different ways:
 
 import functools
 
-import gin
-
 from tvq_t5x.common.tokens import FIRST_BYTE
 from tvq_t5x.data import corpora, locations, token_cache
+from tvq_t5x.gin_support.configurables import configurable
 from tvq_t5x.tasks import images  # pyright: ignore[reportMissingImports]
 
 _MACRO = 'IMAGENET64_PATH'
@@ -33,7 +32,7 @@ _SPLITS = {
 }
 
 
-@gin.configurable
+@configurable
 def corpus(path: str | None = None, name: str = _RESIZED) -> corpora.Corpus:
   """Where the images lie.
 
@@ -51,6 +50,7 @@ for _name, _corpus in (
 ):
   images.image_task(
     _name,
+    __name__,
     corpora.source(_corpus, tuple(_SPLITS)),
     token_cache.CachedTask,
     corpus=_corpus,

@@ -20,19 +20,25 @@ def flatten_pixels(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
 
 
 def image_task(
-  name: str, source: seqio.DataSource, task_cls: Callable[..., indexed.IndexedTask], **kwargs: Any
+  name: str,
+  module: str,
+  source: seqio.DataSource,
+  task_cls: Callable[..., indexed.IndexedTask],
+  **kwargs: Any,
 ) -> seqio.Task:
   """Registers a task whose sequences are images, value by value, without EOS.
 
   Args:
     name: of the task.
+    module: `__name__` of the module that calls this.
     source: of {'targets': image} with images of `SHAPE`, uint8.
     task_cls: an `indexed.IndexedTask`.
     **kwargs: what `task_cls` needs.
   """
   vocabulary = vocabularies.ImageVocabulary(SHAPE)
-  return seqio.TaskRegistry.add(
+  return indexed.register(
     name,
+    module,
     source=source,
     preprocessors=[flatten_pixels],
     output_features={'targets': seqio.Feature(vocabulary, add_eos=False)},

@@ -12,8 +12,9 @@ import seqio
 from tvq_t5x.data import indexed, vocabularies
 from tvq_t5x.tasks import kjv  # pyright: ignore[reportMissingImports]
 
-seqio.TaskRegistry.add(
+indexed.register(
   'kjv_sentencepiece',
+  __name__,
   source=indexed.text_source(kjv.documents, tuple(kjv.SPLITS)),
   preprocessors=indexed.text_preprocessors(),
   output_features={'targets': seqio.Feature(vocabularies.SentencePieceVocabulary(), add_eos=True)},

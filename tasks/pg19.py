@@ -16,12 +16,12 @@ import dataclasses
 import hashlib
 import os
 
-import gin
 import seqio
 import tensorflow as tf
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import corpora, indexed, locations, token_cache, vocabularies
+from tvq_t5x.gin_support.configurables import configurable
 
 _MACRO = 'PG19_PATH'
 _TFDS = 'pg19:0.1.1'
@@ -33,7 +33,7 @@ _PUBLISHED = {
 }
 
 
-@gin.configurable
+@configurable
 def corpus(path: str | None = None) -> corpora.Corpus:
   """Where the books lie.
 
@@ -60,9 +60,9 @@ class PublishedBooks:
 
   folder: str
 
-  def dataset(self, split: str) -> tf.data.Dataset:
+  def dataset(self, split: str, start: int = 0, stop: int | None = None) -> tf.data.Dataset:
     """See `corpora.Corpus`; the order is that of `metadata.csv`."""
-    files = self._files(split)
+    files = self._files(split)[start:stop]
     return tf.data.Dataset.from_generator(
       lambda: ({'targets': _text(path)} for path in files),
       output_signature={'targets': tf.TensorSpec([], tf.string)},
@@ -86,10 +86,9 @@ class PublishedBooks:
 
   def _files(self, split: str) -> list[str]:
     """Paths of a split's books in the order of `metadata.csv`."""
-    with open(os.path.join(self.folder, 'metadata.csv'), encoding='utf-8', newline='') as f:
-      names = [f'{row[0]}.txt' for row in csv.reader(f) if row]
+    names = [f'{i}.txt' for i in _ids(os.path.join(self.folder, 'metadata.csv'))]
     folders = {s: os.path.join(self.folder, s) for s in _PUBLISHED}
-    there = {s: set(os.listdir(path)) for s, path in folders.items() if os.path.isdir(path)}
+    there = {s: _books(path) for s, path in folders.items() if os.path.isdir(path)}
     if split not in there:
       raise ConfigError(f'{self._shown} has metadata.csv, but no folder {split!r}.')
     unknown = sorted(there[split] - set(names))
@@ -111,10 +110,26 @@ class PublishedBooks:
     return [os.path.join(folders[split], name) for name in names if name in there[split]]
 
 
+def _books(folder: str) -> set[str]:
+  """The files that can be books: not what file managers and downloads leave beside them."""
+  return {name for name in os.listdir(folder) if name.endswith('.txt') and name[0] != '.'}
+
+
+def _ids(path: str) -> list[str]:
+  """The first column of `metadata.csv`."""
+  # Editors may have put a byte order mark before it; no id begins with one.
+  lines = _read(path).removeprefix('\ufeff').splitlines(keepends=True)
+  return [row[0] for row in csv.reader(lines) if row]
+
+
 def _text(path: str) -> bytes:
+  return _read(path).strip().encode()  # What TFDS does, so that both give the same tokens.
+
+
+def _read(path: str) -> str:
   with open(path, encoding='utf-8', newline='') as f:
     try:
-      return f.read().strip().encode()  # What TFDS does, so that both give the same tokens.
+      return f.read()
     except UnicodeDecodeError as e:
       raise ConfigError(f'{path} is damaged: it is no text in UTF-8 ({e}); get it again.') from e
 
@@ -131,8 +146,9 @@ class _WordsAsPublished(token_cache.CachedTask):
     return indexed.IndexedSplit(tokens, counts)
 
 
-seqio.TaskRegistry.add(
+indexed.register(
   'pg19',
+  __name__,
   source=corpora.source(corpus, tuple(_PUBLISHED)),
   preprocessors=indexed.text_preprocessors(),
   output_features={'targets': seqio.Feature(vocabularies.SentencePieceVocabulary(), add_eos=True)},

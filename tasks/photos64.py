@@ -83,6 +83,7 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
 
 images.image_task(
   'photos64',
+  __name__,
   seqio.FunctionDataSource(_dataset, splits=tuple(_SPLITS)),
   indexed.InMemoryTask,
 )

@@ -3,12 +3,15 @@
 Examples:
 
   python -m tvq_t5x.train_vocab --task=kjv_bytes --vocab_size=2048 --output=kjv2048
-  python -m tvq_t5x.train_vocab --input=a.txt --input=b.txt --output=mine
+  python -m tvq_t5x.train_vocab --input=a.txt --input='books/*.txt' --output=mine
+  python -m tvq_t5x.train_vocab --task=my_task --module=my_tasks --output=mine
 
 It writes OUTPUT.model, which the setting SENTENCEPIECE_MODEL takes.
 """
 
+import glob
 import importlib
+import itertools
 import os
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,8 +32,11 @@ _REPORT_EVERY = 100 * _BLOCK
 def define_flags(flag_values: flags.FlagValues) -> None:
   """Adds the command's flags."""
   fv = flag_values
-  flags.DEFINE_string('task', None, 'Task of this package: its training split is read.', fv)
-  command_line.define_path_list_flag('input', 'Text file in UTF-8; repeat it for more.', fv)
+  flags.DEFINE_string('task', None, 'Task or mixture, whose training split is read.', fv)
+  flags.DEFINE_string('module', None, 'Python module that registers the task.', fv)
+  command_line.define_path_list_flag(
+    'input', "Text file in UTF-8, or a pattern such as 'books/*.txt'; repeat it for more.", fv
+  )
   command_line.define_path_flag('output', None, 'Where to write: this path and .model.', fv)
   command_line.define_data_flag(fv)
   flags.DEFINE_integer(
@@ -56,16 +62,18 @@ def run(
   vocab_size: int,
   max_bytes: int,
   data_dir: str | None = None,
+  module: str | None = None,
 ) -> int:
   """Trains a vocabulary and writes it.
 
   Args:
-    task: name of a task, or
-    inputs: paths of text files.
+    task: name of a task or mixture, or
+    inputs: paths of text files, or patterns of paths.
     output: path of the vocabulary, without '.model'.
     vocab_size: pieces.
     max_bytes: of text.
     data_dir: of the task, see `locations.set_data_dir`.
+    module: that registers the task; None means one of this package.
 
   Returns:
     Exit code: 0, or 2 for a wrong setting.
@@ -73,18 +81,22 @@ def run(
   try:
     if (task is None) == (not inputs):
       raise ConfigError(f'give either --task or --input: try {_EXAMPLE}')
+    if module and not task:
+      raise ConfigError(f'--module={module} registers a task: give its name with --task.')
     if not output:
       raise ConfigError(f'--output has to be given: try {_EXAMPLE}')
     command_line.check_output('--output', f'{output}.model')
     locations.set_data_dir(data_dir)
-    blocks = _blocks_of_task(task) if task else _blocks_of_files(inputs)
-    model = vocabulary_training.train(
-      vocabulary_training.lines(_capped(blocks, max_bytes)), vocab_size
-    )
+    blocks = _blocks_of_task(task, module) if task else _blocks_of_files(inputs)
+    left_out = vocabulary_training.LeftOut()
+    lines = vocabulary_training.lines(_capped(blocks, max_bytes), left_out)
+    model = vocabulary_training.train(lines, vocab_size)
   except (ConfigError, ModuleNotFoundError) as e:
     return command_line.fail(parsing.message(e), 2)
   with files.replacing(f'{output}.model') as f:
     f.write(model)
+  if str(left_out):
+    logging.warning('No piece was learned from %s; they become bytes.', left_out)
   logging.info('Wrote %s.model, %s pieces.', output, f'{vocab_size:,}')
   return 0
 
@@ -93,21 +105,40 @@ def _capped(blocks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
   """The first `max_bytes` bytes, with reports on the way."""
   size = 0
   for block in blocks:
-    block = block[: max_bytes - size]
     if size // _REPORT_EVERY != (size + len(block)) // _REPORT_EVERY:
       logging.info('Read %d MB of at most %d.', (size + len(block)) / 1e6, max_bytes / 1e6)
+    if size + len(block) > max_bytes:
+      yield _start(block, max_bytes - size)
+      size = max_bytes
+      break
     size += len(block)
     yield block
-    if size == max_bytes:
-      break
   logging.info('Read %.1f MB of text; training may take some minutes.', size / 1e6)
 
 
-def _blocks_of_files(paths: Sequence[str]) -> Iterator[bytes]:
-  for path in paths:
-    if not os.path.isfile(path):
-      raise ConfigError(f'--input={path}: there is no such file.')
-  return _read_files(paths)
+def _start(block: bytes, size: int) -> bytes:
+  """At most `size` bytes, up to the end of a character."""
+  while size and block[size] & 0xC0 == 0x80:  # It goes on with a character.
+    size -= 1
+  return block[:size]
+
+
+def _blocks_of_files(inputs: Sequence[str]) -> Iterator[bytes]:
+  paths = dict.fromkeys(path for name in inputs for path in _paths(name))
+  return _read_files(list(paths))
+
+
+def _paths(name: str) -> list[str]:
+  """The files that --input names; one that is there is no pattern, whatever it is called."""
+  if os.path.isfile(name):
+    return [name]
+  found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+  if not found:
+    raise ConfigError(
+      f'--input={name}: there is no such file; give one in UTF-8, or a pattern such as '
+      "'books/*.txt'."
+    )
+  return found
 
 
 def _read_files(paths: Sequence[str]) -> Iterator[bytes]:
@@ -118,29 +149,37 @@ def _read_files(paths: Sequence[str]) -> Iterator[bytes]:
     yield b'\n'  # The next file starts a line.
 
 
-def _blocks_of_task(name: str) -> Iterator[bytes]:
+def _blocks_of_task(name: str, module: str | None) -> Iterator[bytes]:
   """The texts of a task's training split, before they are tokenized."""
   with command_line.quiet_imports():
     import seqio
-    import tensorflow as tf
 
     from tvq_t5x import tasks  # pyright: ignore[reportAttributeAccessIssue]
-    from tvq_t5x.data import indexed
+    from tvq_t5x.data import datasets, documents
 
-    for module in pkgutil.iter_modules(tasks.__path__):
-      importlib.import_module(f'{tasks.__name__}.{module.name}')
-  known = ', '.join(sorted(seqio.TaskRegistry.names()))
-  if name not in seqio.TaskRegistry.names():
-    raise ConfigError(f'--task={name}: there is no such task; there are {known}.')
-  texts = seqio.TaskRegistry.get(name).source.get_dataset('train', shuffle=False)
-  if texts.element_spec['targets'].dtype != tf.string:
-    raise ConfigError(f'--task={name} has no text.')
-  return _read_texts(indexed.examples(texts))
+    if module:
+      datasets.import_tasks(module, '--module')
+    else:
+      for ours in pkgutil.iter_modules(tasks.__path__):
+        importlib.import_module(f'{tasks.__name__}.{ours.name}')
+  known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+  if name not in known:
+    raise ConfigError(
+      f'--task={name}: there is no such task; there are {", ".join(known)}, or those of your own '
+      'module, with --module.'
+    )
+  found = []
+  for task in seqio.get_subtasks(seqio.get_mixture_or_task(name)):
+    texts = documents.texts(task, 'train') if 'train' in task.splits else None
+    if texts is None:
+      raise ConfigError(f"--task={name}: {task.name} has no text in a split 'train'.")
+    found.append(texts)
+  return _ended(itertools.chain.from_iterable(found))
 
 
-def _read_texts(examples: Iterable[dict[str, bytes]]) -> Iterator[bytes]:
-  for example in examples:
-    yield example['targets']
+def _ended(texts: Iterable[bytes]) -> Iterator[bytes]:
+  for text in texts:
+    yield text
     yield b'\n'
 
 
@@ -154,6 +193,7 @@ def _main(args: Sequence[str]) -> int:
     values.vocab_size,
     values.max_bytes,
     values.data_dir,
+    values.module,
   )
 
 

@@ -1,11 +1,14 @@
 """The command that trains a vocabulary: lossless, capped, and clear where it refuses."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
+import sentencepiece
 import tiny_task  # Registers tiny_bytes.
-from data_util import BOOKS, pg19_as_published, processor
+from data_util import BOOKS, ODD_NAME, pg19_as_published, processor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,22 +36,55 @@ def _unset(monkeypatch):
     monkeypatch.setenv(name, '')
 
 
-@given(st.lists(st.binary(max_size=30), max_size=5))
+def lines(blocks):
+  left_out = vocabulary_training.LeftOut()
+  return list(vocabulary_training.lines(blocks, left_out)), left_out
+
+
+# Bytes of line feeds, of NUL, of whole and broken characters, U+2585 among them.
+@given(
+  st.lists(st.lists(st.sampled_from(list(b'a\n\0\xe2\x96\x85\xc3\xa9')), max_size=9).map(bytes))
+)
 def test_lines_do_not_depend_on_the_blocks(blocks):
   whole = b''.join(blocks)
-  assert list(vocabulary_training.lines(blocks)) == list(vocabulary_training.lines([whole]))
-  expected = [line.decode(errors='ignore').encode() for line in whole.split(b'\n')]
-  assert list(vocabulary_training.lines(blocks)) == [line for line in expected if line]
+  found, left_out = lines(blocks)
+  assert (found, left_out) == lines([whole])
+  text = whole.decode(errors='ignore')
+  expected = text.replace('\0', '\n').replace('\u2585', '\n').split('\n')
+  assert found == [line.encode() for line in expected if line]
+  assert left_out.reserved == text.count('\0') + text.count('\u2585')
+  assert left_out.not_utf8 == len(whole) - len(text.encode())
 
 
-@pytest.mark.parametrize('block', [10**5, 1000])
-def test_long_lines_come_in_parts(block):
+@pytest.mark.parametrize('word', ['sea ', '\u6d77', '\U0001f30a'])
+@pytest.mark.parametrize('block', [10**6, 1001])
+def test_long_lines_come_in_parts(block, word):
   """SentencePiece would silently drop them."""
-  line = ('sea ' * 20_000).encode()
-  blocks = [line[i : i + block] for i in range(0, len(line), block)]
-  found = list(vocabulary_training.lines(blocks))
+  line = (word * 20_000).encode()
+  found, left_out = lines([line[i : i + block] for i in range(0, len(line), block)])
   assert b''.join(found) == line
-  assert max(map(len, found)) < 65_536
+  assert max(map(len, found)) <= 65_536
+  assert not str(left_out)
+
+
+@pytest.mark.parametrize('special', ['\u2585', '\0', 'x' * 300_000])
+def test_lines_that_sentencepiece_would_drop_are_learned_from(special):
+  text = ''.join(f'{i} zebra{special} zebra\n' for i in range(9)).encode()
+  pieces = sentencepiece.SentencePieceProcessor(
+    model_proto=vocabulary_training.train(vocabulary_training.lines([text]), 280)
+  )
+  assert 'z' in {pieces.id_to_piece(i) for i in range(280)}
+  assert pieces.decode(pieces.encode(f'{special} zebra{special}')) == f'{special} zebra{special}'
+
+
+def test_what_is_left_out_is_told(tmp_path, text_file, caplog):
+  assert run(tmp_path, inputs=[text_file]) == 0
+  assert 'No piece was learned' not in caplog.text
+  path = tmp_path / 'other.txt'
+  path.write_bytes((TEXT + 'a\u2585b\0c\0').encode() + b'caf\xe9')
+  assert run(tmp_path, inputs=[str(path)]) == 0
+  told = 'from 3 times U+2585 or NUL, which SentencePiece keeps for itself, and 1 bytes that are no'
+  assert told in caplog.text
 
 
 def test_files(tmp_path, text_file):
@@ -67,11 +103,34 @@ def test_files(tmp_path, text_file):
   assert not list(tmp_path.glob('*.incomplete'))
 
 
-def test_the_text_is_capped(tmp_path, text_file):
-  end = TEXT.index('caf')
-  assert run(tmp_path, inputs=[text_file], max_bytes=end, vocab_size=285) == 0
+def test_the_text_is_capped(tmp_path, text_file, caplog):
+  end = len(TEXT[: TEXT.index('\u00e9')].encode())
+  assert run(tmp_path, inputs=[text_file], max_bytes=end + 1, vocab_size=285) == 0
   pieces = processor(str(tmp_path / 'out.model'))
   assert '\u00e9' not in {pieces.id_to_piece(i) for i in range(285)}
+  assert 'No piece was learned' not in caplog.text  # The half of a character is the cap's doing.
+
+
+def test_any_name_of_a_file(tmp_path):
+  folder = tmp_path / ODD_NAME
+  folder.mkdir()
+  names = [str(folder / f'{i}{ODD_NAME}.txt') for i in range(2)]
+  for name, text in zip(names, [TEXT, 'zebra ' * 9], strict=True):
+    pathlib.Path(name).write_text(text)
+  assert run(tmp_path, inputs=names, output=f'{ODD_NAME}/{ODD_NAME}') == 0
+  (tmp_path / 'both.txt').write_text(TEXT + 'zebra ' * 9)
+  assert run(tmp_path, inputs=[str(tmp_path / 'both.txt')]) == 0
+  same = (folder / f'{ODD_NAME}.model').read_bytes()
+  assert (tmp_path / 'out.model').read_bytes() == same
+
+
+def test_patterns(tmp_path, text_file):
+  (tmp_path / 'a' / 'b').mkdir(parents=True)
+  (tmp_path / 'a' / 'b' / 'deep.txt').write_text('zebra zebra zebra zebra')
+  inputs = [text_file, f'{tmp_path}/*.txt', f'{tmp_path}/a/**/*.txt']
+  assert run(tmp_path, inputs=inputs) == 0
+  assert run(tmp_path, inputs=[text_file, f'{tmp_path}/a/b/deep.txt'], output='same') == 0
+  assert (tmp_path / 'out.model').read_bytes() == (tmp_path / 'same.model').read_bytes()
 
 
 def test_task(tmp_path):
@@ -82,10 +141,51 @@ def test_task(tmp_path):
   assert len(pieces.encode(text)) < len(text) / 2
 
 
-def test_the_same_text_gives_the_same_vocabulary():
-  models = {
-    vocabulary_training.train(vocabulary_training.lines([TEXT.encode()]), 300) for _ in range(2)
-  }
+_OWN_TASKS = """
+import seqio
+import tensorflow as tf
+
+def _source(texts):
+  return seqio.FunctionDataSource(
+    lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({'text': texts}),
+    splits=['train'],
+  )
+
+def _add(name, texts):
+  seqio.TaskRegistry.add(
+    name,
+    source=_source(texts),
+    preprocessors=[
+      lambda dataset: dataset.map(lambda example: {'targets': example['text']}),
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    # Its vocabulary is not there yet.
+    output_features={'targets': seqio.Feature(seqio.SentencePieceVocabulary('/no/such/file'))},
+  )
+
+_add('own_sea', ['the sea and the sky'] * 9)
+_add('own_zebra', ['zebra zebra'] * 9)
+seqio.MixtureRegistry.add('own_both', ['own_sea', 'own_zebra'], default_rate=1)
+"""
+
+
+def test_tasks_of_a_module_of_ones_own(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'own_tasks_for_a_vocabulary.py').write_text(_OWN_TASKS)
+  monkeypatch.syspath_prepend(tmp_path)
+  assert run(tmp_path, task='own_both', module='own_tasks_for_a_vocabularies') == 2
+  assert '--module = ' in capsys.readouterr().err
+  assert run(tmp_path, task='own_both', module='own_tasks_for_a_vocabulary', vocab_size=285) == 0
+  pieces = processor(str(tmp_path / 'out.model'))
+  assert pieces.encode('zebra the', out_type=str) == ['zebra', '\u2581', 'the']
+
+
+def test_the_same_text_gives_the_same_vocabulary_on_any_machine(monkeypatch):
+  models = set()
+  for cores in (1, 3):
+    monkeypatch.setattr(os, 'cpu_count', lambda cores=cores: cores)
+    text = vocabulary_training.lines([TEXT.encode()])
+    models.add(vocabulary_training.train(text, 300))
   assert len(models) == 1
 
 
@@ -110,7 +210,9 @@ def test_a_refused_size_comes_with_one_that_works(tmp_path, text_file, capsys, v
   [
     ({}, ['--task', '--input']),
     ({'task': 'tiny_bytes', 'inputs': ['x']}, ['--task', '--input']),
-    ({'inputs': ['/no/such/file']}, ['--input=/no/such/file']),
+    ({'inputs': ['/no/such/file']}, ['--input=/no/such/file', 'pattern']),
+    ({'inputs': ['/no/such/*']}, ['--input=/no/such/*', 'pattern']),
+    ({'inputs': ['x'], 'module': 'y'}, ['--module=y', '--task']),
     ({'task': 'tiny_byte'}, ['--task=tiny_byte', 'tiny_bytes', 'pg19', 'kjv_bytes']),
     ({'task': 'photos64'}, ['--task=photos64', 'no text']),
     ({'task': 'tiny_bytes', 'output': 'no/folder/out'}, ['--output=', 'no/folder']),

@@ -198,6 +198,9 @@ def test_evaluation_of_no_full_batch_and_no_seed():
     ({'batch_size': True}, ['batch_size', 'True']),
     ({'batch_size': 2.0}, ['batch_size', '2.0']),
     ({'seed': 'zero'}, ['seed', 'zero']),
+    ({'seed': True}, ['seed', 'True']),
+    ({'seed': 2**63}, ['seed', f'from {-(2**63)} to {2**63 - 1}', 'macro RANDOM_SEED']),
+    ({'seed': -(2**63) - 1}, ['seed', f'from {-(2**63)} to {2**63 - 1}']),
   ],
 )
 @pytest.mark.parametrize('batches', [training, evaluation])
@@ -206,6 +209,11 @@ def test_refusals_name_the_binding(batches, changes, words):
   with pytest.raises(errors.ConfigError, match=rf'^DatasetConfig\.{name} = ') as e:
     batches(**changes)
   assert all(word in str(e.value) for word in words)
+
+
+@pytest.mark.parametrize('seed', [2**63 - 1, -(2**63)])
+def test_the_first_and_the_last_seed(seed):
+  assert len(set(rows(training(seed=seed), SEQUENCES))) == SEQUENCES
 
 
 def test_shuffled_training_needs_a_seed():

@@ -1,6 +1,8 @@
 """Sequences by index: every token once, hosts in step, a position that is small and exact."""
 
+import importlib
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -115,11 +117,11 @@ def test_a_position_is_small_and_exact(tmp_path, steps):
 
 
 def test_a_mixture_continues_from_a_position(tmp_path):
-  tasks = [
+  parts = [
     indexed.byte_level_task(f'part_{i}', lambda split, i=i: [bytes([65 + i]) * 90], ['train'])
     for i in range(2)
   ]
-  mixture = seqio.Mixture('parts', [(task, 1.0) for task in tasks])
+  mixture = seqio.Mixture('parts', [(task, 1.0) for task in parts])
 
   def examples():
     return iter(mixture.get_dataset({'targets': 8}, split='train', seed=0))
@@ -134,7 +136,7 @@ def test_a_mixture_continues_from_a_position(tmp_path):
     tf.train.Checkpoint(iterator=restored).read(path).assert_consumed()
     assert [next(restored)['targets'].numpy().tolist() for _ in range(40)] == expected
   finally:
-    for task in tasks:
+    for task in parts:
       seqio.TaskRegistry.remove(task.name)
 
 
@@ -147,12 +149,12 @@ def test_an_empty_split_is_refused_rather_than_waited_for():
     seqio.TaskRegistry.remove('empty')
 
 
-def _metrics(task, length, num_examples=None):
+def _metrics(task, length, num_examples=None, split='test'):
   """SeqIO's, of a model that needs a nat for each token, each of two bytes."""
   evaluator = seqio.Evaluator(
     task.name,
     TransformerVQFeatureConverter(pack=False),
-    eval_split='test',
+    eval_split=split,
     sequence_length={'targets': length},
     num_examples=num_examples,
   )
@@ -178,12 +180,40 @@ def test_seqio_metrics(text_task):
   assert metrics.keys() - _metrics(text_task, 8, num_examples=3).keys() == {'word_perplexity'}
 
 
+def test_the_words_are_those_of_the_split(text_task):
+  """Also where another split, read before and after, has as many tokens."""
+  found = [
+    _metrics(text_task, 8, split=split)['word_perplexity'] for split in ('test', 'same_size')
+  ]
+  np.testing.assert_allclose(found, np.exp([43 / 8, 43 / 2]))
+  np.testing.assert_allclose(_metrics(text_task, 8)['word_perplexity'], np.exp(43 / 8))
+
+
+def test_metrics_of_ones_own_stay(text_task):
+  own = text_task.replace(metric_fns=[lambda targets, scores: {'own': 1.0}], metric_objs=[])
+  task = indexed.InMemoryTask(
+    'own_metrics',
+    source=own.source,
+    output_features=own.output_features,
+    preprocessors=own.preprocessors,
+    metric_fns=own.metric_fns,
+  )
+  seqio.TaskRegistry.add_provider(task.name, task)
+  try:
+    assert _metrics(task, 8) == {'own': 1.0}
+  finally:
+    seqio.TaskRegistry.remove(task.name)
+
+
 @pytest.fixture
 def text_task():
-  texts = [b'in the beginning was', b'  the word\n\nthe word ']
+  texts = {
+    'test': [b'in the beginning was', b'  the word\n\nthe word '],
+    'same_size': [b'x' * 21, b'y' * 20],
+  }
   task = seqio.TaskRegistry.add(
     'text_in_memory',
-    source=indexed.text_source(lambda split: texts, ['test']),
+    source=indexed.text_source(texts.__getitem__, list(texts)),
     preprocessors=indexed.text_preprocessors(),
     output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
     task_cls=indexed.InMemoryTask,
@@ -200,3 +230,51 @@ def test_in_memory(text_task):
   assert counts == indexed.Counts(2, len(expected), len(expected) - 2, 8)
   assert np.concatenate(sequences(text_task, 7, 'test')).tolist() == expected
   assert [len(document) for document in sequences(text_task, None, 'test')] == [21, 22]
+
+
+_TASKS = """
+from tvq_t5x.data import indexed
+
+indexed.byte_level_task('of_a_reloaded_module', lambda split: [TEXT], ['train'])
+"""
+
+
+def test_a_module_of_tasks_can_be_reloaded(tmp_path, monkeypatch):
+  path = tmp_path / 'reloaded_module_of_tasks.py'
+  path.write_text(f"TEXT = b'first'\n{_TASKS}")
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+  module = importlib.import_module(path.stem)
+  try:
+    path.write_text(f"TEXT = b'second'\n{_TASKS}")
+    importlib.reload(module)
+    found = np.concatenate(sequences('of_a_reloaded_module', 9, 'train'))
+    assert bytes(found[:-1].astype(np.uint8) - 3) == b'second'
+    # Any other task of this name is a mistake.
+    with pytest.raises(ValueError, match='duplicate'):
+      indexed.byte_level_task('of_a_reloaded_module', lambda split: [b''], ['train'])
+    exec_twice = f'{path.read_text()}\n{_TASKS}'
+    path.write_text(exec_twice)
+    with pytest.raises(ValueError, match='duplicate'):
+      importlib.reload(module)
+  finally:
+    seqio.TaskRegistry.remove('of_a_reloaded_module')
+
+
+@pytest.mark.parametrize(
+  'name', ['kjv', 'kjv_sentencepiece', 'enwik8', 'pg19', 'imagenet64', 'photos64']
+)
+def test_our_own_modules_of_tasks_can_be_reloaded(name):
+  importlib.reload(importlib.import_module(f'tvq_t5x.tasks.{name}'))
+
+
+def test_every_seed_has_an_order_of_its_own():
+  seeds = [0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**63)]
+  orders = {
+    seed: tuple(
+      tokens.tobytes()
+      for tokens in sequences('tiny_bytes', 8, 'validation', shuffle=True, seed=seed)
+    )
+    for seed in seeds
+  }
+  assert len(set(orders.values())) == len(seeds)

@@ -1,9 +1,10 @@
 """Token caches: written once and whole, for one corpus and one vocabulary."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
-import threading
+import pathlib
 
 import gin
 import numpy as np
@@ -13,7 +14,8 @@ import tensorflow as tf
 from data_util import BOOKS, processor, sentencepiece_model, sequences
 
 from tvq_t5x.common import errors
-from tvq_t5x.data import indexed, token_cache, vocabularies
+from tvq_t5x.data import datasets, indexed, token_cache, token_store, vocabularies
+from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
 
 TEXTS = [book.encode() for book in BOOKS]
 
@@ -26,9 +28,9 @@ class Corpus:
   read: int = 0  # Texts so far.
   fails_at: int | None = None
 
-  def dataset(self, split):
+  def dataset(self, split, start=0, stop=None):
     def texts():
-      for i, text in enumerate(self.texts):
+      for i, text in list(enumerate(self.texts))[start:stop]:
         if i == self.fails_at:
           raise OSError('interrupted')
         self.read += 1
@@ -107,9 +109,6 @@ def test_is_written_once(corpus, model):
   again = make_task(corpus, model).read('train')
   assert again.counts == first.counts
   assert again.tokens[:].tolist() == first.tokens[:].tolist()
-  (file,) = (name for name in os.listdir(f'{corpus.folder}/token_cache') if name.endswith('.bin'))
-  size = os.path.getsize(f'{corpus.folder}/token_cache/{file}')
-  assert size == 2 * first.counts.tokens
 
 
 @pytest.mark.parametrize('change', ['vocabulary', 'corpus', 'split', 'task'])
@@ -134,91 +133,148 @@ def test_after_an_interruption_it_is_written_anew(corpus, model, fails_at):
   task = make_task(corpus, model)
   with pytest.raises(Exception, match='interrupted'):
     task.read('train')
-  assert all(name.endswith('.lock') for name in os.listdir(f'{corpus.folder}/token_cache'))
   corpus.fails_at = None
   assert task.read('train').tokens[:].tolist() == expected_tokens(model)
 
 
-def _files(corpus):
-  folder = f'{corpus.folder}/token_cache'
-  return {name.rsplit('.', 1)[1]: f'{folder}/{name}' for name in os.listdir(folder)}
+def _files(corpus, pattern):
+  (folder,) = pathlib.Path(corpus.folder, 'token_cache').iterdir()
+  return sorted(folder.glob(pattern))
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'no record', 'no tokens', 'killed'])
-def test_what_is_not_whole_is_written_anew(corpus, model, damage):
+@pytest.mark.parametrize('lost', ['parts/*', 'tokens/c/*/*', 'tokens/**/*'])
+def test_what_is_not_whole_is_written_anew(corpus, model, lost):
   task = make_task(corpus, model)
   task.read('train')
-  files = _files(corpus)
-  if damage == 'truncated':
-    os.truncate(files['bin'], 10)
-  elif damage == 'no record':
-    os.remove(files['json'])
-  elif damage == 'no tokens':
-    os.remove(files['bin'])
-  else:  # What a killed process leaves.
-    os.remove(files['json'])
-    os.rename(files['bin'], files['bin'] + '.incomplete')
+  for path in _files(corpus, lost):
+    if path.is_file():
+      path.unlink()
   assert task.read('train').tokens[:].tolist() == expected_tokens(model)
-  assert _files(corpus).keys() == {'bin', 'json', 'lock'}
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'changed'])
+def test_damage_is_told(corpus, model, damage):
+  task = make_task(corpus, model)
+  task.read('train')
+  (path,) = _files(corpus, 'tokens/c/*/*')
+  data = bytearray(path.read_bytes())
+  data[10] ^= 1
+  path.write_bytes(data[:100] if damage == 'truncated' else data)
+  cfg = datasets.DatasetConfig(task, {'targets': 8}, 'train', 2, shuffle=True, seed=0)
+  for read in (datasets.training_batches, datasets.evaluation_batches):
+    with pytest.raises(errors.ConfigError, match='token_cache.*is damaged: remove it'):
+      next(read(cfg, TransformerVQFeatureConverter))
 
 
 def test_the_record_says_what_the_file_is(corpus, model):
   task = make_task(corpus, model)
   counts = task.read('train').counts
-  with open(_files(corpus)['json']) as f:
-    record = json.load(f)
-  assert record['counts'] == dataclasses.asdict(counts)
+  (part,) = _files(corpus, 'parts/*')
+  assert json.loads(part.read_text()) == dataclasses.asdict(counts)
   vocabulary = task.output_features['targets'].vocabulary
-  assert record['identity']['vocabulary'] == vocabularies.identity(vocabulary)
+  (identity,) = _files(corpus, 'identity.json')
+  assert json.loads(identity.read_text())['vocabulary'] == vocabularies.identity(vocabulary)
 
 
 def test_folder_is_a_setting(corpus, model, tmp_path, monkeypatch):
-  corpus.folder = 'gs://bucket/data'
   task = make_task(corpus, model)
-  with pytest.raises(errors.ConfigError, match='TOKEN_CACHE_DIR.*gs://bucket/data/token_cache'):
-    task.read('train')
   monkeypatch.setenv('TOKEN_CACHE_DIR', str(tmp_path / 'a'))
   task.read('train')
   assert os.listdir(tmp_path / 'a')
-  gin.bind_parameter('tvq_t5x.token_cache.directory.path', str(tmp_path / 'b'))
+  gin.bind_parameter('tvq_t5x.data.token_cache.directory.path', str(tmp_path / 'b'))
   task.read('train')
   assert os.listdir(tmp_path / 'b')
 
 
-def test_a_folder_that_can_not_be_made(corpus, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize('folder', ['file/folder', 'ftp://server/folder'])
+def test_a_folder_that_can_not_be_one(corpus, model, tmp_path, monkeypatch, folder):
   (tmp_path / 'file').write_text('')
-  monkeypatch.setenv('TOKEN_CACHE_DIR', str(tmp_path / 'file' / 'folder'))
-  with pytest.raises(errors.ConfigError, match='TOKEN_CACHE_DIR.*can not be written'):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('TOKEN_CACHE_DIR', folder)
+  with pytest.raises(errors.ConfigError, match=r'TOKEN_CACHE_DIR.*can not be.*gs://') as e:
     make_task(corpus, model).read('train')
+  assert folder in str(e.value)
 
 
-def test_a_complete_cache_needs_no_right_to_write(corpus, model, monkeypatch):
-  make_task(corpus, model).read('train')
+def test_a_bucket(corpus, model, monkeypatch):
+  monkeypatch.setenv('TOKEN_CACHE_DIR', 'memory://a bucket/folder')  # TensorStore's own stand-in.
+  tokens = make_task(corpus, model).read('train').tokens
+  assert tokens[:].tolist() == expected_tokens(model)
+  corpus.fails_at = 0
+  assert make_task(corpus, model).read('train').tokens[3:9].tolist() == tokens[3:9].tolist()
+  assert not os.path.exists(f'{corpus.folder}/token_cache')
 
-  def refuse(*args, **kwargs):
-    raise AssertionError('writes')
 
-  monkeypatch.setattr(token_cache._Cache, 'locked', refuse)
-  make_task(corpus, model).read('train')
+def test_a_complete_cache_needs_no_right_to_write(corpus, model):
+  counts = make_task(corpus, model).read('train').counts
+  before = {path: path.stat().st_mtime_ns for path in _files(corpus, '**/*')}
+  assert make_task(corpus, model).read('train').counts == counts
+  assert {path: path.stat().st_mtime_ns for path in _files(corpus, '**/*')} == before
 
 
-def test_one_writes_and_others_wait(corpus, model):
-  results = []
-  waiting = dataclasses.replace(corpus)
-  reader = threading.Thread(
-    target=lambda: results.append(make_task(waiting, model).read('train').counts)
+MANY = [b'%d ' % i + text for i in range(75) for text in TEXTS]  # For six parts.
+
+
+def test_an_interruption_costs_a_part(tmp_path, model):
+  corpus = Corpus(str(tmp_path), MANY, fails_at=140)
+  task = make_task(corpus, model)
+  with pytest.raises(Exception, match='interrupted'):
+    task.read('train')
+  complete = len(_files(corpus, 'parts/*'))
+  again = dataclasses.replace(corpus, fails_at=None, read=0)
+  assert make_task(again, model).read('train').tokens[:].tolist() == expected_tokens(model, MANY)
+  assert again.read == (6 - complete) * 50
+
+
+def test_several_write_together(tmp_path, model):
+  """As processes do, which share nothing but the folder."""
+  corpora = [Corpus(str(tmp_path), MANY) for _ in range(3)]
+  tasks = [make_task(corpus, model) for corpus in corpora]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    splits = list(pool.map(lambda task: task.read('train'), tasks))
+  expected = expected_tokens(model, MANY)
+  for split in splits:
+    assert split.tokens[:].tolist() == expected
+    assert split.counts == splits[0].counts
+    assert split.counts.documents == len(MANY)
+  # Each is written, and not everything by each.
+  read = [corpus.read for corpus in corpora]
+  assert len(MANY) <= sum(read) < 3 * len(MANY)
+
+
+def test_rows_are_one_text(tmp_path, model):
+  tokens = make_task(Corpus(str(tmp_path), MANY), model).read('train').tokens
+  expected = expected_tokens(model, MANY)
+  assert len(tokens) == len(expected)
+  rng = np.random.default_rng(0)
+  for start, stop in [(0, 0), (0, 10**6), (9, 5), *rng.integers(0, len(expected) + 9, (30, 2))]:
+    found = tokens[start:stop]
+    assert found.dtype == np.int32
+    assert found.tolist() == expected[start:stop]
+
+
+def test_more_tokens_than_a_file_has(tmp_path, model, monkeypatch):
+  monkeypatch.setattr(token_store, '_TOKENS_OF_FILE', 512)
+  monkeypatch.setattr(token_store, '_TOKENS_OF_READ', 64)
+  corpus = Corpus(str(tmp_path), MANY)
+  tokens = make_task(corpus, model).read('train').tokens
+  assert len(_files(corpus, 'tokens/c/*/*')) > 12
+  assert tokens[:].tolist() == expected_tokens(model, MANY)
+
+
+def test_black_images(tmp_path):
+  """All zeros, which TensorStore does not store unless it is told to."""
+  corpus = Corpus(str(tmp_path), [bytes(7)] * 3)
+  task = token_cache.CachedTask(
+    'black',
+    source=seqio.FunctionDataSource(lambda split, shuffle_files: corpus.dataset(split), ['train']),
+    preprocessors=[seqio.preprocessors.tokenize],
+    output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=False)},
+    corpus=lambda: corpus,
+    first_id=3,
   )
-
-  class Interrupted(Corpus):
-    def dataset(self, split):
-      reader.start()
-      return super().dataset(split)
-
-  writing = Interrupted(**dataclasses.asdict(corpus))
-  counts = make_task(writing, model).read('train').counts
-  reader.join()
-  assert results == [counts]
-  assert (writing.read, waiting.read) == (len(TEXTS), 0)
+  assert task.read('train').tokens[:].tolist() == [3] * 21
+  assert task.read('train').counts.tokens == corpus.read * 7
 
 
 def test_ids_that_do_not_fit_are_refused(corpus, model):

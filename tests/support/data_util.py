@@ -18,6 +18,9 @@ BOOKS = (
   'the sea and the sky and the ship and the sea\n' * 5,
 )
 
+# Of a file or folder, which a shell, a pattern or a URL would take for something else.
+ODD_NAME = "[a] $HOME #b ~ *?%20{c}'"
+
 PG19 = {'train': BOOKS[:2], 'validation': BOOKS[2:3], 'test': BOOKS[1:]}
 _PG19_IDS = {'train': [702, 11], 'validation': [5000], 'test': [33, 9, 120]}
 
@@ -71,15 +74,24 @@ def processor(path: str) -> sentencepiece.SentencePieceProcessor:
 
 
 def store_as_tfds(
-  data_dir: pathlib.Path, name: str, features: Mapping, splits: Mapping[str, Sequence[Mapping]]
+  data_dir: pathlib.Path,
+  name: str,
+  features: Mapping,
+  splits: Mapping[str, Sequence[Mapping]],
+  file_format: str = 'tfrecord',
+  num_shards: int | None = None,
+  ordered: bool = True,
 ) -> None:
-  """Writes a dataset as TFDS prepares it, in the order given.
+  """Writes a dataset as TFDS prepares it.
 
   Args:
     data_dir: TFDS's data directory.
     name: with version and, after a slash, configuration.
     features: as TFDS's `FeaturesDict` takes them.
     splits: examples.
+    file_format: TFDS's name of it.
+    num_shards: files of each split; None means that TFDS chooses.
+    ordered: whether the examples stay in the order given, as they do in few datasets.
   """
   name, version = name.split(':')
   name, _, config = name.partition('/')
@@ -90,7 +102,9 @@ def store_as_tfds(
     features=tfds.features.FeaturesDict(features),
     split_datasets={split: list(enumerate(examples)) for split, examples in splits.items()},
     data_dir=str(data_dir),
-    disable_shuffling=True,
+    disable_shuffling=ordered,
+    file_format=file_format,
+    download_config=tfds.download.DownloadConfig(num_shards=num_shards),
   )
 
 

@@ -1,14 +1,18 @@
 """The position of T5X's training data is that of the step, whoever saved it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import seqio
+import tensorflow as tf
 import tiny_task
 
 pytest.importorskip('t5x.utils', reason='T5X is not installed: its training data')
 
 from t5x import utils
 
-from tvq_t5x.data import datasets
+from tvq_t5x.data import datasets, likelihood
 from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.t5x_adapter import data
 
@@ -132,3 +136,46 @@ def test_the_position_of_another_run_does_not_count(tmp_path, expected):
     np.testing.assert_array_equal(_read(again, 1)[0], expected[position])
     half = _restored(folder, step * UPDATES, 0, 2)
     np.testing.assert_array_equal(_read(half, 1)[0], expected[position][::2])
+
+
+@pytest.fixture
+def plain():
+  """Names of a task of SeqIO's own kind, with examples longer than a sequence, and of a mixture."""
+  seqio.TaskRegistry.add(
+    'plain',
+    source=seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+        {'targets': [b'x' * 1000, b'y' * 10]}
+      ),
+      splits=['train'],
+    ),
+    preprocessors=[seqio.preprocessors.tokenize],
+    output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=False)},
+    metric_fns=[likelihood.likelihood],
+  )
+  seqio.MixtureRegistry.add('plain_and_tiny', ['plain', 'tiny_bytes'], default_rate=1)
+  yield 'plain', 'plain_and_tiny'
+  seqio.MixtureRegistry.remove('plain_and_tiny')
+  seqio.TaskRegistry.remove('plain')
+
+
+def test_examples_are_not_cut_off(tmp_path, plain):
+  cfg = dataclasses.replace(_cfg(utils.DatasetConfig), mixture_or_task_name='plain', shuffle=False)
+  iterator = data.get_dataset(cfg, 0, 1, TransformerVQFeatureConverter, model_dir=str(tmp_path))
+  found = np.concatenate(_read(iterator, 3))[:17]
+  assert [(found == ord(letter) + 3).sum() for letter in 'xy'] == [1000, 10]
+
+
+def test_names_for_programs_that_take_names(plain):
+  assert data.name_in_sequences('tiny_bytes') == 'tiny_bytes'
+  for name in plain:
+    for _ in range(2):
+      assert data.name_in_sequences(name) == f'{name}_in_sequences'
+  evaluator = seqio.Evaluator(
+    'plain_in_sequences',
+    TransformerVQFeatureConverter(),
+    eval_split='train',
+    sequence_length={'targets': LENGTH},
+  )
+  examples = [x for _, x in evaluator.cached_model_datasets['plain'].as_numpy_iterator()]
+  assert sum((x['decoder_target_tokens'] > 0).sum() for x in examples) == 1010

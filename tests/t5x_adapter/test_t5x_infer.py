@@ -23,17 +23,20 @@ LENGTH = 64
 PROMPTS = ['', 'the sea ', 'and a ship', 'x' * LENGTH]
 GREEDY = 'models.TransformerVQModel.predict_batch_with_aux.temperature = 0.0'
 
-seqio.TaskRegistry.add(
-  'prompts',
-  source=seqio.FunctionDataSource(
-    lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
-      {'targets': PROMPTS}
+LONG = ['x' * 130, 'short']
+
+for _name, _texts in (('prompts', PROMPTS), ('long_texts', LONG)):
+  seqio.TaskRegistry.add(
+    _name,
+    source=seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None, texts=_texts: tf.data.Dataset.from_tensor_slices(
+        {'targets': texts}
+      ),
+      splits=['test'],
     ),
-    splits=['test'],
-  ),
-  preprocessors=[seqio.preprocessors.tokenize],
-  output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=False)},
-)
+    preprocessors=[seqio.preprocessors.tokenize],
+    output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=False)},
+  )
 
 
 @pytest.fixture(scope='module')
@@ -76,6 +79,13 @@ def test_score(infer, trained):
   for name, values in aux.items():
     assert [r['aux'][name] for r in records] == values.tolist()
   assert sum(r['aux']['num_bytes'] for r in records) == tiny_task.SIZES['test']
+
+
+def test_score_of_long_texts(infer):
+  """All of it, where SeqIO gives T5X the beginning only."""
+  records = infer('score', 'long_texts')
+  assert [r['aux']['num_bytes'] for r in records] == [64, 64, 2, 5]
+  assert [r['inputs']['targets_pretokenized'] for r in records] == [*LONG[:1] * 3, LONG[1]]
 
 
 def test_predict_with_aux(infer, trained):

@@ -12,6 +12,7 @@ from tvq_t5x import train_vocab
 from tvq_t5x.common import errors
 from tvq_t5x.data import datasets, indexed
 from tvq_t5x.gin_support import parsing
+from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.tasks import kjv, kjv_sentencepiece
 
 SIZES = {'train': 3_728_820, 'validation': 207_157, 'test': 207_157}
@@ -129,6 +130,25 @@ def test_sentencepiece_path_in_gin(model, monkeypatch):
     assert datasets.vocabulary('kjv_sentencepiece').vocab_size == 600
   finally:
     gin.clear_config()
+
+
+@pytest.mark.parametrize(
+  ('task', 'bindings', 'expected'),
+  [
+    ('kjv', [], 264),
+    ('kjv', ['VOCAB_SIZE = 300'], 300),
+    ('kjv_sentencepiece', [], 600),
+    ('kjv_sentencepiece', ['VOCAB_SIZE = 2048'], 2048),
+  ],
+)
+def test_the_network_has_the_size_of_the_vocabulary(model, cleared_gin, task, bindings, expected):
+  files = ['gin/kjv_tiny.gin', f'gin/tasks/{task}.gin']
+  parsing.parse_gin(files, ["MODEL_DIR = ''", *bindings])
+  assert gin.get_configurable(Transformer)().config.vocab_size == expected
+
+
+def test_sizes_are_rounded_up():
+  assert [datasets.vocab_size('kjv_bytes', multiple=n) for n in (1, 8, 128)] == [259, 264, 384]
 
 
 def test_import_does_not_read_the_text():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import seqio
 from data_util import (
+  ODD_NAME,
   PG19,
   pg19_as_published,
   pg19_as_tfds,
@@ -81,7 +82,7 @@ def test_settings_in_gin(tmp_path, model, monkeypatch):
     gin.bind_parameter(f'{name}/gin.macro.value', str(value))
   assert np.concatenate(sequences('pg19', 9, 'train')).tolist() == expected_tokens(model, 'train')
   assert datasets.vocabulary('pg19').vocab_size == 300
-  assert list((tmp_path / 'cache').glob('pg19-train-*.bin'))
+  assert list((tmp_path / 'cache').glob('pg19-train-*/parts/0.json'))
   assert not (data / 'token_cache').exists()
 
 
@@ -145,6 +146,46 @@ def test_files_that_are_not_pg19(tmp_path, monkeypatch, change, words):
   with pytest.raises(errors.ConfigError, match=f'^{str(tmp_path)!r} .PG19_PATH or') as e:
     sequences('pg19', 9, 'test')
   assert words in str(e.value)
+
+
+def test_what_lies_beside_the_books_is_left_alone(tmp_path, model, monkeypatch):
+  pg19_as_published(tmp_path)
+  for name in ('.DS_Store', '._11.txt', 'Thumbs.db', '11.txt.part', '11.txt_.gstmp', '11.txt~'):
+    for folder in (tmp_path, tmp_path / 'train'):
+      (folder / name).write_bytes(b'\xff')
+  table = tmp_path / 'metadata.csv'
+  table.write_bytes(b'\xef\xbb\xbf' + table.read_bytes().replace(b'\n', b'\r\n'))
+  monkeypatch.setenv('PG19_PATH', str(tmp_path))
+  assert np.concatenate(sequences('pg19', 9, 'train')).tolist() == expected_tokens(model, 'train')
+
+
+def test_a_half_loaded_book_is_missing(tmp_path, monkeypatch):
+  pg19_as_published(tmp_path)
+  (tmp_path / 'train' / '11.txt').rename(tmp_path / 'train' / '11.txt.part')
+  monkeypatch.setenv('PG19_PATH', str(tmp_path))
+  with pytest.raises(errors.ConfigError, match=r'1 books .* have no file, such as 11\.txt'):
+    sequences('pg19', 9, 'train')
+
+
+def test_a_damaged_table_is_named(tmp_path, monkeypatch):
+  pg19_as_published(tmp_path)
+  (tmp_path / 'metadata.csv').write_bytes(b'\xff\xfe1\x00')
+  monkeypatch.setenv('PG19_PATH', str(tmp_path))
+  with pytest.raises(errors.ConfigError, match=r'metadata\.csv is damaged'):
+    sequences('pg19', 9, 'train')
+
+
+@pytest.mark.parametrize('write', [pg19_as_tfds, pg19_as_published])
+def test_any_name_of_a_folder(tmp_path, model, monkeypatch, write):
+  folder = tmp_path / ODD_NAME
+  folder.mkdir()
+  write(folder)
+  gin.parse_config_file(f'{parsing.gin_root()}/tasks/pg19.gin')
+  monkeypatch.chdir(tmp_path)
+  gin.bind_parameter('PG19_PATH/gin.macro.value', ODD_NAME)
+  for _ in range(2):  # Written, and read.
+    assert np.concatenate(sequences('pg19', 9, 'train')).tolist() == expected_tokens(model, 'train')
+  assert [path.name for path in (folder / 'token_cache').iterdir()]
 
 
 def test_one_split_is_enough_to_read_it(tmp_path, model, monkeypatch):

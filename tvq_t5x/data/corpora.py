@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import seqio
 import tensorflow as tf
@@ -22,8 +22,8 @@ class Corpus(Protocol):
     """Where the files lie."""
     ...
 
-  def dataset(self, split: str) -> tf.data.Dataset:
-    """The documents of a split in order, each {'targets': text or image}."""
+  def dataset(self, split: str, start: int = 0, stop: int | None = None) -> tf.data.Dataset:
+    """The documents `start` to `stop` of a split in order, each {'targets': text or image}."""
     ...
 
   def num_documents(self, split: str) -> int:
@@ -37,7 +37,7 @@ class Corpus(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TfdsCorpus:
-  """A dataset that TFDS has prepared; it is never downloaded or changed.
+  """A dataset that TFDS has prepared, in any format; it is never downloaded or changed.
 
   Attributes:
     name: with the configuration, if any, and the version.
@@ -57,18 +57,32 @@ class TfdsCorpus:
   @property
   def folder(self) -> str:
     """TFDS's data directory."""
-    return self._loader.data_dir or tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]
+    loader = seqio.utils.LazyTfdsLoader(self.name, self.data_dir)  # It knows T5X's flag.
+    return loader.data_dir or tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]
 
-  def dataset(self, split: str) -> tf.data.Dataset:
+  def dataset(self, split: str, start: int = 0, stop: int | None = None) -> tf.data.Dataset:
     """See `Corpus`."""
-    self._check()
-    examples = self._source.get_dataset(split, shuffle=False)
-    return examples.map(lambda example: {'targets': example[self.feature]})
+    builder = self._builder()
+    instruction = tfds.core.ReadInstruction.from_spec(self.splits[split])
+    (whole,) = instruction.to_absolute(builder.info.splits)
+    everything = range(builder.info.splits[whole.splitname].num_examples)
+    which = everything[whole.from_ : whole.to][start:stop]
+    part = tfds.core.ReadInstruction(whole.splitname, from_=which.start, to=which.stop, unit='abs')
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+      # File after file: by default, TFDS reads several at a time.
+      config = tfds.ReadConfig(interleave_cycle_length=1)
+      examples = builder.as_dataset(split=part, shuffle_files=False, read_config=config)
+      return examples.map(lambda example: {'targets': example[self.feature]})
+    found = builder.as_data_source(split=part)
+    features: Any = builder.info.features
+    return tf.data.Dataset.from_generator(
+      lambda: ({'targets': example[self.feature]} for example in found),
+      output_signature={'targets': features[self.feature].get_tensor_spec()},
+    )
 
   def num_documents(self, split: str) -> int:
     """See `Corpus`."""
-    self._check()
-    return self._loader.info.splits[self.splits[split]].num_examples
+    return self._builder().info.splits[self.splits[split]].num_examples
 
   def identity(self, split: str) -> dict[str, str]:
     """See `Corpus`; TFDS's record of the dataset has the number and size of all shards."""
@@ -77,13 +91,13 @@ class TfdsCorpus:
       record = hashlib.sha256(f.read()).hexdigest()
     return {'dataset': self.name, 'split': self.splits[split], 'record': record}
 
-  @property
-  def _source(self) -> seqio.TfdsDataSource:
-    return seqio.TfdsDataSource(self.name, self.data_dir, self.splits, read_only=True)
-
-  @property
-  def _loader(self) -> seqio.utils.LazyTfdsLoader:
-    return self._source.tfds_dataset
+  def _builder(self) -> Any:  # A tfds.core.DatasetBuilder, whose methods hide their arguments.
+    self._check()
+    folder = os.path.dirname(self._record)
+    # All that there is to know lies there; by its name, TFDS would look on the network, too.
+    if tf.io.gfile.exists(os.path.join(folder, 'features.json')):
+      return tfds.builder_from_directory(folder)
+    return tfds.builder(self.name, data_dir=self.folder)  # As TFDS prepared it until 2021.
 
   @property
   def _record(self) -> str:

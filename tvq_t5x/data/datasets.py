@@ -1,7 +1,8 @@
-"""Batches of a SeqIO task or mixture, for a run on one machine without T5X."""
+"""Batches of a SeqIO task or mixture, every token of it."""
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import os
@@ -16,6 +17,9 @@ import tensorflow as tf
 from clu.data import dataset_iterator
 
 from tvq_t5x.common import errors
+from tvq_t5x.data import vocabularies
+from tvq_t5x.data.cutting import cut
+from tvq_t5x.data.documents import refusals
 from tvq_t5x.data.indexed import IndexedTask
 
 Batch = dict[str, np.ndarray]
@@ -36,7 +40,7 @@ class DatasetConfig:
     split: a split of the task.
     batch_size: sequences in a batch.
     shuffle: whether training shuffles; evaluation always reads in order.
-    seed: of the shuffling.
+    seed: of the shuffling: a whole number of 64 bits, or 0 to 2**31 - 2 where SeqIO shuffles.
     use_cached: whether to read what `seqio_cache_tasks` wrote.
     pack: given to the feature converter.
     module: a module to import first, which registers the task.
@@ -68,12 +72,13 @@ class TrainingIterator(Iterator[Batch]):
     self._identity = dict(identity)
 
   def __next__(self) -> Batch:
-    return next(self._iterator)  # pyright: ignore[reportReturnType]
+    with refusals():
+      return next(self._iterator)  # pyright: ignore[reportReturnType]
 
   def skip(self, num_batches: int) -> None:
     """Reads batches without giving them out."""
     for _ in range(num_batches):
-      next(self._iterator)
+      next(self)
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes the position: after `restore`, the next batch is the one that now comes next."""
@@ -112,7 +117,8 @@ class _Batches(Iterator[Batch]):
     stop_with(self, self._iterator, dataset)
 
   def __next__(self) -> Batch:
-    return {name: x.numpy() for name, x in next(self._iterator).items()}
+    with refusals():
+      return {name: x.numpy() for name, x in next(self._iterator).items()}
 
 
 def stop_with(owner: Any, iterator: Any, dataset: tf.data.Dataset) -> None:
@@ -139,12 +145,7 @@ def _stop(iterator: Any, nothing: tf.data.Dataset) -> None:
 def training_batches(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> TrainingIterator:
-  """Returns endless batches, the same ones as T5X's `utils.get_dataset` with `num_epochs=None`.
-
-  The epochs follow each other before batching: every batch is full, a batch may hold the end of one
-  epoch and the start of the next, and no sequence is ever dropped. With an `IndexedTask`, such as
-  those of this package, each epoch holds every sequence once and has an order of its own; other
-  tasks shuffle with SeqIO's buffer, and the saved position then contains that buffer.
+  """Returns endless batches; `training_dataset` has their order.
 
   Args:
     cfg: what to read.
@@ -153,11 +154,37 @@ def training_batches(
   Raises:
     ConfigError: if a setting is refused; nothing is read before.
   """
+  return TrainingIterator(training_dataset(cfg, feature_converter_cls), identity(cfg))
+
+
+def training_dataset(
+  cfg: DatasetConfig,
+  feature_converter_cls: FeatureConverterFactory,
+  shard_id: int = 0,
+  num_shards: int = 1,
+) -> tf.data.Dataset:
+  """What `training_batches` iterates over, or one host's share of its rows.
+
+  The epochs follow each other before batching: every batch is full, a batch may hold the end of one
+  epoch and the start of the next, and no sequence is ever dropped. With an `IndexedTask`, such as
+  those of this package, each epoch holds every sequence once and has an order of its own. Other
+  tasks shuffle with SeqIO's buffer, and the saved position then contains that buffer; their
+  examples are cut into sequences, see `cutting.cut`.
+
+  Args:
+    cfg: what to read; T5X's class of this name has the same fields.
+    feature_converter_cls: makes the feature converter, given `pack`.
+    shard_id: which of the hosts' shares to return.
+    num_shards: how many hosts there are; divides `cfg.batch_size`.
+
+  Raises:
+    ConfigError: if a setting is refused; nothing is read before.
+  """
   provider = validate(cfg, feature_converter_cls)
   check_seed(cfg)
-  dataset = _read(cfg, provider, feature_converter_cls, shuffle=cfg.shuffle, num_epochs=None)
-  dataset = dataset.batch(cfg.batch_size, drop_remainder=True)
-  return TrainingIterator(dataset, identity(cfg))
+  shard = seqio.ShardInfo(shard_id, num_shards)
+  dataset = _read(cfg, provider, feature_converter_cls, cfg.shuffle, None, shard)
+  return dataset.batch(cfg.batch_size // num_shards, drop_remainder=True)
 
 
 def check_seed(cfg: DatasetConfig) -> None:
@@ -178,11 +205,11 @@ def check(cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory) ->
   Raises:
     ConfigError: if a setting is refused, or the data is not there.
   """
-  provider = validate(cfg, feature_converter_cls)
-  if isinstance(provider, IndexedTask):
-    provider.check(cfg.split, cfg.task_feature_lengths['targets'])
-  else:
-    _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
+  for task in _subtasks(cfg, validate(cfg, feature_converter_cls)):
+    if isinstance(task, IndexedTask):
+      task.check(cfg.split, cfg.task_feature_lengths['targets'])
+    else:
+      _read(cfg, task, feature_converter_cls, shuffle=False, num_epochs=1)
 
 
 def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
@@ -212,10 +239,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def evaluation_batches(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> Iterator[Batch]:
-  """Returns one pass over the split in order, every token once.
+  """Returns one pass over the split in order, every token once, as batches of NumPy arrays [B, T].
 
   Rows of zeros, whose loss weights are zero too, fill the last batch up to the batch size: the
-  tokens with a weight are the same for any batch size. `cfg.shuffle` has no effect.
+  tokens with a weight are the same for any batch size. The tasks of a mixture follow each other.
+  `cfg.shuffle` has no effect.
 
   Args:
     cfg: what to read.
@@ -233,7 +261,13 @@ def evaluation_dataset(
   provider: seqio.Task | seqio.Mixture,
   feature_converter_cls: FeatureConverterFactory,
 ) -> tf.data.Dataset:
-  """Returns what `evaluation_batches` iterates over; `provider` stands for the task of `cfg`."""
+  """Returns one pass over a split as a dataset of batches [B, T], every token once.
+
+  Args:
+    cfg: what to read, but for the task.
+    provider: the task; of a mixture, its tasks follow each other.
+    feature_converter_cls: makes the feature converter, given `pack`.
+  """
 
   def fill_rows(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     def fill(x: tf.Tensor) -> tf.Tensor:
@@ -242,23 +276,66 @@ def evaluation_dataset(
 
     return {name: fill(x) for name, x in batch.items()}
 
-  dataset = _read(cfg, provider, feature_converter_cls, shuffle=False, num_epochs=1)
+  tasks = _subtasks(cfg, provider)
+  parts = [_read(cfg, task, feature_converter_cls, shuffle=False, num_epochs=1) for task in tasks]
+  dataset = functools.reduce(tf.data.Dataset.concatenate, parts)
   return dataset.batch(cfg.batch_size).map(fill_rows)
 
 
 def vocabulary(
   mixture_or_task_name: str | seqio.Task | seqio.Mixture, module: str | None = None
 ) -> seqio.Vocabulary:
-  """Returns the vocabulary of a task's or mixture's targets.
+  """Returns the vocabulary of a task's or mixture's targets, as it is configured now.
 
   Args:
     mixture_or_task_name: as in `DatasetConfig`.
     module: as in `DatasetConfig`.
 
   Raises:
-    ConfigError: if no task has this name.
+    ConfigError: if no task has this name, or the tasks of a mixture have different vocabularies.
   """
-  return task_or_mixture(mixture_or_task_name, module).output_features['targets'].vocabulary
+  provider = task_or_mixture(mixture_or_task_name, module)
+  found, *others = (_vocabulary_of(task) for task in seqio.get_subtasks(provider))
+  for other in others:
+    if other != found:
+      raise errors.ConfigError(
+        f'DatasetConfig.mixture_or_task_name = {provider.name!r}: its tasks have different '
+        f'vocabularies, {found} and {other}.'
+      )
+  return found
+
+
+def _vocabulary_of(task: seqio.Task) -> seqio.Vocabulary:
+  if 'targets' not in task.output_features:
+    raise errors.ConfigError(
+      f"DatasetConfig.mixture_or_task_name = {task.name!r} has no output feature 'targets'."
+    )
+  found = task.output_features['targets'].vocabulary
+  # A model keeps it, whatever is configured later.
+  return found.bound() if isinstance(found, vocabularies.SentencePieceVocabulary) else found
+
+
+def vocab_size(
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture,
+  module: str | None = None,
+  multiple: int = 8,
+) -> int:
+  """Ids of the vocabulary of a task or mixture, rounded up so that meshes can share them out.
+
+  Args:
+    mixture_or_task_name: as in `DatasetConfig`.
+    module: as in `DatasetConfig`.
+    multiple: what the result is a multiple of.
+
+  Raises:
+    ConfigError: if no task has this name, or the vocabulary is not there.
+  """
+  size = vocabulary(mixture_or_task_name, module).vocab_size
+  return -(-size // multiple) * multiple
+
+
+def _subtasks(cfg: DatasetConfig, provider: seqio.Task | seqio.Mixture) -> list[seqio.Task]:
+  return [task for task in seqio.get_subtasks(provider) if cfg.split in task.splits]
 
 
 def _read(
@@ -267,15 +344,17 @@ def _read(
   feature_converter_cls: FeatureConverterFactory,
   shuffle: bool,
   num_epochs: int | None,
+  shard: seqio.ShardInfo | None = None,
 ) -> tf.data.Dataset:
   return seqio.get_dataset(
-    provider,
+    cut(provider),
     task_feature_lengths=cfg.task_feature_lengths,
     feature_converter=feature_converter_cls(pack=cfg.pack),
     dataset_split=cfg.split,
     use_cached=cfg.use_cached,
     shuffle=shuffle,
     num_epochs=num_epochs,
+    shard_info=shard,
     seed=cfg.seed,
     verbose=False,
   )
@@ -284,19 +363,17 @@ def _read(
 def task_or_mixture(
   name: str | seqio.Task | seqio.Mixture, module: str | None
 ) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture of this name, once `module` is imported; see `vocabulary`."""
+  """Returns the task or mixture of this name, once a module is imported.
+
+  Args:
+    name: of a registered one; or one itself, which is returned.
+    module: what to import first; None means nothing.
+
+  Raises:
+    ConfigError: if there is no such module, or none has this name.
+  """
   if module:
-    try:
-      importlib.import_module(module)
-    except ModuleNotFoundError as e:
-      if not e.name or not f'{module}.'.startswith(f'{e.name}.'):
-        raise  # The module exists, something that it imports does not.
-      raise errors.ConfigError(
-        'DatasetConfig.module',
-        module,
-        "the import path of the module that registers the task, such as 'tvq_t5x.tasks.kjv'",
-        problem=f'is not there (no module {e.name!r})',
-      ) from e
+    import_tasks(module, 'DatasetConfig.module')
   if not isinstance(name, str):
     return name
   names = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
@@ -309,6 +386,27 @@ def task_or_mixture(
     f'DatasetConfig.module = {module!r} must name the module that registers it, such as '
     "'tvq_t5x.tasks.kjv'."
   )
+
+
+def import_tasks(module: str, setting: str) -> None:
+  """Imports a module that registers tasks.
+
+  Args:
+    module: its name.
+    setting: where it comes from, for the message.
+
+  Raises:
+    ConfigError: if there is no such module.
+  """
+  try:
+    importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    if not e.name or not f'{module}.'.startswith(f'{e.name}.'):
+      raise  # The module exists, something that it imports does not.
+    raise errors.ConfigError(
+      f'{setting} = {module!r}: there is no module {e.name!r}; give the import path of the module '
+      "that registers the task, such as 'tvq_t5x.tasks.kjv'."
+    ) from e
 
 
 def validate(
@@ -343,18 +441,33 @@ def validate(
     raise errors.ConfigError(
       'DatasetConfig.batch_size', cfg.batch_size, 'a whole number of at least 1'
     )
-  if cfg.seed is not None and (not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool)):
-    raise errors.ConfigError('DatasetConfig.seed', cfg.seed, 'a whole number or None')
-  if (
-    cfg.use_cached
-    and isinstance(provider, seqio.Task)
-    and provider.supports_caching
-    and not provider.cache_dir
-  ):
-    raise errors.ConfigError(
-      'DatasetConfig.use_cached',
-      True,
-      'False, or name the directory that seqio_cache_tasks wrote with seqio.set_global_cache_dirs',
-      problem=f'finds no cache of {provider.name} in {list(seqio.get_global_cache_dirs())}',
-    )
+  _check_seed_range(cfg.seed, provider)
+  for task in _subtasks(cfg, provider) if cfg.use_cached else ():
+    if task.supports_caching and not task.cache_dir:
+      raise errors.ConfigError(
+        'DatasetConfig.use_cached',
+        True,
+        'False, or name the directory that seqio_cache_tasks wrote with '
+        'seqio.set_global_cache_dirs',
+        problem=f'finds no cache of {task.name} in {list(seqio.get_global_cache_dirs())}',
+      )
   return provider
+
+
+# TensorFlow takes the seed of a buffer modulo the second of these.
+_SEEDS = range(-(2**63), 2**63)
+_SEEDS_OF_SEQIO = range(2**31 - 1)
+
+
+def _check_seed_range(seed: Any, provider: seqio.Task | seqio.Mixture) -> None:
+  """Refuses a seed that has the order of another one."""
+  is_ours = all(isinstance(task, IndexedTask) for task in seqio.get_subtasks(provider))
+  accepted = _SEEDS if is_ours else _SEEDS_OF_SEQIO
+  if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and seed in accepted):
+    return
+  where = '' if is_ours else f', as SeqIO shuffles {provider.name}'
+  raise errors.ConfigError(
+    'DatasetConfig.seed',
+    seed,
+    f'a whole number from {accepted[0]} to {accepted[-1]}{where}, or None',
+  )

@@ -1,8 +1,7 @@
 """SeqIO tasks whose sequences are read by index from the tokens of a split, laid end to end."""
 
-import dataclasses
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -11,7 +10,8 @@ import tensorflow as tf
 
 from tvq_t5x.common import errors
 from tvq_t5x.common.tokens import EOS, FIRST_BYTE
-from tvq_t5x.data import likelihood
+from tvq_t5x.data import split_metrics
+from tvq_t5x.data.documents import Counts, documents
 
 
 class Tokens(Protocol):
@@ -22,63 +22,6 @@ class Tokens(Protocol):
   def __getitem__(self, where: slice) -> np.ndarray:
     """The tokens in a slice of step 1, cut at the end as NumPy does it."""
     ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-  """What a split holds.
-
-  Attributes:
-    documents: texts or images.
-    tokens: those that separate documents included.
-    text_bytes: of text, or values of pixels.
-    words: separated by white space; None where there is no text, or they were not counted.
-  """
-
-  documents: int = 0
-  tokens: int = 0
-  text_bytes: int = 0
-  words: int | None = 0
-
-  def word_metrics(self, cross_entropy: float) -> dict[str, float]:
-    """The metric `word_perplexity`, or none where words were not counted.
-
-    Args:
-      cross_entropy: nats a token of the whole split.
-    """
-    if not self.words:
-      return {}
-    perplexity = likelihood.word_perplexity(cross_entropy, self.tokens, self.words)
-    return {'word_perplexity': perplexity}
-
-  def __add__(self, other: 'Counts') -> 'Counts':
-    words = None if self.words is None or other.words is None else self.words + other.words
-    return Counts(
-      self.documents + other.documents,
-      self.tokens + other.tokens,
-      self.text_bytes + other.text_bytes,
-      words,
-    )
-
-
-class Document(NamedTuple):
-  """A text or an image.
-
-  Attributes:
-    tokens: [N], with the EOS that ends a text.
-    text: in UTF-8; None for images.
-  """
-
-  tokens: np.ndarray
-  text: bytes | None
-
-  @property
-  def counts(self) -> Counts:
-    """What this document adds to a split."""
-    if self.text is None:
-      return Counts(1, len(self.tokens), len(self.tokens), None)
-    words = len(self.text.decode(errors='replace').split())
-    return Counts(1, len(self.tokens), len(self.text), words)
 
 
 class IndexedSplit(NamedTuple):
@@ -108,12 +51,12 @@ class IndexedTask(seqio.Task):
     Args:
       *args: as `seqio.Task`'s.
       sequence_len: the only T that is accepted, where a sequence is one document; None means any.
-      **kwargs: as `seqio.Task`'s. Without `metric_fns`, it has those of `data.likelihood`.
+      **kwargs: as `seqio.Task`'s. Without metrics, it has `split_metrics.Likelihood`.
     """
-    kwargs['metric_fns'] = kwargs.get('metric_fns') or [self._likelihood]
+    if not kwargs.get('metric_fns') and not kwargs.get('metric_objs'):
+      kwargs['metric_objs'] = [split_metrics.Likelihood.empty()]
     super().__init__(*args, **kwargs)
     self.sequence_len = sequence_len
-    self._counts: dict[str, Counts] = {}  # Of the splits that were read.
 
   def read(self, split: str) -> IndexedSplit:
     """The tokens of a split, without reading them.
@@ -144,24 +87,6 @@ class IndexedTask(seqio.Task):
         f"{{'targets': {self.sequence_len}}}",
         problem=f'is not one image, as a sequence of {self.name} is',
       )
-
-  def documents(self, split: str) -> Iterator[Document]:
-    """The documents of a split in order."""
-    # Said here, that it can't be loaded is one message; said while TensorFlow traces, it is many.
-    _ = self.output_features['targets'].vocabulary.vocab_size
-    dataset = super().get_dataset(None, split=split, shuffle=False, try_in_mem_cache=False)
-    for example in examples(dataset):
-      yield Document(example['targets'], example.get('targets_pretokenized'))
-
-  def _likelihood(self, targets: Sequence[Any], scores: Any) -> dict[str, float]:
-    """The metrics of the model's scores."""
-    values = likelihood.likelihood(targets, scores)
-    # The words of part of a split are not known.
-    tokens = int(np.sum(scores[1]['num_tokens'], dtype=np.int64))
-    for counts in self._counts.values():
-      if counts.tokens == tokens and counts.words:
-        values |= counts.word_metrics(values['cross_entropy'])
-    return values
 
   def get_dataset(
     self,
@@ -199,18 +124,20 @@ class IndexedTask(seqio.Task):
         try_in_mem_cache=try_in_mem_cache,
       )
     self._check_length(length)
-    tokens, self._counts[split] = self.read(split)
+    tokens, counts = self.read(split)
     size = -(-len(tokens) // length)
     if not size:
       raise errors.ConfigError(f'The split {split!r} of {self.name} is empty.')
     indices = _indices(size, shuffle, seed, num_epochs, shard_info or seqio.ShardInfo(0, 1))
 
+    of_split = split_metrics.features(counts.tokens, counts.words)
+
     def sequence(i: np.ndarray) -> np.ndarray:
       return np.asarray(tokens[i * length : (i + 1) * length], np.int32)
 
-    def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
+    def example(i: tf.Tensor) -> dict[str, Any]:
       targets = tf.numpy_function(sequence, [i], tf.int32, stateful=False)
-      return {'targets': tf.ensure_shape(targets, [None])}
+      return {'targets': tf.ensure_shape(targets, [None]), **of_split}
 
     options = tf.data.Options()
     # A saved position says how far the reader has come, instead of holding all that is in flight.
@@ -242,13 +169,13 @@ class InMemoryTask(IndexedTask):
 
   def find(self, split: str) -> None:
     """See the base class; one document is tokenized."""
-    next(self.documents(split), None)
+    next(documents(self, split), None)
 
   def read(self, split: str) -> IndexedSplit:
     """See the base class; all tokens are read."""
-    documents = list(self.documents(split))
-    tokens = np.concatenate([document.tokens for document in documents] or [[]])
-    return IndexedSplit(tokens, sum((document.counts for document in documents), Counts()))
+    found = list(documents(self, split))
+    tokens = np.concatenate([document.tokens for document in found] or [[]])
+    return IndexedSplit(tokens, sum((document.counts for document in found), Counts()))
 
 
 class ByteTokens:
@@ -290,21 +217,6 @@ class _ByteLevelTask(IndexedTask):
     return IndexedSplit(tokens, Counts(len(texts), len(tokens), len(tokens) - len(texts), None))
 
 
-def examples(dataset: tf.data.Dataset) -> Iterator[Any]:
-  """The examples of a dataset, their features as NumPy arrays.
-
-  Raises:
-    ConfigError: if its source does, in Python.
-  """
-  try:
-    yield from dataset.as_numpy_iterator()
-  except tf.errors.OpError as e:
-    # It comes here within TensorFlow's own error.
-    if found := re.search(r'ConfigError: (.*)', str(e)):
-      raise errors.ConfigError(found[1]) from e
-    raise
-
-
 def text_preprocessors() -> list[Callable[..., tf.data.Dataset]]:
   """What makes the documents of an `IndexedTask` from a source of {'targets': text}."""
   return [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
@@ -319,20 +231,47 @@ def byte_level_task(
     name: of the task.
     texts: returns the texts of a split in order, as bytes or as uint8 arrays, which may be
       memory-mapped. It is called when the task is read; it raises a ConfigError where they are not
-      to be had.
+      to be had. A function of the module that calls this.
     splits: names of the splits.
 
   Returns:
     the task, an `IndexedTask` with a `seqio.ByteVocabulary`, EOS after each text.
   """
-  return seqio.TaskRegistry.add(
+  return register(
     name,
+    texts.__module__,
+    task_cls=_ByteLevelTask,
     source=text_source(texts, splits),
     preprocessors=text_preprocessors(),
     output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
-    task_cls=_ByteLevelTask,
     texts=texts,
   )
+
+
+_registered: dict[str, tuple[str, Any]] = {}  # What `register` was called from, by task.
+
+
+def register(
+  name: str, module: str, task_cls: Callable[..., seqio.Task], **kwargs: Any
+) -> seqio.Task:
+  """Registers a task with SeqIO, anew when its module is reloaded.
+
+  Args:
+    name: of the task.
+    module: `__name__` of the module that calls this.
+    task_cls: makes the task, given its name and what follows.
+    **kwargs: for `task_cls`.
+
+  Raises:
+    ValueError: if another module, or this one, has registered a task of this name.
+  """
+  # `importlib.reload` gives a module another one.
+  spec = getattr(sys.modules.get(module), '__spec__', None)
+  if name in _registered and _registered[name][0] == module and _registered[name][1] is not spec:
+    seqio.TaskRegistry.remove(name)
+  task = seqio.TaskRegistry.add(name, task_cls=task_cls, **kwargs)
+  _registered[name] = module, spec
+  return task
 
 
 def text_source(

@@ -2,9 +2,8 @@
 
 import os
 
-import gin
-
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.gin_support import configurables
 
 # What --data_dir sets, so that processes that are started see it too, and T5X can be told.
 _DATA_DIR = 'TVQ_DATA_DIR'
@@ -25,7 +24,15 @@ def path(name: str, value: str | None) -> str | None:
 
 
 def data_path(name: str, value: str | None) -> str | None:
-  """`path` for a task's data, which without one of its own lies in the folder of --data_dir."""
+  """The path of a task's data: from gin, or the environment variable, or the folder of --data_dir.
+
+  Args:
+    name: of the gin macro and of the environment variable.
+    value: from gin; None or '' means that gin does not set it.
+
+  Returns:
+    The path with `~` filled in, or None if it is set in none of these ways.
+  """
   return path(name, value) or path(_DATA_DIR, None)
 
 
@@ -50,14 +57,10 @@ def how_to_set(name: str) -> str:
 
 
 def how_to_set_data(name: str) -> str:
-  """`how_to_set` for what `data_path` looks up."""
+  """The ways to say where a task's data lies, --data_dir among them, for messages."""
   return f'{", ".join(_ways(name))} or --data_dir=FOLDER (in T5X, {_DATA_DIR})'
 
 
 def _ways(name: str) -> list[str]:
   variable = f'the environment variable {name}'
-  try:
-    gin.query_parameter(f'{name}/gin.macro.value')
-  except ValueError:  # A command without gin files, or none of them has the macro.
-    return [variable]
-  return [f'--gin.{name}=\\"...\\"', variable]
+  return [f'--gin.{name}=\\"...\\"', variable] if configurables.has_macro(name) else [variable]

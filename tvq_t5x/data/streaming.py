@@ -1,4 +1,8 @@
-"""Batches whose rows go on in the next batch: a few long stretches of a split, side by side."""
+"""Batches for models that carry their state on: a few long stretches of a split, side by side.
+
+Row b of a batch goes on where row b of the batch before ended, as `TransformerVQModel.carry_state`
+and the evaluation with `--carry_state` need it.
+"""
 
 from collections.abc import Iterator
 
@@ -17,11 +21,14 @@ _CARRY_STATE = 'TransformerVQModel.carry_state = True'
 def training_batches(
   cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory
 ) -> TrainingIterator:
-  """Endless batches, as `datasets.training_batches`, but in the order of the text.
+  """Returns endless training batches in the order of the text, whose position can be saved.
+
+  `training_dataset` says what is in a row.
 
   Args:
-    cfg: what to read; `cfg.shuffle` has no effect on the order.
-    feature_converter_cls: as there.
+    cfg: what to read; `cfg.shuffle` and `cfg.seed` have no effect.
+    feature_converter_cls: makes the feature converter, given `pack`; it says which task features
+      there have to be.
 
   Raises:
     ConfigError: if a setting is refused, or the tokens of the task don't lie end to end.
@@ -31,12 +38,20 @@ def training_batches(
 
 
 def check(cfg: DatasetConfig, setting: str = _CARRY_STATE) -> None:
-  """Refuses a task whose tokens don't lie end to end, as `setting` needs it; reads nothing."""
+  """Refuses a task whose tokens don't lie end to end; reads nothing.
+
+  Args:
+    cfg: names the task.
+    setting: that needs it, for the message.
+
+  Raises:
+    ConfigError: if they don't.
+  """
   _task(cfg, setting)
 
 
 def training_dataset(cfg: DatasetConfig, shard_id: int = 0, num_shards: int = 1) -> tf.data.Dataset:
-  """What `training_batches` iterates over, or one host's share of its rows.
+  """Returns endless batches [B, T] in the order of the text, or one host's share of their rows.
 
   Row b starts at sequence b N / B of the split's N and goes on from each batch to the next, in the
   end with the split's first sequence. The first input of a sequence is the token before it, of the

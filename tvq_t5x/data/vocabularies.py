@@ -1,29 +1,36 @@
-"""Vocabularies: SentencePiece at a path set in gin, values of pixels; the bytes that tokens are."""
+"""Vocabularies: SentencePiece at a path set in gin, values of pixels; what ids stand for."""
 
+import copy
+import functools
 import hashlib
-import os
+import json
+import threading
 from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
-import gin
 import numpy as np
+import sentencepiece
 import seqio
+from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.common.tokens import FIRST_BYTE
 from tvq_t5x.data import locations
+from tvq_t5x.gin_support.configurables import configurable
 
 Model = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 Piece = Model.SentencePiece
 _TRAIN_IT = 'train one with python -m tvq_t5x.train_vocab'
 
 
-@gin.configurable
+@configurable
 def sentencepiece_model(path: str | None = None) -> str:
   """The file of the SentencePiece model, macro SENTENCEPIECE_MODEL.
 
   Args:
-    path: of the file; None means the environment variable SENTENCEPIECE_MODEL.
+    path: of the file, which may lie in a bucket; None means the environment variable
+      SENTENCEPIECE_MODEL.
 
   Raises:
     ConfigError: if there is no such file.
@@ -35,13 +42,24 @@ def sentencepiece_model(path: str | None = None) -> str:
       f'{name} is not set: give the path of a SentencePiece model with '
       f'{locations.how_to_set(name)}; {_TRAIN_IT}.'
     )
-  if not os.path.isfile(found):
+  if not epath.Path(found).is_file():
     raise ConfigError(f'{name} = {found!r}: there is no such file; {_TRAIN_IT}.')
   return found
 
 
+class _Model(NamedTuple):
+  """A SentencePiece model, as `seqio.SentencePieceVocabulary` keeps it."""
+
+  tokenizer: sentencepiece.SentencePieceProcessor
+  sp_model: bytes
+
+
 class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
-  """The vocabulary at the path that `sentencepiece_model` gives when it is first used."""
+  """The vocabulary in the file that `sentencepiece_model` names, asked for at each use.
+
+  A task has one, and so has the vocabulary that is configured when the task is read. What lives on
+  when the configuration is another one, as a model does, has a `bound` one.
+  """
 
   def __init__(self, model_file: Callable[[], str] = sentencepiece_model):
     """Reads nothing yet.
@@ -51,6 +69,20 @@ class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
     """
     super().__init__('')
     self._model_file = model_file
+    self._bound_to: bytes | None = None
+
+  def bound(self) -> Self:
+    """The vocabulary of the file as it is now, whatever is configured or lies there later.
+
+    That there is no file is said where the vocabulary is used: not all that have one use it.
+    """
+    found = copy.copy(self)
+    try:
+      path = self._model_file()
+      found._model_file, found._bound_to = lambda: path, _read(path)
+    except ConfigError as e:
+      found._model_file = functools.partial(_refuse, e)
+    return found
 
   @property
   def sentencepiece_model_file(self) -> str:
@@ -61,26 +93,42 @@ class SentencePieceVocabulary(seqio.SentencePieceVocabulary):
     """
     return self._model_file()
 
-  def _model_context(self):
+  def _model_context(self) -> _Model:
     path = self._model_file()
-    if path != self._sentencepiece_model_file:
-      self._sentencepiece_model_file, self._model = path, None
-    try:
-      context = super()._model_context()
-    except Exception as e:  # Protobuf's DecodeError, or an error of SentencePiece.
-      raise ConfigError(
-        f'SENTENCEPIECE_MODEL = {path!r} is not a SentencePiece model; {_TRAIN_IT}.'
-      ) from e
-    ids = context.tokenizer.pad_id(), context.tokenizer.eos_id()
-    if ids != (0, 1):
-      raise ConfigError(
-        f'SENTENCEPIECE_MODEL = {path!r} has the ids {ids} of padding and EOS, not (0, 1); '
-        f'{_TRAIN_IT}.'
-      )
-    return context
+    return _load(_read(path) if self._bound_to is None else self._bound_to, path)
 
   def __eq__(self, other: object) -> bool:
-    return isinstance(other, seqio.SentencePieceVocabulary) and self.sp_model == other.sp_model
+    return isinstance(other, seqio.SentencePieceVocabulary) and identity(self) == identity(other)
+
+
+def _refuse(error: ConfigError) -> str:
+  raise error
+
+
+def _read(path: str) -> bytes:
+  return epath.Path(path).read_bytes()
+
+
+_loading = threading.Lock()  # SentencePiece loads one model at a time, or crashes.
+
+
+@functools.lru_cache(maxsize=8)
+def _load(model: bytes, path: str) -> _Model:
+  tokenizer = sentencepiece.SentencePieceProcessor()
+  try:
+    with _loading:
+      tokenizer.LoadFromSerializedProto(model)
+  except RuntimeError as e:
+    raise ConfigError(
+      f'SENTENCEPIECE_MODEL = {path!r} is not a SentencePiece model; {_TRAIN_IT}.'
+    ) from e
+  ids = tokenizer.pad_id(), tokenizer.eos_id()
+  if ids != (0, 1):
+    raise ConfigError(
+      f'SENTENCEPIECE_MODEL = {path!r} has the ids {ids} of padding and EOS, not (0, 1); '
+      f'{_TRAIN_IT}.'
+    )
+  return _Model(tokenizer, model)
 
 
 class ImageVocabulary(seqio.ByteVocabulary):
@@ -187,10 +235,77 @@ def _text_of_piece(piece: Piece) -> bytes:
   return piece.piece.replace('\u2581', ' ').encode()
 
 
-def identity(vocabulary: seqio.Vocabulary) -> str:
-  """A name that two vocabularies share only if they give the same tokens."""
+def sampled_ids(vocabulary: seqio.Vocabulary, vocab_size: int) -> np.ndarray:
+  """The ids that a model may write: those that occur in the tokens of texts or images.
+
+  Args:
+    vocabulary: any; of one that does not say what its ids are, all but padding are taken.
+    vocab_size: W, at least the vocabulary's.
+
+  Returns:
+    [W] bool. False for padding, for unknown where each byte has an id, for SentencePiece's control
+    and unused pieces, for EOS in a vocabulary of pixels, and for ids that the vocabulary lacks.
+  """
+  ids = np.arange(vocab_size) < vocabulary.vocab_size
+  texts = texts_of_tokens(vocabulary)
+  if texts is None:
+    ids[vocabulary.pad_id] = False
+    return ids
+  ids[: len(texts)] = list(map(bool, texts))
+  ids[vocabulary.eos_id] = not isinstance(vocabulary, ImageVocabulary)
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    return f'SentencePiece {hashlib.sha256(vocabulary.sp_model).hexdigest()}'
-  if isinstance(vocabulary, seqio.ByteVocabulary):
-    return 'bytes'
-  raise NotImplementedError(f'no name is known for {vocabulary}')
+    ids[vocabulary.unk_id] = not sentencepiece_proto(vocabulary).trainer_spec.byte_fallback
+  return ids
+
+
+def identity(vocabulary: seqio.Vocabulary) -> str:
+  """A name that two vocabularies share if they have the same ids for the same texts, or else not.
+
+  It follows from pieces and rules, not from where or how the vocabulary was made.
+  """
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    return f'SentencePiece {_sentencepiece_digest(vocabulary.sp_model)}'
+  if isinstance(vocabulary, ImageVocabulary):
+    return f'pixels {" x ".join(map(str, vocabulary.shape))}'
+  if type(vocabulary) is seqio.ByteVocabulary:
+    return f'bytes, {vocabulary.extra_ids} extra ids' if vocabulary.extra_ids else 'bytes'
+  if isinstance(vocabulary, seqio.FullCodepointVocabulary):
+    return 'code points'
+  name = f'{type(vocabulary).__module__}.{type(vocabulary).__qualname__}'
+  ids = vocabulary.vocab_size, vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id
+  if isinstance(vocabulary, seqio.BertWordPieceVocabulary):
+    # What is in its file, and its settings; to decode each id would take minutes.
+    simple = bytes | str | bool | int | None
+    content = {name: x for name, x in vars(vocabulary).items() if isinstance(x, simple)}
+    del content['_vocab_lookup_table']  # The path.
+  else:
+    content = [_decoded(vocabulary, i) for i in range(vocabulary.vocab_size)]
+  return f'{name} {_digest([ids, content])}'
+
+
+@functools.lru_cache(maxsize=8)
+def _sentencepiece_digest(model: bytes) -> str:
+  """Of all that decides which tokens a text has, and which text tokens have."""
+  proto = Model.FromString(model)
+  rules, settings = proto.normalizer_spec, proto.trainer_spec
+  return _digest(
+    [
+      [[piece.piece, piece.score, piece.type] for piece in proto.pieces],
+      [rules.precompiled_charsmap, proto.denormalizer_spec.precompiled_charsmap],
+      [rules.add_dummy_prefix, rules.remove_extra_whitespaces, rules.escape_whitespaces],
+      [settings.model_type, settings.byte_fallback, settings.treat_whitespace_as_suffix],
+      [settings.pad_piece, settings.eos_piece, settings.unk_piece, settings.unk_surface],
+    ]
+  )
+
+
+def _decoded(vocabulary: seqio.Vocabulary, token: int) -> Any:
+  try:
+    return vocabulary.decode([token])
+  except Exception:  # A user's vocabulary may refuse some ids.
+    return None
+
+
+def _digest(content: Any) -> str:
+  text = json.dumps(content, default=lambda x: x.hex() if isinstance(x, bytes) else str(x))
+  return hashlib.sha256(text.encode()).hexdigest()

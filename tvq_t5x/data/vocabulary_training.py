@@ -1,7 +1,8 @@
 """Training of SentencePiece vocabularies from which every text can be restored exactly."""
 
+import codecs
+import dataclasses
 import io
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -10,8 +11,34 @@ from absl import logging
 
 from tvq_t5x.common.errors import ConfigError
 
-# SentencePiece drops longer lines without a word.
-_MAX_LINE = 16_384
+# Characters; SentencePiece drops longer lines without a word.
+_LONGEST_LINE = 16_384
+# It drops lines that have what it writes between words, and ends them where C does.
+_RESERVED = '\u2585\0'
+# The bytes that are no UTF-8, as `surrogateescape` has them.
+_NOT_UTF8 = re.compile('[\udc80-\udcff]')
+
+
+@dataclasses.dataclass
+class LeftOut:
+  """What of a text a vocabulary is not trained on; it is encoded all the same, as bytes.
+
+  Attributes:
+    reserved: characters that SentencePiece keeps for itself, U+2585 and NUL.
+    not_utf8: bytes that are no text in UTF-8.
+  """
+
+  reserved: int = 0
+  not_utf8: int = 0
+
+  def __str__(self) -> str:
+    """In words; '' for nothing."""
+    parts = []
+    if self.reserved:
+      parts.append(f'{self.reserved:,} times U+2585 or NUL, which SentencePiece keeps for itself')
+    if self.not_utf8:
+      parts.append(f'{self.not_utf8:,} bytes that are no UTF-8')
+    return ', and '.join(parts)
 
 
 def train(text: Iterable[bytes], vocab_size: int) -> bytes:
@@ -25,7 +52,7 @@ def train(text: Iterable[bytes], vocab_size: int) -> bytes:
     vocab_size: pieces; padding is 0, EOS 1, unknown 2, and there is a piece for each byte.
 
   Returns:
-    The model, as `SentencePieceProcessor` reads it.
+    The model, as `SentencePieceProcessor` reads it; the same for the same text on any machine.
 
   Raises:
     ConfigError: if the text has too few different words, or too many different characters.
@@ -59,8 +86,8 @@ def train(text: Iterable[bytes], vocab_size: int) -> bytes:
       add_dummy_prefix=False,
       allow_whitespace_only_pieces=True,
       user_defined_symbols=['\n'],
-      max_sentence_length=4 * _MAX_LINE,
-      num_threads=os.cpu_count() or 1,
+      max_sentence_length=4 * _LONGEST_LINE,  # In bytes.
+      num_threads=16,  # The model says how many there were.
       minloglevel=2,
     )
   except RuntimeError as e:
@@ -88,30 +115,37 @@ def _refusal(error: RuntimeError, vocab_size: int) -> Exception:
   return error
 
 
-def lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def lines(blocks: Iterable[bytes], left_out: LeftOut | None = None) -> Iterator[bytes]:
   """The lines of a text that comes in blocks, without their ends and without empty ones.
 
   Args:
     blocks: of any size; their boundaries don't matter.
+    left_out: counts what is in no line.
 
   Yields:
-    lines in UTF-8, less what is no UTF-8; a very long one in parts.
+    lines in UTF-8; they also end at what is left out, and where one is very long.
   """
-  rest = b''
-  for block in blocks:
-    *complete, rest = (rest + block).split(b'\n')
+  left_out = LeftOut() if left_out is None else left_out
+  rest = ''
+  for text in _decoded(blocks):
+    text, not_utf8 = _NOT_UTF8.subn('', text)
+    left_out.not_utf8 += not_utf8
+    left_out.reserved += sum(map(text.count, _RESERVED))
+    *complete, rest = re.split(f'[\n{_RESERVED}]', rest + text)
     # However long the line is, only its last part is kept.
-    whole = len(rest) // _MAX_LINE * _MAX_LINE
-    complete.append(rest[:whole])
+    whole = len(rest) // _LONGEST_LINE * _LONGEST_LINE
+    yield from _parts([*complete, rest[:whole]])
     rest = rest[whole:]
-    yield from _clean(complete)
-  yield from _clean([rest])
+  yield from _parts([rest])
 
 
-def _clean(found: Iterable[bytes]) -> Iterator[bytes]:
+def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
+  decoder = codecs.getincrementaldecoder('utf-8')('surrogateescape')
+  yield from map(decoder.decode, blocks)
+  yield decoder.decode(b'', final=True)
+
+
+def _parts(found: Iterable[str]) -> Iterator[bytes]:
   for line in found:
-    for start in range(0, len(line), _MAX_LINE):
-      # A part may begin or end within a character, which is then left out.
-      part = line[start : start + _MAX_LINE].decode(errors='ignore').encode()
-      if part:
-        yield part
+    for start in range(0, len(line), _LONGEST_LINE):
+      yield line[start : start + _LONGEST_LINE].encode()

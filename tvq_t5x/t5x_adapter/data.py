@@ -1,14 +1,15 @@
-"""Training data for T5X, whose position is that of a step of a run."""
+"""Data for T5X: every token of a task, at a position that is that of a step of a run."""
 
 from typing import Any
 
+import seqio
 import tensorflow as tf
 from clu.data import dataset_iterator
 from etils import epath
 from t5x import utils
 
 from tvq_t5x.checkpoints import layout
-from tvq_t5x.data import datasets, streaming
+from tvq_t5x.data import cutting, datasets, streaming
 from tvq_t5x.data.datasets import FeatureConverterFactory
 
 
@@ -36,9 +37,34 @@ def get_dataset(
   if carry_state:
     dataset = streaming.training_dataset(cfg, shard_id, num_shards)
   else:
-    dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
+    dataset = datasets.training_dataset(cfg, feature_converter_cls, shard_id, num_shards)
   length = cfg.task_feature_lengths['targets']
   return TrainingIterator(dataset, model_dir, length // (update_len or length))
+
+
+def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
+  """The name by which T5X's evaluation and inference find all tokens of a task or mixture.
+
+  They read with SeqIO, which keeps the first T tokens of each example. What `cutting.cut` gives in
+  the place of a task is registered, too, as the name and `_in_sequences`; files that are written
+  are called as the task itself.
+
+  Args:
+    mixture_or_task_name: of a registered one.
+    module: imported first, which registers it; None means nothing.
+
+  Raises:
+    ConfigError: if there is no such module, or none has this name.
+  """
+  provider = datasets.task_or_mixture(mixture_or_task_name, module)
+  found = cutting.cut(provider, other_features=True)
+  if found is provider:
+    return provider.name
+  registry = seqio.MixtureRegistry if isinstance(found, seqio.Mixture) else seqio.TaskRegistry
+  name = f'{provider.name}_in_sequences'
+  registry.remove(name)  # Of an earlier call.
+  registry.add_provider(name, found)
+  return name
 
 
 class TrainingIterator(dataset_iterator.TfDatasetIterator):
