@@ -75,7 +75,7 @@ OVERRIDES = [
 ]
 
 
-@needs('params/')
+@needs('params/transformer')
 @pytest.mark.parametrize('overrides', OVERRIDES, ids=lambda x: str(x['reduction'].value))
 def test_forward_losses_and_gradients(case, overrides):
   for prefix, model, params, state, loss, metrics, grads, logprobs, captured in run(

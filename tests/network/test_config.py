@@ -88,7 +88,7 @@ def test_head_types(head_type, num_heads, kv_heads, group, sublayers, mlp_dim, v
   assert config.layer_sublayers == sublayers
   assert config.value_width == value_dim
   if head_type != 'gated':
-    assert config.mlp_dim == mlp_dim
+    assert config.mlp_width == mlp_dim
 
 
 def test_axes_of_heads():

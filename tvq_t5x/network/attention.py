@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
 
+from tvq_t5x.network import xla
 from tvq_t5x.network.config import HeadType
 from tvq_t5x.network.layers import (
   SEQUENCE_DROPOUT,
@@ -29,6 +30,31 @@ class Queries(NamedTuple):
 
   content: jax.Array  # q + u, scored against keys.
   position: jax.Array  # q + w, scored against distances.
+
+
+def distance_scores(queries: jax.Array, distances: jax.Array) -> jax.Array:
+  """What distances add to the scores of queries.
+
+  Args:
+    queries: [..., N, G, L, K].
+    distances: [C, N, K], whose products with the queries these are; or [C, N], the scores
+      themselves, the same for all queries.
+
+  Returns:
+    [..., N, G, L, C] float32, or what broadcasts to that.
+  """
+  if distances.ndim == 2:
+    scores = distances.T.astype(jnp.float32)[:, None, None]
+    return jnp.broadcast_to(scores, (len(scores), 1, queries.shape[-2], scores.shape[-1]))
+  return xla.einsum('BRNGLK,CNK->BRNGLC', queries, distances, jnp.float32)
+
+
+def token_distance_scores(queries: jax.Array, distances: jax.Array) -> jax.Array:
+  """`distance_scores` of single queries [B, N, G, K]: [B, N, G, C], or 1 for B and G."""
+  if distances.ndim == 2:
+    return distances.T.astype(jnp.float32)[None, :, None]
+  f32 = {'preferred_element_type': jnp.float32}
+  return jnp.einsum('BNGK,CNK->BNGC', queries, distances, **f32)
 
 
 class Attention(Mixer):

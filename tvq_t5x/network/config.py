@@ -36,6 +36,14 @@ class Sublayer(enum.StrEnum):
   VQ = 'vq'  # Attention over vector-quantized keys.
   QUADRATIC = 'quadratic'  # Attention over unquantized keys, the baseline.
   MLP = 'mlp'
+  LONGVQ = 'longvq'  # Gated attention with a state-space layer inside.
+
+
+class Activation(enum.StrEnum):
+  """Of an MLP sublayer."""
+
+  SQUARED_RELU = 'squared_relu'
+  SILU = 'silu'
 
 
 class Reduction(enum.StrEnum):
@@ -58,6 +66,7 @@ class Remat(enum.StrEnum):
 _ENUMS = {
   'head_type': HeadType,
   'attention_type': AttentionType,
+  'mlp_activation': Activation,
   'reduction': Reduction,
   'remat': Remat,
 }
@@ -89,6 +98,8 @@ class TransformerConfig:
     num_codes: S, codebook size per key head.
     block_len: L, positions processed together. Changes speed and no value; only keys of a
       block and of its window get gradients, so it changes which do.
+    mlp_dim: F, width of an MLP sublayer; None means 5D for MQA, else 4D.
+    mlp_activation: see `Activation`.
     window_len: M, positions before a block that are attended uncompressed.
     head_type: see `HeadType`.
     attention_type: see `AttentionType`.
@@ -128,6 +139,8 @@ class TransformerConfig:
   attention_type: AttentionType = AttentionType.VQ
   sublayers: tuple[str | Callable[..., Any], ...] | None = None
   kv_cache_len: int = 2048
+  mlp_dim: int | None = None
+  mlp_activation: Activation = Activation.SQUARED_RELU
   reduction: Reduction = Reduction.MATMUL
   compressed_cache: bool = True
   grad_through_cache: bool = True
@@ -160,9 +173,9 @@ class TransformerConfig:
     if self.dtype not in (jnp.float32, jnp.bfloat16):
       raise _error('dtype', str(self.dtype), "'float32' or 'bfloat16'")
     self._check_sublayers()
-    for name in (*_POSITIVE, *(['value_dim'] if self.value_dim is not None else [])):
+    for name in (*_POSITIVE, 'value_dim', 'mlp_dim'):
       value = getattr(self, name)
-      if not is_count(value):
+      if not is_count(value) and (name in _POSITIVE or value is not None):
         raise _error(name, value, 'a positive integer')
     for name in _RATES:
       if not 0.0 <= getattr(self, name) < 1.0:
@@ -212,8 +225,10 @@ class TransformerConfig:
     return self.num_heads // self.num_kv_heads
 
   @property
-  def mlp_dim(self) -> int:
-    """Width of the MLP sublayer of MHA and MQA layers."""
+  def mlp_width(self) -> int:
+    """F: `mlp_dim`, or its default."""
+    if self.mlp_dim is not None:
+      return self.mlp_dim
     return self.emb_dim * (5 if self.head_type == HeadType.MQA else 4)
 
   @property

@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 class Einsum(nn.Module):
-  """A projection without bias: `einsum(equation, x, kernel)`.
+  """A projection: `einsum(equation, x, kernel)`, and a bias where asked for.
 
   Attributes:
     equation: such as 'BTD,DNK->BTNK'.
@@ -62,6 +62,7 @@ class Einsum(nn.Module):
     axes: logical axis names of the kernel.
     num_in_axes: how many leading axes of the kernel are its fan-in.
     dtype: of the product.
+    use_bias: whether a bias is added, with the axes of the kernel that are not its fan-in.
   """
 
   equation: str
@@ -69,6 +70,7 @@ class Einsum(nn.Module):
   axes: Sequence[str]
   num_in_axes: int = 1
   dtype: Any = jnp.float32
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -80,7 +82,17 @@ class Einsum(nn.Module):
     kernel = nn_partitioning.param_with_axes(
       'kernel', kernel_init, tuple(self.shape), jnp.float32, axes=tuple(self.axes)
     )
-    return xla.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+    y = xla.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+    if not self.use_bias:
+      return y
+    bias = nn_partitioning.param_with_axes(
+      'bias',
+      initializers.zeros,
+      tuple(self.shape)[self.num_in_axes :],
+      jnp.float32,
+      axes=tuple(self.axes)[self.num_in_axes :],
+    )
+    return y + bias.astype(self.dtype)
 
 
 def example_dropout(

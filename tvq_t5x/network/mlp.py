@@ -1,4 +1,4 @@
-"""The MLP sublayer of MHA and MQA layers."""
+"""The MLP sublayer."""
 
 from typing import ClassVar
 
@@ -6,12 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tvq_t5x.network.config import Activation
 from tvq_t5x.network.layers import Einsum, RMSNorm, with_sharding_constraint
 from tvq_t5x.network.mixers import Aux, Call, Mixer, State
 
+_ACTIVATIONS = {
+  Activation.SQUARED_RELU: lambda x: jnp.square(jax.nn.relu(x)),
+  Activation.SILU: jax.nn.silu,
+}
+
 
 class Mlp(Mixer):
-  """RMSNorm, then two projections with a squared ReLU between them, without biases."""
+  """RMSNorm, then two projections with an activation between them, without biases."""
 
   KIND: ClassVar[str] = 'mlp'
 
@@ -20,10 +26,11 @@ class Mlp(Mixer):
     """[B, T, D] to the residual branch [B, T, D]; see `Mixer`."""
     del state, call
     c = self.config
-    shape = (c.emb_dim, c.mlp_dim)
+    shape = (c.emb_dim, c.mlp_width)
+    activate = _ACTIVATIONS[c.mlp_activation]
     y = RMSNorm(name='norm')(x)
     y = Einsum('BTD,DF->BTF', shape, ('embed', 'mlp'), dtype=c.dtype, name='wi')(y)
-    y = with_sharding_constraint(jnp.square(jax.nn.relu(y)), ('batch', 'length', 'mlp'))
+    y = with_sharding_constraint(activate(y), ('batch', 'length', 'mlp'))
     y = Einsum('BTF,FD->BTD', shape[::-1], ('mlp', 'embed'), dtype=c.dtype, name='wo')(y)
     return y, (), {}
 

@@ -66,16 +66,21 @@ def key_nearness(queries: jax.Array, distances: jax.Array, num_keys: int) -> jax
 
   Args:
     queries: [B, T, N, G, K].
-    distances: [M + 1, N, K]; row d is of keys at distance d.
+    distances: [M + 1, N, K], or scores [M + 1, N]; row d is of keys at distance d.
     num_keys: S, at least T; the last T keys are at the queries' positions.
 
   Returns:
-    [B, N, G, T, S] float32; zero for keys at a distance over M, and after the query.
+    [B, N, G, T, S] float32, or 1 for B and G; zero for keys at a distance over M, and after the
+    query.
   """
   num_queries, reach = queries.shape[1], len(distances)
-  nearness = jnp.einsum(
-    'BTNGK,DNK->BNGTD', queries, distances[::-1], preferred_element_type=jnp.float32
-  )
+  if distances.ndim == 2:
+    scores = distances[::-1].T.astype(jnp.float32)[:, None, None]
+    nearness = jnp.broadcast_to(scores, (1, len(scores), 1, num_queries, reach))
+  else:
+    nearness = jnp.einsum(
+      'BTNGK,DNK->BNGTD', queries, distances[::-1], preferred_element_type=jnp.float32
+    )
   nearness = relative_shift(nearness, num_queries + reach - 1)  # Columns end at the last key.
   excess = num_keys - nearness.shape[-1]
   return jnp.pad(nearness, [(0, 0)] * 4 + [(max(excess, 0), 0)])[..., max(-excess, 0) :]

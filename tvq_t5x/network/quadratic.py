@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tvq_t5x.network import xla
-from tvq_t5x.network.attention import MASKED, Attention, Queries
+from tvq_t5x.network.attention import MASKED, Attention, Queries, token_distance_scores
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import with_sharding_constraint
 from tvq_t5x.network.mixers import Aux, Call
@@ -51,30 +51,11 @@ class QuadraticAttention(Attention):
     call: Call,
   ) -> tuple[jax.Array, KeyValueState | KeyValueRing, Aux]:
     """See `Attention`."""
-    if isinstance(state, KeyValueRing):
-      assert call.step is not None
-      args = queries, keys, values, distances, state, call.position, call.step
-      return *token_attention(*args, self.config), {}
-    if state is None:
-      out = quadratic_attention(queries, keys, values, distances)
-      state = self.init_state(len(keys))
-    else:
-      all_keys = jnp.concatenate([state.keys, keys], axis=1)
-      all_values = jnp.concatenate([state.values, values], axis=1)
-      num_empty = jnp.maximum(self.config.kv_cache_len - call.position, 0)
-      out = quadratic_attention(queries, all_keys, all_values, distances, num_empty)
-    after = (
-      last_positions(jnp.concatenate(pair, axis=1), self.config.kv_cache_len, call.lengths)
-      for pair in zip(state, (keys, values), strict=True)
-    )
-    return out, KeyValueState(*after), {}
+    return attend(queries, keys, values, distances, state, call, self.config)
 
   def init_state(self, batch_size: int) -> KeyValueState:
     """No positions."""
-    c = self.config
-    shape = batch_size, c.kv_cache_len, c.num_kv_heads
-    widths = c.key_dim, c.value_width
-    return KeyValueState(*(jnp.zeros((*shape, width), c.dtype) for width in widths))
+    return init_key_value_state(self.config, batch_size)
 
   def state_axes(self) -> KeyValueState[PartitionSpec]:
     """See `Mixer`."""
@@ -94,6 +75,42 @@ class QuadraticAttention(Attention):
     return KeyValueState(*(jnp.swapaxes(jnp.roll(x, -oldest, 2), 1, 2) for x in state))
 
 
+def init_key_value_state(config: TransformerConfig, batch_size: int) -> KeyValueState:
+  """No positions of B sequences."""
+  shape = batch_size, config.kv_cache_len, config.num_kv_heads
+  widths = config.key_dim, config.value_width
+  return KeyValueState(*(jnp.zeros((*shape, width), config.dtype) for width in widths))
+
+
+def attend(
+  queries: Queries,
+  keys: jax.Array,
+  values: jax.Array,
+  distances: jax.Array,
+  state: KeyValueState | KeyValueRing | None,
+  call: Call,
+  config: TransformerConfig,
+) -> tuple[jax.Array, KeyValueState | KeyValueRing, Aux]:
+  """`Attention.attend` over keys as they are."""
+  if isinstance(state, KeyValueRing):
+    assert call.step is not None
+    args = queries, keys, values, distances, state, call.position, call.step
+    return *token_attention(*args, config), {}
+  if state is None:
+    out = quadratic_attention(queries, keys, values, distances)
+    state = init_key_value_state(config, len(keys))
+  else:
+    all_keys = jnp.concatenate([state.keys, keys], axis=1)
+    all_values = jnp.concatenate([state.values, values], axis=1)
+    num_empty = jnp.maximum(config.kv_cache_len - call.position, 0)
+    out = quadratic_attention(queries, all_keys, all_values, distances, num_empty)
+  after = (
+    last_positions(jnp.concatenate(pair, axis=1), config.kv_cache_len, call.lengths)
+    for pair in zip(state, (keys, values), strict=True)
+  )
+  return out, KeyValueState(*after), {}
+
+
 def quadratic_attention(
   queries: Queries,
   keys: jax.Array,
@@ -107,7 +124,8 @@ def quadratic_attention(
     queries: [B, T, N, G, K].
     keys: [B, S, N, K].
     values: [B, S, N, V].
-    distances: [M + 1, N, K]; row d adds to the scores of keys at distance d, further keys get none.
+    distances: [M + 1, N, K], or scores [M + 1, N]; row d adds to the scores of keys at distance d,
+      further keys get none.
     num_empty: [B] int32, how many of the first keys are none; None means no key.
 
   Returns:
@@ -158,7 +176,7 @@ def token_attention(
   length, reach = config.kv_cache_len, len(distances) - 1
   oldest = step % length
 
-  nearness = jnp.einsum('BNGK,DNK->BNGD', by_position, distances, **f32)
+  nearness = token_distance_scores(by_position, distances)
   # From the oldest position, at distance C, to the newest at distance 1.
   in_order = nearness[..., min(length, reach) : 0 : -1]
   in_order = jnp.pad(in_order, [(0, 0)] * 3 + [(max(length - reach, 0), 0)])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network.config import Sublayer, TransformerConfig
+from tvq_t5x.network.longvq.longvq import LongVQ
 from tvq_t5x.network.mixers import Mixer
 from tvq_t5x.network.mlp import Mlp
 from tvq_t5x.network.quadratic import QuadraticAttention
@@ -15,6 +16,7 @@ _MIXERS: dict[str, Callable[..., Mixer]] = {
   Sublayer.VQ: VQAttention,
   Sublayer.QUADRATIC: QuadraticAttention,
   Sublayer.MLP: Mlp,
+  Sublayer.LONGVQ: LongVQ,
 }
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tvq_t5x.network.attention import MASKED, Queries
+from tvq_t5x.network.attention import MASKED, Queries, distance_scores
 from tvq_t5x.network.config import Reduction, Remat, TransformerConfig
 from tvq_t5x.network.layers import SAVE_MARKED, save_for_backward
 from tvq_t5x.network.positions import last_positions, relative_shift, window_mask
@@ -62,7 +62,8 @@ def vq_attention(
   Args:
     queries: of the segment, [B, T, N, G, K].
     keys: of the segment, with codes [B, T, N] and values [B, T, N, V].
-    distances: [M + 1, N, K], projected sinusoids; row d scores keys at distance d.
+    distances: [M + 1, N, K], projected sinusoids, or [M + 1, N], scores; row d is of keys at
+      distance d.
     codebook: [N, S, K] without gradient.
     state: of the positions before the segment.
     position: [B] int32, how many those are.
@@ -190,7 +191,7 @@ def _attend(
   block_len, window_len = x.present_keys.shape[-2], x.window_keys.shape[-2]
   f32 = {'preferred_element_type': jnp.float32}
 
-  nearness = einsum('BRNGLK,CNK->BRNGLC', x.queries.position, distances[::-1], jnp.float32)
+  nearness = distance_scores(x.queries.position, distances[::-1])
   nearness = relative_shift(nearness, window_len + block_len)
   visible = window_mask(block_len, window_len, x.num_empty, within_window=not c.compressed_cache)
   visible = visible[:, :, None, None]  # [B, R, N, G, L, M + L]

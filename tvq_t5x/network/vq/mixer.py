@@ -3,7 +3,7 @@
 import jax
 
 from tvq_t5x.network.attention import Attention, Queries
-from tvq_t5x.network.mixers import Aux, Call
+from tvq_t5x.network.mixers import Aux, Call, Mixer
 from tvq_t5x.network.vq import cache
 from tvq_t5x.network.vq.attention import Keys, vq_attention
 from tvq_t5x.network.vq.cache import AttentionState
@@ -24,18 +24,7 @@ class VQAttention(Attention):
     call: Call,
   ) -> tuple[jax.Array, AttentionState | RingState, Aux]:
     """See `Attention`."""
-    c = self.config
-    quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call.loss_mask)
-    self.sow('intermediates', 'keys', keys)
-    self.sow('intermediates', 'codes', codes)
-    args = queries, Keys(quantized, codes, values), distances, codebook
-    if isinstance(state, RingState):
-      assert call.step is not None
-      out, new_state = token_attention(*args, state, call.step % c.window_len, c)
-    else:
-      state = self.init_state(len(keys)) if state is None else state
-      out, new_state = vq_attention(*args, state, call.position, c, call.lengths)
-    return out, new_state, aux
+    return attend(queries, keys, values, distances, state, call, self)
 
   def init_state(self, batch_size: int) -> AttentionState:
     """An empty window and an empty cache."""
@@ -52,3 +41,27 @@ class VQAttention(Attention):
   def from_tokens(self, state: RingState, steps: jax.Array) -> AttentionState:
     """The window in order again."""
     return in_order(state, steps % self.config.window_len)
+
+
+def attend(
+  queries: Queries,
+  keys: jax.Array,
+  values: jax.Array,
+  distances: jax.Array,
+  state: AttentionState | RingState | None,
+  call: Call,
+  module: Mixer,
+) -> tuple[jax.Array, AttentionState | RingState, Aux]:
+  """`Attention.attend` over quantized keys; the codebook is a part of `module`, which is called."""
+  c = module.config
+  quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call.loss_mask)
+  module.sow('intermediates', 'keys', keys)
+  module.sow('intermediates', 'codes', codes)
+  args = queries, Keys(quantized, codes, values), distances, codebook
+  if isinstance(state, RingState):
+    assert call.step is not None
+    out, new_state = token_attention(*args, state, call.step % c.window_len, c)
+  else:
+    state = cache.init_attention_state(c, len(keys)) if state is None else state
+    out, new_state = vq_attention(*args, state, call.position, c, call.lengths)
+  return out, new_state, aux

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tvq_t5x.network import xla
-from tvq_t5x.network.attention import MASKED, Queries
+from tvq_t5x.network.attention import MASKED, Queries, token_distance_scores
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import with_sharding_constraint
 from tvq_t5x.network.vq.attention import Keys, log_counts
@@ -69,7 +69,8 @@ def token_attention(
     queries: of the token, [B, 1, N, G, K].
     keys: of the token, with codes [B, 1, N] and values [B, 1, N, V]; quantized by `codebook`, as
       those of the state are.
-    distances: [M + 1, N, K], projected sinusoids; row d scores keys at distance d.
+    distances: [M + 1, N, K], projected sinusoids, or [M + 1, N], scores; row d is of keys at
+      distance d.
     codebook: [N, S, K].
     state: of the positions before the token, [B, N, ...].
     oldest: [] int32, the slot of the window's oldest position.
@@ -85,7 +86,7 @@ def token_attention(
   dtype, f32 = value.dtype, {'preferred_element_type': jnp.float32}
 
   code_scores = jnp.einsum('BNGK,NSK->BNGS', content, codebook.astype(dtype), **f32)
-  nearness = jnp.einsum('BNGK,CNK->BNGC', position, distances, **f32)
+  nearness = token_distance_scores(position, distances)
 
   def scores_of(codes):  # [B, N, J] to [B, N, G, J]; an empty slot has no code and is masked.
     codes = codes[:, :, None]

@@ -1,0 +1,1 @@
+"""LongVQ: gated attention to quantized keys, with a state-space layer inside."""
