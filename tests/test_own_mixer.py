@@ -106,7 +106,8 @@ def test_a_run_trains_evaluates_samples_and_carries_its_state(run, capsys):
   ].keys()
   assert (run / 'samples' / '00000008.txt').exists()
   metadata = layout.read_metadata(layout.folder(run, 8))
-  assert metadata['model']['sublayers'] == ['test_own_mixer.GatedAverage', 'vq', 'mlp']
+  own = {'test_own_mixer.GatedAverage': {'decay': DECAY}}
+  assert metadata['model']['sublayers'] == [own, 'vq', 'mlp']
   assert 'carried/layers/0' in metadata['arrays']
   with one_device():
     code = evaluate.run([], checkpoint=str(run), split='test', json_file='-', modules=MODULES)

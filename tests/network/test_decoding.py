@@ -19,6 +19,7 @@ from util import (
 )
 
 from tvq_t5x.network import decoding
+from tvq_t5x.network.longvq.longvq import LongVQ
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import Transformer
 
@@ -77,6 +78,8 @@ CASES = {
   'no_cache': {'compressed_cache': False, **LIGHT},
   'quadratic': {'attention_type': 'quadratic', 'kv_cache_len': 40, 'head_type': 'gated'},
   'quadratic_mqa': {'attention_type': 'quadratic', 'kv_cache_len': 40, **HEADS['mqa']},
+  'longvq': {'sublayers': ('longvq', 'mlp'), 'num_heads': 2},
+  'longvq_in_a_hybrid': {'sublayers': (LongVQ, 'vq'), 'scan_layers': False},
   'hybrid': {'sublayers': ('quadratic', 'vq', 'mlp'), 'kv_cache_len': 40},
   'serial': {'reduction': 'serial', 'tied_embeddings': True, 'final_norm': True, **LIGHT},
 }

@@ -38,6 +38,7 @@ _CASES = {
   # Wide enough for factored moments.
   'mha': ({'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128}, 'adafactor'),
   'carried': ({'num_layers': 2, 'key_dim': 8}, 'adamw'),
+  'longvq': ({'num_layers': 2, 'sublayers': ('longvq', 'mlp')}, 'adamw'),
 }
 
 
@@ -152,6 +153,15 @@ def test_state_carried_from_batch_to_batch_is_the_same_on_every_mesh(data, num_m
   assert_same(run, train('carried', 1, 1, 1))
   shape = run.shard_shapes['carried/layers/0/values']
   assert shape == (2, BATCH_SIZE // data, 8, 1, 64 // 2)
+
+
+@pytest.mark.parametrize(('data', 'model_axis', 'num_microbatches'), [(2, 2, 2), (1, 4, 1)])
+def test_longvq_is_the_same_on_every_mesh(data, model_axis, num_microbatches):
+  run = train('longvq', data, model_axis, num_microbatches)
+  assert_same(run, train('longvq', 1, 1, 1))
+  # [layers, D, n]: the channels of the state-space layer are shared out.
+  shape = run.shard_shapes['params/layers/longvq_0/ssm/frequency']
+  assert shape == (2, 32 // model_axis, 32)
 
 
 def test_every_device_has_its_part_only():

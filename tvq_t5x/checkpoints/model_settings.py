@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from tvq_t5x.network import sublayers
 from tvq_t5x.network.config import TransformerConfig, standard_sublayers
 
 # They change speed and memory only.
@@ -30,15 +31,20 @@ def settings_of(config: TransformerConfig) -> dict[str, Any]:
     **dataclasses.asdict(config),
     'dtype': str(config.dtype),
     'value_dim': config.value_width,
-    'sublayers': [_name(kind) for kind in config.layer_sublayers],
+    'sublayers': [_settings_of_sublayer(x) for x in sublayers.of_layer(config)],
   }
 
 
-def _name(sublayer: Any) -> str:
-  if isinstance(sublayer, str):
-    return str(sublayer)
-  cls = getattr(sublayer, 'func', sublayer)
-  return f'{cls.__module__}.{cls.__qualname__}'
+def _settings_of_sublayer(sublayer: sublayers.NamedMixer) -> Any:
+  """The name of a mixer; with its own settings, where these are not the defaults."""
+  cls = type(sublayer.mixer)
+  name = sublayers.name_of(cls) or f'{cls.__module__}.{cls.__qualname__}'
+  changed = {}
+  for f in dataclasses.fields(cls):
+    value = getattr(sublayer.mixer, f.name)
+    if f.name not in ('config', 'deterministic', 'name', 'parent') and value != f.default:
+      changed[f.name] = value if isinstance(value, str | int | float | None) else repr(value)
+  return {name: changed} if changed else name
 
 
 def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,8 +54,8 @@ def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
     for f in dataclasses.fields(TransformerConfig)
     if f.default is not dataclasses.MISSING
   }
-  sublayers = standard_sublayers(settings['head_type'], settings['attention_type'])
-  return {**missing, 'sublayers': list(map(str, sublayers)), **settings}
+  standard = standard_sublayers(settings['head_type'], settings['attention_type'])
+  return {**missing, 'sublayers': list(map(str, standard)), **settings}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     'tvq_t5x.data.token_cache': ('directory',),
     'tvq_t5x.data.vocabularies': ('sentencepiece_model', 'vocab_size'),
     'tvq_t5x.network.config': ('TransformerConfig',),
+    'tvq_t5x.network.longvq.longvq': ('LongVQ',),
     'tvq_t5x.network.transformer': ('Transformer',),
     'tvq_t5x.standalone.runner': ('train',),
     'tvq_t5x.standalone.samples': ('SampleConfig',),

@@ -12,7 +12,7 @@ from tvq_t5x.network.mlp import Mlp
 from tvq_t5x.network.quadratic import QuadraticAttention
 from tvq_t5x.network.vq.mixer import VQAttention
 
-_MIXERS: dict[str, Callable[..., Mixer]] = {
+_MIXERS: dict[str, type[Mixer]] = {
   Sublayer.VQ: VQAttention,
   Sublayer.QUADRATIC: QuadraticAttention,
   Sublayer.MLP: Mlp,
@@ -48,3 +48,14 @@ def of_layer(config: TransformerConfig) -> tuple[NamedMixer, ...]:
     counts[mixer.KIND] += 1
     found.append(NamedMixer(name, make, mixer))
   return tuple(found)
+
+
+def name_of(cls: type[Mixer]) -> str | None:
+  """The name that `TransformerConfig.sublayers` has for a class, if any.
+
+  gin's own subclass of a class, which gives it settings, has the class's name.
+  """
+  for name, known in _MIXERS.items():
+    if cls is known or (issubclass(cls, known) and cls.__qualname__ == known.__qualname__):
+      return str(name)
+  return None

@@ -14,7 +14,15 @@ from tvq_t5x.common.errors import ConfigError
 
 # Gains and biases, which the paper's code leaves out of the weight decay as 1-D arrays. Names, not
 # ranks, since scanned layers and heads add axes.
-_NOT_DECAYED = frozenset({'scale', 'bias', 'content_bias', 'position_bias'})
+_NOT_DECAYED = frozenset(
+  {
+    *('scale', 'bias', 'content_bias', 'position_bias', 'window_bias'),
+    *('query_scale', 'query_shift', 'key_scale', 'key_shift'),
+  }
+)
+# Of a state-space layer, which its authors neither decay nor teach as fast as the rest.
+_DYNAMICS = frozenset({'log_dt', 'log_decay', 'frequency', 'b_re', 'b_im'})
+_DYNAMICS_RATE = 1e-3
 _CODEBOOK = frozenset({'c_sum', 'c_count'})
 # Parameters below this key are stacked on a leading layers axis.
 _STACKED = 'layers'
@@ -140,14 +148,28 @@ def codebook_labels(params: Any) -> Any:
 
 def _chain(clip_norm, scale, learning_rate, weight_decay) -> optax.GradientTransformation:
   parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-  parts += [scale, optax.scale_by_learning_rate(learning_rate)]
+  parts += [scale, _scale_by_learning_rate(learning_rate)]
   if weight_decay:
     parts.append(optax.add_decayed_weights(-weight_decay, mask=_decayed))
   return optax.chain(*parts)
 
 
+def _scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+  """Optax's of this name, but the dynamics of state-space layers learn at 1e-3 at most (S4D)."""
+  inner = optax.scale_by_learning_rate(learning_rate)
+
+  def update(updates, state, params=None):
+    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+    updates, state = inner.update(updates, state, params)
+    is_dynamics = _map_names(lambda names: names[-1] in _DYNAMICS, updates)
+    share = _DYNAMICS_RATE / jnp.maximum(rate, _DYNAMICS_RATE)
+    return jax.tree.map(lambda u, slow: u * share if slow else u, updates, is_dynamics), state
+
+  return optax.GradientTransformation(inner.init, update)
+
+
 def _decayed(params: Any) -> Any:
-  return _map_names(lambda names: names[-1] not in _NOT_DECAYED, params)
+  return _map_names(lambda names: names[-1] not in _NOT_DECAYED | _DYNAMICS, params)
 
 
 def _stacked_labels(params: Any) -> Any:

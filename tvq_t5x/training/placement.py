@@ -79,13 +79,13 @@ def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) ->
       if size % parts:
         field = _field_of_axis(config, axis, size)
         # An MLP is a few times as wide as emb_dim, which needs only the factors left over.
-        unit = parts // math.gcd(parts, size // getattr(config, field))
+        unit = parts // math.gcd(parts, size // _value(config, field))
         units[field] = math.lcm(unit, units.get(field, 1))
   if units:
     problems = [
       ConfigError(
         f'TransformerConfig.{field}',
-        getattr(config, field),
+        _value(config, field),
         f'a multiple of {unit}, or another Partitioner.num_partitions',
         problem=f'is not accepted with {partitioner.mesh_in_words()}',
       )
@@ -188,7 +188,14 @@ def _abstract_train_state(
 def _field_of_axis(config: TransformerConfig, axis: str | None, size: int) -> str:
   """The TransformerConfig field that a parameter's axis gets its size from."""
   if axis == 'mlp':
-    return 'value_dim' if config.value_axis == 'mlp' else 'emb_dim'
+    if config.value_axis == 'mlp' and size == config.value_width:
+      return 'value_dim'
+    return 'mlp_dim' if config.mlp_dim is not None and size == config.mlp_dim else 'emb_dim'
   if axis == 'kv':
     return 'key_dim' if size == config.key_dim else 'value_dim'
-  return _FIELDS[axis]
+  return _FIELDS.get(str(axis), 'emb_dim')
+
+
+def _value(config: TransformerConfig, field: str) -> int:
+  """The size that a field stands for, where it is not given too."""
+  return config.value_width if field == 'value_dim' else getattr(config, field)

@@ -105,10 +105,10 @@ class SSM(nn.Module):
       'log_dt', lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
     )
     a = -jnp.exp(parameter('log_decay', like(start.a), 'modes'))
-    b = parameter('b_re', like(start.b.real), 'modes')
+    b = parameter('b_re', like(np.real(start.b)), 'modes')
     if self.complex_modes:
       a = a + 1j * parameter('frequency', like(start.w), 'modes')
-      b = b + 1j * parameter('b_im', like(start.b.imag), 'modes')
+      b = b + 1j * parameter('b_im', like(np.imag(start.b)), 'modes')
     step = jnp.exp(log_dt)[:, None] * a
     return _Modes(
       a=step.astype(jnp.complex64),
