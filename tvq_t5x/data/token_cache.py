@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import seqio
 
+from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import documents, locations, token_store, vocabularies
 from tvq_t5x.data.corpora import Corpus
 from tvq_t5x.data.documents import Document
@@ -56,6 +57,10 @@ class CachedTask(IndexedTask):
       part, which = store.begin(complete)
       store.write(part, self._documents(corpus, split, which))
       complete = store.complete_parts()
+      if part not in complete:
+        raise ConfigError(
+          f'{token_store.MACRO}: {store.folder} does not keep what is written there.'
+        )
     return store.open(complete)
 
   def find(self, split: str) -> None:

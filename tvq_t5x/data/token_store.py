@@ -91,14 +91,14 @@ class TokenStore:
     self._identity = json.dumps(identity, indent=2, sort_keys=True)
     self._dtype, self._first_id = np.dtype(identity['dtype']), identity['first_id']
     key = hashlib.sha256(self._identity.encode()).hexdigest()[:12]
-    self._name, self._folder = name, os.path.join(folder, f'{name}-{key}')
+    self._name, self.folder = name, os.path.join(folder, f'{name}-{key}')
     self._num_documents = num_documents
     self.num_parts = min(_MOST_PARTS, -(-num_documents // _DOCUMENTS_OF_PART))
     self._begun: set[int] = set()
     self._start = self._reported = time.monotonic()
     self._documents_written = 0
     with self._refusals('read'):
-      self._store = ts.KvStore.open(_location(self._folder), context=_CONTEXT).result()
+      self._store = ts.KvStore.open(_location(self.folder), context=_CONTEXT).result()
 
   def complete_parts(self) -> dict[int, Counts]:
     """What the complete parts hold, by their numbers.
@@ -127,7 +127,7 @@ class TokenStore:
       ConfigError: if the folder can't be written.
     """
     if not complete and not self._documents_written:
-      logging.info('Writing the tokens of %s to %s, once.', self._name, self._folder)
+      logging.info('Writing the tokens of %s to %s, once.', self._name, self.folder)
     missing = [i for i in self._parts() if i not in complete]
     part = random.SystemRandom().choice([i for i in missing if i not in self._begun] or missing)
     with self._refusals('written'):
@@ -172,7 +172,7 @@ class TokenStore:
     if not counts:
       return IndexedSplit(np.zeros([0], np.int32), Counts())
     array, sizes = self._array(create=False), [x.tokens for x in counts]
-    tokens = StoredTokens(array, sizes, self._first_id, self._folder)
+    tokens = StoredTokens(array, sizes, self._first_id, self.folder)
     return IndexedSplit(tokens, sum(counts, Counts()))
 
   def _parts(self) -> range:
@@ -193,7 +193,7 @@ class TokenStore:
       'chunk_grid': {'name': 'regular', 'configuration': outer},
       'codecs': [{'name': 'sharding_indexed', 'configuration': inner}],
     }
-    kvstore = ts.KvStore.open(_location(f'{self._folder}/tokens'), context=_CONTEXT).result()
+    kvstore = ts.KvStore.open(_location(f'{self.folder}/tokens'), context=_CONTEXT).result()
     with self._refusals('written' if create else 'read'):
       return ts.open(
         {
@@ -235,7 +235,7 @@ class TokenStore:
       yield
     except ValueError as e:  # TensorStore's, for all that fails.
       raise ConfigError(
-        f'{MACRO}: the token cache of {self._name} can not be {what} in {self._folder}: '
+        f'{MACRO}: the token cache of {self._name} can not be {what} in {self.folder}: '
         f'{reason(e)} Give a folder of yours, local or in a bucket (gs:// or s3://), with '
         f'{locations.how_to_set(MACRO)}.'
       ) from e
