@@ -74,6 +74,10 @@ class TokenStore:
 
   The folder has `identity.json`, the array `tokens/` (Zarr 3) with a row for each part, an empty
   `begun/I` for each part that was begun, and `parts/I.json` for each that is complete.
+
+  Attributes:
+    folder: of this store.
+    num_parts: of the split; 0 without documents.
   """
 
   def __init__(self, folder: str, name: str, identity: Mapping[str, Any], num_documents: int):
