@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 
 from tvq_t5x.common import named_arrays
 from tvq_t5x.training import optimizers
@@ -22,6 +23,7 @@ SIZES = {
   'layer_drop_rate': 0.2,
 }
 OPTIMIZERS = {
+  'sgd': functools.partial(optax.sgd, 0.1),
   'adamw': functools.partial(optimizers.adamw, 3e-3, weight_decay=1e-2, clip_norm=0.1),
   'adafactor': functools.partial(optimizers.adafactor, 1e-2, weight_decay=1e-2, clip_norm=0.1),
   'lion': functools.partial(optimizers.lion, 1e-3, weight_decay=1e-2, clip_norm=0.1),
