@@ -158,6 +158,7 @@ def _changed(model, folder, change):
     (lambda proto: setattr(proto.normalizer_spec, 'add_dummy_prefix', True), False),
     (lambda proto: setattr(proto.trainer_spec, 'model_type', 1), False),
   ],
+  ids=['threads', 'input', 'name', 'piece', 'score', 'type', 'prefix', 'model'],
 )
 def test_a_vocabulary_is_known_by_its_pieces_and_rules(model, tmp_path, change, is_same):
   vocabulary = vocabularies.SentencePieceVocabulary(lambda: model)
