@@ -61,10 +61,6 @@ def _refused(capsys, model_dir, *bindings, **macros):
         '16, 32, 64',
       ],
     ),
-    (
-      ['UPDATE_LEN = 32', "TransformerConfig.attention_type = 'quadratic'"],
-      ['train.update_len = 32', 'quadratic baseline', 'None or 64'],
-    ),
     (['UPDATE_LEN = -1'], ['train.update_len = -1', 'None for whole sequences']),
     (["TASK_FEATURE_LENGTHS = {'targets': 36}", 'UPDATE_LEN = None'], ['36', 'block_len = 8']),
     (['TRAIN_STEPS = 25'], ['TRAIN_STEPS', '25', '24 or 26']),
@@ -235,9 +231,3 @@ def test_the_command_line(tmp_path):
   assert unknown.returncode == 1 and "Unknown command line flag 'gni_file'" in unknown.stderr
   unquoted = call('--gin_file=gin/kjv_tiny.gin', '--gin.MODEL_DIR=runs')
   assert unquoted.returncode == 2 and '--gin.MODEL_DIR=\\"runs\\"' in unquoted.stderr
-
-
-def test_the_baseline_makes_no_samples(tmp_path, caplog):
-  bindings = ["TransformerConfig.attention_type = 'quadratic'", 'UPDATE_LEN = None']
-  assert _run(tmp_path, *bindings, dry_run=True) == 0
-  assert 'there are no samples' in caplog.text

@@ -110,6 +110,24 @@ def test_only_weights_decay(factory, heads, scan_layers):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize('rate', [1e-4, 1e-2])
+@pytest.mark.parametrize('schedule', [optax.constant_schedule, float])
+def test_the_dynamics_of_state_space_layers_learn_slowly_and_do_not_decay(rate, schedule):
+  params = {
+    'ssm': {name: jnp.ones(3) for name in ('log_dt', 'b_im', 'c_re')},
+    'kernel': jnp.ones(3),
+  }
+  gradients = jax.tree.map(lambda x: 2 * x, params)
+  optimizer = optimizers.lion(schedule(rate), weight_decay=0.25)
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  slow = min(rate, 1e-3)
+  for name in ('log_dt', 'b_im'):
+    assert_close(updates['ssm'][name], jnp.full(3, -slow))
+  for found in (updates['ssm']['c_re'], updates['kernel']):
+    assert_close(found, jnp.full(3, -rate - 0.25))
+
+
+@pytest.mark.quick
 def test_codebook_ema():
   params = {'c_sum': jnp.asarray([1.0, 2.0]), 'c_count': jnp.asarray([3.0])}
   statistics = {'c_sum': jnp.asarray([5.0, -4.0]), 'c_count': jnp.asarray([0.0])}
