@@ -125,6 +125,18 @@ def test_a_file_is_no_model_dir(tmp_path, capsys):
   assert 'MODEL_DIR' in message and f'{tmp_path / "file"} is a file' in message
 
 
+@pytest.mark.parametrize('name', ['run[1]', 'run*', 'run?', 'a\\b', 'two\nlines', 'x\udcff'])
+def test_a_model_dir_whose_checkpoints_could_not_be_read_is_refused(tmp_path, capsys, name):
+  message = _refused(capsys, tmp_path / name)
+  assert '(macro MODEL_DIR)' in message and 'could not be read again' in message
+  assert not (tmp_path / name).exists()
+
+
+def test_a_home_that_nobody_has_is_refused(capsys):
+  message = _refused(capsys, '~nobody_of_this_name/run')
+  assert '(macro MODEL_DIR)' in message and './~nobody_of_this_name/run' in message
+
+
 def test_the_model_dir_of_another_model_is_refused(whole, capsys):
   message = _refused(capsys, whole, 'config.TransformerConfig.window_len = 16')
   assert 'MODEL_DIR' in message and 'another model' in message

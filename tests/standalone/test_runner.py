@@ -57,10 +57,13 @@ def _run(model_dir, *bindings, dry_run=False, **macros):
   return train.run([_GIN], [*_bindings(model_dir, **macros), *bindings], dry_run=dry_run)
 
 
+_NAME = 'run ]{1}$HOME%20#$$_^,;&|~é'  # Of a folder, with what means something to some program.
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory, kept_programs):
   """An undisturbed run."""
-  folder = tmp_path_factory.mktemp('whole') / 'run'
+  folder = tmp_path_factory.mktemp('whole') / _NAME
   assert _run(folder) == 0
   return folder
 
@@ -68,7 +71,7 @@ def whole(tmp_path_factory, kept_programs):
 @pytest.fixture
 def copied(whole, tmp_path):
   """A copy of the undisturbed run, to be changed."""
-  return shutil.copytree(whole, tmp_path / 'run')
+  return shutil.copytree(whole, tmp_path / _NAME)
 
 
 def _records(folder):

@@ -16,7 +16,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tvq_t5x.common import errors, named_arrays
+from tvq_t5x.common import errors, files, named_arrays
 from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.training import train_state
 from tvq_t5x.training.train_state import TrainState
@@ -54,7 +54,7 @@ def find(checkpoint: str, given: str) -> pathlib.Path:
   what = "give a run's folder, or one of the checkpoint_N folders in it"
   if not checkpoint or '://' in checkpoint:
     raise ConfigError(f'{given}: {what}, on a local disk.')
-  path = pathlib.Path(checkpoint).expanduser().absolute()
+  path = files.absolute(checkpoint, given)
   if not path.is_dir():
     raise ConfigError(f'{given}: there is no such folder; {what}.')
   if re.fullmatch(rf'{PREFIX}_\d+', path.name) and (path / STATE).is_dir():

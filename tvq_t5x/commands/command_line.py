@@ -23,8 +23,8 @@ flags.disclaim_key_flags()
 
 def define_gin_flags(flag_values: flags.FlagValues) -> None:
   """Adds T5X's flags that say where the configuration is."""
-  flags.DEFINE_multi_string(
-    'gin_file', [], 'Gin file; repeat it for more, where a later one holds.', flag_values
+  define_path_list_flag(
+    'gin_file', 'Gin file; repeat it for more, where a later one holds.', flag_values
   )
   flags.DEFINE_multi_string(
     'gin_bindings', [], 'A setting NAME=VALUE; --gin.NAME=VALUE is the same.', flag_values

@@ -158,7 +158,8 @@ def _check_closed(name: str, value: str) -> None:
 
 def _search_folders(search_paths: Sequence[str]) -> list[str]:
   root = gin_root()
-  return [os.path.join(root, 'standalone'), '', *search_paths, os.path.dirname(root)]
+  given = map(os.path.expanduser, search_paths)
+  return [os.path.join(root, 'standalone'), '', *given, os.path.dirname(root)]
 
 
 def read(path: str) -> str:

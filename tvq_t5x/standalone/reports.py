@@ -44,7 +44,8 @@ def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> No
     margin = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + 2 * margin)
     axes.legend(title=f'last {unit}')
-  axes.set(title=title, xlabel='tokens trained on', ylabel=unit)
+  axes.set(xlabel='tokens trained on', ylabel=unit)
+  axes.set_title(title, parse_math=False)  # Folders are called as anybody likes.
   axes.grid(alpha=0.3)
   with files.replacing(path) as f:
     figure.savefig(f, format='png', dpi=120)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from tvq_t5x.checkpoints import layout, model_settings
-from tvq_t5x.common import errors, named_arrays
+from tvq_t5x.common import errors, files, named_arrays
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets
 from tvq_t5x.standalone.run_settings import RunSettings
@@ -41,13 +41,15 @@ def resolve_model_dir(model_dir: str) -> pathlib.Path:
   """The absolute path of a run's folder, which this creates nothing in.
 
   Raises:
-    ConfigError: if it can't be written.
+    ConfigError: if it can't be written, or checkpoints in it could not be read.
   """
   if '://' in model_dir or not model_dir:
     raise ConfigError(
       'train.model_dir', model_dir, 'the path of a local folder, for the standalone runner'
     )
-  path = pathlib.Path(model_dir).expanduser().absolute()
+  given = f'train.model_dir = {model_dir!r}'
+  path = files.absolute(model_dir, given)
+  files.check_name(path, given)
   existing = next(p for p in (path, *path.parents) if p.exists())
   if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
     what = 'can not be written' if existing.is_dir() else 'is a file'
