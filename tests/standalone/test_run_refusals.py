@@ -1,5 +1,6 @@
 """What a run refuses to start with: one message that names the setting, and nothing compiled."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -174,6 +175,36 @@ def test_changed_training_settings_are_told(copied, caplog):
   assert 'TransformerConfig.commit_weight = 0.5, there 0.0001' in caplog.text
   assert 'TransformerConfig.block_len = 16, there 8' in caplog.text
   assert 'random_seed = 4, there 3' in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('bindings', 'said'),
+  [
+    (['TRAIN_STEPS = 16'], ['train.total_steps = 16 (macro TRAIN_STEPS), there 8']),
+    (['TRAIN_STEPS = 16'], ['warmup_cosine.total_steps = 16 (macro TRAIN_STEPS), there 8']),
+    (['PEAK_LEARNING_RATE = 1e-3'], ['peak = 0.001 (macro PEAK_LEARNING_RATE), there 0.01']),
+    (['CLIP_NORM = 0.5'], ['adamw.clip_norm = 0.5 (macro CLIP_NORM), there 1.0']),
+    (['WEIGHT_DECAY = 1e-4'], ['adamw.weight_decay = 0.0001 (macro WEIGHT_DECAY), there 0.0']),
+    # What was a default.
+    (['optimizers.adamw.b1 = 0.8'], ['adamw.b1 = 0.8, there 0.9']),
+    (['optimizers.warmup_cosine.final_share = 0'], ['final_share = 0, there 0.1']),
+  ],
+)
+def test_changed_optimizers_and_schedules_are_told(whole, caplog, bindings, said):
+  assert _run(whole, *bindings, dry_run=True) == 0
+  told = [r for r in caplog.messages if 'with other settings' in r]
+  for part in said:
+    assert any(part in message for message in told)
+  assert len(told) == (2 if 'TRAIN_STEPS = 16' in bindings else 1)
+
+
+def test_a_checkpoint_that_says_nothing_of_training_is_not_compared(copied, caplog):
+  path = copied / 'checkpoint_8' / 'metadata' / 'metadata'
+  record = json.loads(path.read_text())
+  del record['training']
+  path.write_text(json.dumps(record))
+  assert _run(copied, 'CLIP_NORM = 0.5', dry_run=True) == 0
+  assert 'with other settings' not in caplog.text
 
 
 @pytest.mark.parametrize('dry_run', [True, False])

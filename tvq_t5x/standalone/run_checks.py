@@ -13,7 +13,9 @@ from tvq_t5x.checkpoints import layout, model_settings
 from tvq_t5x.common import errors, files, named_arrays
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets
+from tvq_t5x.gin_support import descriptions
 from tvq_t5x.standalone.run_settings import RunSettings
+from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.placement import StateInfo
 
 _PARAMS = 'params/'  # Before the names of parameters in a train state.
@@ -85,6 +87,10 @@ def record_of(settings: RunSettings, info: StateInfo) -> dict[str, Any]:
     'updates_in_batch': settings.updates,
     'random_seed': settings.random_seed,
     'data': datasets.identity(settings.train_dataset_cfg, settings.model.carry_state),
+    'training': {
+      'train.total_steps': settings.total_steps,
+      **descriptions.of_parameter(TransformerVQModel, 'optimizer'),
+    },
   }
 
 
@@ -121,7 +127,20 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
   for name in ('updates_in_batch', 'random_seed'):
     if saved[name] != record[name]:
       accepted.append(f'{name} = {record[name]}, there {saved[name]}')
-  return accepted
+  return accepted + _different_training(saved.get('training', {}), record['training'])
+
+
+def _different_training(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What differs where both say something: an earlier version has not written all."""
+  return [
+    f'{name} = {_shown(new[name])}, there {_shown(old[name])}'
+    for name in new
+    if name in old and old[name] != new[name]
+  ]
+
+
+def _shown(value: Any) -> str:
+  return value if str(value).startswith('@') else repr(value)
 
 
 def _check_same_shapes(model_dir: pathlib.Path, record: dict[str, Any]) -> None:
