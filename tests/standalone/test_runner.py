@@ -15,7 +15,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import event_accumulator, event_file_loader
+from tensorboard.compat.proto import event_pb2
+from tensorboard.util.tensor_util import make_ndarray
 from util import next_batch
 
 from tvq_t5x import train
@@ -97,6 +99,8 @@ def _assert_same_end(folder, expected):
     np.testing.assert_array_equal, _arrays(folder, steps[-1]), _arrays(expected, steps[-1])
   )
   assert _comparable(folder) == _comparable(expected)
+  for split in ('train', 'validation', 'test'):
+    assert sorted(_events(folder, split)) == sorted(_events(expected, split))
   assert next_batch(folder, steps[-1]) == next_batch(expected, steps[-1])
   for path in expected.glob('samples/*'):
     assert (folder / 'samples' / path.name).read_text() == path.read_text()
@@ -147,8 +151,6 @@ def test_tensorboard_has_the_same(whole):
 
 
 def tf_value(event):
-  from tensorflow import make_ndarray
-
   return float(make_ndarray(event.tensor_proto))
 
 
@@ -179,6 +181,35 @@ def test_records_after_the_checkpoint_are_written_anew(tmp_path):
     assert math.isnan(log.record('train', 1)['loss'])
     assert log.has_samples(2) and not log.has_samples(3)
   assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 2
+
+
+def _events(folder, split):
+  """Step and value of each loss in TensorBoard's files, as they lie there."""
+  found = []
+  for path in sorted((folder / 'tensorboard' / split).glob('events.*')):
+    for event in event_file_loader.RawEventFileLoader(str(path)).Load():
+      event = event_pb2.Event.FromString(event)
+      values = [v for v in event.summary.value if v.tag == 'cross_entropy']
+      found += [(event.step, float(make_ndarray(v.tensor))) for v in values]
+  return found
+
+
+def test_events_after_the_checkpoint_are_written_anew(tmp_path):
+  with run_log.RunLog(tmp_path) as log:
+    for step in (1, 2, 3):
+      log.write('train', step, {'cross_entropy': step})
+      log.write('validation', step, {'cross_entropy': step})
+  with next((tmp_path / 'tensorboard' / 'train').iterdir()).open('ab') as f:
+    f.write(b'cut short')  # By a kill.
+  outside = tmp_path / 'outside'
+  (tmp_path / 'tensorboard' / 'validation').rename(outside)
+  (tmp_path / 'tensorboard' / 'validation').symlink_to(outside)
+  with run_log.RunLog(tmp_path) as log:
+    log.go_on_after(2)
+    log.write('train', 3, {'cross_entropy': 7})
+  assert _events(tmp_path, 'train') == [(1, 1.0), (2, 2.0), (3, 7.0)]
+  assert _events(tmp_path, 'validation') == [(1, 1.0), (2, 2.0), (3, 3.0)]
+  assert not list(tmp_path.glob('tensorboard/train/incomplete*'))
 
 
 def test_a_finished_run_says_so(copied, whole, caplog):
