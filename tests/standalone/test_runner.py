@@ -296,7 +296,7 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
 
   with monkeypatch.context() as patch:
     patch.setattr(datasets.TrainingIterator, '__next__', in_training)
-    assert _run(folder) == 0
+    assert _run(folder) == 128 + signal.SIGTERM
   assert layout.steps_in(folder)[-1] == 10
   assert f'Stopped by SIGTERM after step 10 of {_STEPS}' in caplog.text
   assert 'The same command continues' in caplog.text
@@ -311,7 +311,7 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
 
   with monkeypatch.context() as patch:
     patch.setattr(loop.datasets, 'evaluation_batches', in_evaluation)
-    assert _run(folder) == 0
+    assert _run(folder) == 128 + signal.SIGINT
   assert len(count) == 1
   assert layout.steps_in(folder)[-1] == 20
   assert {r['split'] for r in _records(folder)} == {'train'}
@@ -340,9 +340,58 @@ def test_a_second_interrupt_interrupts():
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
     os.kill(os.getpid(), signal.SIGINT)
-    assert stop.received == 'SIGINT'
+    assert stop.received == signal.SIGINT
     os.kill(os.getpid(), signal.SIGINT)
   assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with StopSignals() as stop:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert stop.received is None
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_from_c_is_no_obstacle(monkeypatch):
+  before, install = signal.getsignal(signal.SIGTERM), signal.signal
+  # Python says None of such a handler.
+  monkeypatch.setattr(signal, 'signal', lambda number, new: install(number, new) and None)
+  try:
+    with StopSignals() as stop:
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  finally:
+    install(signal.SIGTERM, before)
+
+
+def test_nobody_has_to_read_that_it_stops():
+  terminal = os.dup(2)
+  read, write = os.pipe()
+  os.close(read)
+  try:
+    os.dup2(write, 2)
+    with StopSignals() as stop:
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert stop.received == signal.SIGTERM
+  finally:
+    os.dup2(terminal, 2)
+    for number in (write, terminal):
+      os.close(number)
+
+
+def test_samples_do_not_control_the_terminal(tmp_path, caplog):
+  text = 'a\tb\n\x1b[2J\x07\r\x9b é'
+  with run_log.RunLog(tmp_path) as log:
+    log.write_samples(1, [text])
+  assert 'a\tb\n\\x1b[2J\\x07\\r\\x9b é' in caplog.text
+  assert (tmp_path / 'samples' / '00000001.txt').read_bytes() == f'{text}\n'.encode()
 
 
 def test_a_truncated_newest_checkpoint_is_named(copied, whole, caplog):

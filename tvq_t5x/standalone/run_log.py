@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from clu import metric_writers
 
-from tvq_t5x.common import files, images
+from tvq_t5x.common import files, images, words
 from tvq_t5x.standalone import event_files
 
 Record = dict[str, Any]
@@ -96,7 +96,8 @@ class RunLog:
     # Indented by four, text is verbatim in Markdown.
     quoted = {str(i): '    ' + text.replace('\n', '\n    ') for i, text in enumerate(texts)}
     writer.write_texts(step, {f'sample/{i}': text for i, text in quoted.items()})
-    logging.info('Samples after step %d:\n%s\n%s\n%s', step, rule, content, rule)
+    shown = words.printable(content)
+    logging.info('Samples after step %d:\n%s\n%s\n%s', step, rule, shown, rule)
 
   def has_samples(self, step: int) -> bool:
     """Whether the samples of a step have been written."""

@@ -33,6 +33,7 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
   Raises:
     ConfigError: for settings that can't work, before anything is compiled.
     CheckpointError: if a checkpoint can't be written, or none can be read.
+    Stopped: after a signal, with a checkpoint.
     TrainingDiverged: at a loss, gradient or parameter that is not finite.
   """
   run_checks.check_one_process()
