@@ -136,3 +136,21 @@ def test_ctrl_c_ends_with_a_line(tmp_path, importing):
   os.killpg(process.pid, signal.SIGINT)  # As a terminal does: to all that were started.
   _, err = process.communicate()
   assert (process.returncode, err) == (130, 'error: interrupted\n')
+
+
+def test_no_folder_for_temporary_files_is_needed(tmp_path):
+  lines = [
+    'import tempfile',
+    'def nowhere(): raise FileNotFoundError(2, "No usable temporary directory found")',
+    'tempfile._get_default_tempdir = nowhere',
+  ]
+  command = _command(tmp_path, 'import tempfile; print(tempfile.gettempdir())')
+  path = tmp_path / 'command.py'
+  path.write_text('\n'.join([*lines, path.read_text()]))
+  done = _in_shell(command, '')
+  assert (done.returncode, done.stdout, done.stderr) == (0, '.\n', '')
+
+
+def test_what_a_library_asks_for_is_a_line(tmp_path):
+  done = _in_shell(_command(tmp_path, 'raise OSError("set MPLCONFIGDIR")'), '')
+  assert (done.returncode, done.stderr) == (1, 'error: set MPLCONFIGDIR\n')

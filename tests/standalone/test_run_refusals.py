@@ -1,5 +1,6 @@
 """What a run refuses to start with: one message that names the setting, and nothing compiled."""
 
+import errno
 import json
 import os
 import pathlib
@@ -230,6 +231,20 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
     assert _run(tmp_path) == 2
   message = capsys.readouterr().err
   assert 'another run is writing there' in message and '(macro MODEL_DIR)' in message
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, None])
+def test_a_run_needs_no_locks(tmp_path, monkeypatch, caplog, number):
+  def flock(*args):
+    raise OSError(number, os.strerror(number))
+
+  if number is None:
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+  else:
+    monkeypatch.setattr('fcntl.flock', flock)
+  with run_checks.locked(tmp_path / 'run'):
+    assert (tmp_path / 'run').is_dir()
+  assert f'Another run in {tmp_path / "run"} would not be noticed' in caplog.text
 
 
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):

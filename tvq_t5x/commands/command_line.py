@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags, logging
@@ -96,6 +97,11 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
   with a line and no traceback.
   """
   _open_streams()
+  try:
+    tempfile.gettempdir()
+  except FileNotFoundError:
+    # TensorFlow asks where it is as it is imported, and needs none.
+    tempfile.tempdir = os.curdir
   code = 1
   try:
     app.run(main, flags_parser=parse_flags)
@@ -105,7 +111,8 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
   except BrokenPipeError:
     code = 0  # Who reads the output has seen enough, as `head` does.
   except OSError as e:
-    if e.errno not in NO_ROOM:
+    # Without a number it is a library's own, which says what to do, as of a folder for caches.
+    if e.errno is not None and e.errno not in NO_ROOM:
       raise
     code = fail(str(e), 1)
   except SystemExit as e:

@@ -1,13 +1,13 @@
 """What is wrong with where a standalone run is to write, said before anything is compiled."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
+from absl import logging
 
 from tvq_t5x.checkpoints import layout, model_settings
 from tvq_t5x.common import errors, files, named_arrays
@@ -70,13 +70,25 @@ def locked(model_dir: pathlib.Path) -> Iterator[None]:
     raise ConfigError(f'{model_dir} can not be written ({e}): give another train.model_dir.') from e
   with lock:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _lock(lock)
     except BlockingIOError as e:
       raise ConfigError(
         f'{model_dir}: another run is writing there; give another train.model_dir, or wait for its '
         'end.'
       ) from e
+    except OSError as e:
+      logging.warning(
+        'Another run in %s would not be noticed: its file system has no locks (%s).', model_dir, e
+      )
     yield
+
+
+def _lock(file: IO[str]) -> None:
+  try:
+    import fcntl
+  except ImportError as e:  # It is of Unix only.
+    raise OSError(str(e)) from e
+  fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def record_of(settings: RunSettings, info: StateInfo) -> dict[str, Any]:
