@@ -6,7 +6,7 @@ Example: python -m tvq_t5x.evaluate --checkpoint=runs/kjv --split=test
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from tvq_t5x.commands import command_line
 from tvq_t5x.common import files
@@ -120,4 +120,4 @@ def _main(args: Sequence[str]) -> int:
 
 if __name__ == '__main__':
   define_flags(flags.FLAGS)
-  app.run(_main, flags_parser=command_line.parse_flags)
+  command_line.start(_main)

@@ -8,7 +8,7 @@ Needs libtpu, and no TPU.
 import os
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from tvq_t5x.commands import command_line
 from tvq_t5x.common.errors import ConfigError
@@ -74,4 +74,4 @@ def _main(args: Sequence[str]) -> int:
 
 if __name__ == '__main__':
   define_flags(flags.FLAGS)
-  app.run(_main, flags_parser=command_line.parse_flags)
+  command_line.start(_main)

@@ -1,16 +1,19 @@
 """Command line of the standalone runner; `--help` lists the flags.
 
 Example: python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"
+
+Exits with 0 when the run is finished, 1 if it failed, 2 for a wrong setting, and with 128 and the
+number of the signal if it was stopped: 143 after SIGTERM, 130 after Ctrl-C. A run that was stopped
+has a checkpoint, and the same command continues from it.
 """
 
-import errno
 import os
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from tvq_t5x.commands import command_line
-from tvq_t5x.common.errors import CheckpointError, ConfigError, TrainingDiverged
+from tvq_t5x.common.errors import CheckpointError, ConfigError, Stopped, TrainingDiverged
 
 _EXAMPLE = 'python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"'
 
@@ -37,8 +40,8 @@ def run(
   """Trains as the gin files say.
 
   Returns:
-    Exit code: 0 at the end, after SIGTERM or SIGINT, 1 for a run that failed, 2 for a wrong
-    setting.
+    Exit code: 0 when the run is finished, 1 for one that failed, 2 for a wrong setting, 128 and the
+    number of the signal for one that was stopped with a checkpoint.
   """
   # Slow to import: --help should not wait for it.
   with command_line.quiet_imports():
@@ -63,9 +66,11 @@ def run(
     return command_line.fail(parsing.message(e), 2)
   except (CheckpointError, TrainingDiverged) as e:
     return command_line.fail(parsing.message(e), 1)
+  except Stopped as e:
+    return 128 + e.number
   except OSError as e:
     # gin's copy of the error has no errno.
-    if not any(os.strerror(number) in str(e) for number in (errno.ENOSPC, errno.EDQUOT)):
+    if not any(os.strerror(number) in str(e) for number in command_line.NO_ROOM):
       raise
     return command_line.fail(f'{parsing.message(e)}; make room, the same command then continues', 1)
   return 0
@@ -85,4 +90,4 @@ def _main(args: Sequence[str]) -> int:
 
 if __name__ == '__main__':
   define_flags(flags.FLAGS)
-  app.run(_main, flags_parser=command_line.parse_flags)
+  command_line.start(_main)

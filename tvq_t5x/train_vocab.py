@@ -16,7 +16,7 @@ import os
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from tvq_t5x.commands import command_line
 from tvq_t5x.common import files
@@ -199,4 +199,4 @@ def _main(args: Sequence[str]) -> int:
 
 if __name__ == '__main__':
   define_flags(flags.FLAGS)
-  app.run(_main, flags_parser=command_line.parse_flags)
+  command_line.start(_main)

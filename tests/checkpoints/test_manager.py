@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent; damaged ones are named, moved away and passed over."""
 
 import errno
+import json
 import os
 
 import jax
@@ -14,6 +15,14 @@ from tvq_t5x.checkpoints.manager import Checkpoints
 from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.data.datasets import POSITION, TrainingIterator
 from tvq_t5x.training.train_state import TrainState
+
+# What every record has.
+_RECORD = {
+  'model': {'head_type': 'gated', 'attention_type': 'vq'},
+  'arrays': {'params/kernel': [[64, 64], 'float32']},
+  'updates_in_batch': 1,
+  'random_seed': 0,
+}
 
 
 def _batches(identity='one'):
@@ -42,7 +51,7 @@ def _write(folder, steps, **kwargs):
   with _open(folder, **kwargs) as opened:
     for step in steps:
       next(batches)
-      opened.save(step, _state(step), batches, {'note': step})
+      opened.save(step, _state(step), batches, {**_RECORD, 'note': step})
 
 
 def _restore(folder, batches=None):
@@ -85,7 +94,7 @@ def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
   overwrite = jax.jit(lambda x: jax.tree.map(lambda y: y * 0, x), donate_argnums=0)
   state, batches = _state(7), _batches()
   with _open(tmp_path) as opened:
-    opened.save(7, state, batches, {})
+    opened.save(7, state, batches, _RECORD)
     for _ in range(3):
       state = overwrite(state)
   _assert_equal(_restore(tmp_path)[0].state, 7)
@@ -149,10 +158,111 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage)
     assert 'step 20 is damaged' in message and 'from the checkpoint of step 10' in message
     assert str(tmp_path / 'damaged' / 'checkpoint_20') in message
     assert (tmp_path / 'damaged' / 'checkpoint_20').is_dir()
-    opened.save(20, _state(20), batches, {'note': 'again'})
+    opened.save(20, _state(20), batches, {**_RECORD, 'note': 'again'})
   (state, metadata), position = _restore(tmp_path)
   _assert_equal(state, 20)
   assert (metadata['note'], position) == ('again', 2)
+
+
+def _write_record(folder, step, **changes):
+  path = folder / f'checkpoint_{step}' / 'metadata' / 'metadata'
+  record = {**json.loads(path.read_text()), **changes}
+  path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
+  return path
+
+
+@pytest.mark.parametrize('field', ['model', 'arrays', 'updates_in_batch', 'random_seed'])
+def test_a_record_without_a_field_names_it_and_the_file(tmp_path, caplog, field):
+  _write(tmp_path, [10, 20])
+  path = _write_record(tmp_path, 20, **{field: None})
+  with pytest.raises(ValueError, match=f'the field {field!r} is missing in {path}'):
+    layout.read_metadata(path.parents[1])
+  _assert_equal(_restore(tmp_path)[0].state, 10)
+  assert f'step 20 is damaged (the field {field!r} is missing in {path}' in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('model', {}),
+    ('model', 'small'),
+    ('arrays', {'params/kernel': [64, 'float32']}),
+    ('arrays', ['params/kernel']),
+    ('updates_in_batch', 0),
+    ('random_seed', '0'),
+    ('checksums', {'params/kernel': 'x'}),
+    ('data', []),
+    ('training', 'adamw'),
+    ('window', {'loss': [1.0]}),
+  ],
+)
+def test_a_wrong_field_of_a_record_is_named(tmp_path, field, value):
+  _write(tmp_path, [10])
+  path = _write_record(tmp_path, 10, **{field: value})
+  with pytest.raises(ValueError, match=f'the field {field!r} is wrong in {path}'):
+    layout.read_metadata(path.parents[1])
+  with pytest.raises(CheckpointError, match=f'step 10: the field {field!r} is wrong'):
+    _restore(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['', '[]', '7', '{"model": ', '\0'])
+def test_what_is_no_record_names_the_file(tmp_path, text):
+  _write(tmp_path, [10])
+  path = tmp_path / 'checkpoint_10' / 'metadata' / 'metadata'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=f' in {path}'):
+    layout.read_metadata(path.parents[1])
+
+
+def _strangers(folder):
+  for name in ('checkpoint_050', 'checkpoint_60', 'checkpoint_x', 'checkpoint_1'):
+    (folder / name).mkdir()
+  (folder / 'checkpoint_x' / 'file').write_text('')
+  (folder / 'checkpoint_99').write_text('')
+  (folder / 'checkpoint_98').symlink_to('nothing')
+  (folder / 'latest').symlink_to('checkpoint_20')
+
+
+def test_what_is_no_checkpoint_is_named_and_left_alone(tmp_path, caplog):
+  _write(tmp_path, [10, 20])
+  _strangers(tmp_path)
+  assert layout.steps_in(tmp_path) == [10, 20]
+  assert layout.find(str(tmp_path), 'x') == tmp_path / 'checkpoint_20'
+  _assert_equal(_restore(tmp_path)[0].state, 20)
+  names = ('checkpoint_050', 'checkpoint_1', 'checkpoint_60', 'checkpoint_98', 'checkpoint_99')
+  assert f'passed over: {", ".join(names)}.' in caplog.text
+  assert not (tmp_path / 'damaged').exists()
+
+
+def test_a_save_moves_away_what_has_its_name(tmp_path, caplog):
+  _write(tmp_path, [10, 20])
+  _strangers(tmp_path)
+  outside = tmp_path / 'outside'
+  outside.mkdir()
+  (outside / 'file').write_text('')
+  (tmp_path / 'checkpoint_70').symlink_to(outside)
+  (tmp_path / 'checkpoint_80.orbax-checkpoint-tmp').symlink_to(outside)
+  _write(tmp_path, [60, 70, 80, 98, 99])
+  assert layout.steps_in(tmp_path) == [10, 20, 60, 70, 80, 98, 99]
+  assert 'checkpoint_99 was moved to' in caplog.text
+  assert list(outside.iterdir()) == [outside / 'file']
+  _assert_equal(_restore(tmp_path)[0].state, 99)
+
+
+def test_links_are_read_and_not_followed_to_remove_or_move(tmp_path):
+  run, outside = tmp_path / 'run', tmp_path / 'outside'
+  outside.mkdir()
+  _write(run, [10, 20])
+  (run / 'checkpoint_10').rename(outside / 'checkpoint_10')
+  (run / 'checkpoint_10').symlink_to(outside / 'checkpoint_10')
+  (run / 'damaged').symlink_to(outside)
+  _truncate(_largest(run / 'checkpoint_20' / 'state'))
+  _assert_equal(_restore(run)[0].state, 10)
+  assert (run / 'damaged.1' / 'checkpoint_20').is_dir()
+  _write(run, [30, 40], keep=1)
+  assert layout.steps_in(run) == [10, 40]
+  assert [p.name for p in outside.iterdir()] == ['checkpoint_10']
+  assert layout.read_metadata(outside / 'checkpoint_10')['note'] == 10
 
 
 def test_damage_twice_keeps_both(tmp_path):

@@ -1,8 +1,11 @@
-"""What the commands share: what C++ libraries print while they load."""
+"""What the commands share: streams, exit codes, and what C++ libraries print while they load."""
 
+import os
 import signal
 import subprocess
 import sys
+
+import pytest
 
 _PRINTED = """\
 WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
@@ -41,3 +44,113 @@ def test_an_import_that_fails_is_seen():
   assert done.returncode == 1
   assert done.stderr.startswith('E0000 why\nTraceback')
   assert done.stderr.endswith('ImportError: missing\n')
+
+
+def _command(tmp_path, *lines):
+  """The arguments that run a command whose main function has these lines."""
+  path = tmp_path / 'command.py'
+  head = [
+    'import os, sys, time',
+    'from absl import app, logging',
+    'from tvq_t5x.commands import command_line',
+    'def main(args):',
+    '  command_line.prepare(args)',
+  ]
+  end = ["if __name__ == '__main__':", '  command_line.start(main)']
+  path.write_text('\n'.join([*head, *(f'  {line}' for line in lines), *end]))
+  return [sys.executable, str(path)]
+
+
+def _in_shell(command, redirected, **env):
+  text = ' '.join([*command, redirected])
+  return subprocess.run(
+    text, shell=True, capture_output=True, text=True, env={**os.environ, **env}, check=False
+  )
+
+
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '<&-', '>&- 2>&- <&-'])
+def test_files_do_not_take_the_place_of_closed_streams(tmp_path, closed):
+  path = tmp_path / 'file'
+  command = _command(
+    tmp_path,
+    f'file = open({str(path)!r}, "w")',
+    'print("out"); print("err", file=sys.stderr); logging.error("log"); os.write(2, b"raw")',
+    'file.write(str(file.fileno() > 2))',
+    'return 3',
+  )
+  done = _in_shell(command, closed)
+  assert done.returncode == 3 and 'Traceback' not in done.stderr
+  assert path.read_text() == 'True'
+  if closed == '>&-':
+    assert 'err' in done.stderr and 'log' in done.stderr
+
+
+@pytest.mark.parametrize('length', [1, 100_000])
+def test_output_that_can_not_be_written_is_an_error_on_a_line(tmp_path, length):
+  done = _in_shell(_command(tmp_path, f'print("x" * {length})'), '>/dev/full')
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: ') and 'No space left on device' in done.stderr
+  assert done.stderr.count('\n') == 1
+
+
+def test_nobody_has_to_read_the_errors(tmp_path):
+  command = _command(tmp_path, 'logging.error("log"); return command_line.fail("x", 2)')
+  assert _in_shell(command, '2>/dev/full').returncode == 2
+
+
+def test_who_has_seen_enough_gets_no_error(tmp_path):
+  command = _command(tmp_path, 'for _ in range(10_000): print("x" * 100)')
+  assert _in_shell(command, '| head -n 1').stderr == ''
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252'])
+def test_characters_that_a_terminal_lacks_are_shown_as_codes(tmp_path, encoding):
+  command = _command(tmp_path, r'print("a\u4e2d"); logging.error("\u4e2d"); return 0')
+  done = _in_shell(command, '', PYTHONIOENCODING=encoding, LC_ALL='POSIX')
+  assert done.returncode == 0 and done.stdout == 'a\\u4e2d\n' and '\\u4e2d' in done.stderr
+
+
+@pytest.mark.parametrize('flag', ['--help', '--helpfull', '-help'])
+def test_help_is_no_failure(tmp_path, flag):
+  done = _in_shell(_command(tmp_path), flag)
+  assert done.returncode == 0 and '[flags]' in done.stdout
+
+
+@pytest.mark.parametrize(('flag', 'code'), [('--hlep', 1), ('x', 1)])
+def test_mistakes_are(tmp_path, flag, code):
+  assert _in_shell(_command(tmp_path), flag).returncode == code
+
+
+@pytest.mark.parametrize('importing', [False, True])
+def test_ctrl_c_ends_with_a_line(tmp_path, importing):
+  lines = ['print("ready", flush=True); time.sleep(60)']
+  if importing:
+    lines = ['with command_line.quiet_imports():', f'  {lines[0]}']
+  command = _command(
+    tmp_path, 'import signal', 'signal.signal(2, signal.default_int_handler)', *lines
+  )
+  process = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+  )
+  assert process.stdout.readline() == 'ready\n'
+  os.killpg(process.pid, signal.SIGINT)  # As a terminal does: to all that were started.
+  _, err = process.communicate()
+  assert (process.returncode, err) == (130, 'error: interrupted\n')
+
+
+def test_no_folder_for_temporary_files_is_needed(tmp_path):
+  lines = [
+    'import tempfile',
+    'def nowhere(): raise FileNotFoundError(2, "No usable temporary directory found")',
+    'tempfile._get_default_tempdir = nowhere',
+  ]
+  command = _command(tmp_path, 'import tempfile; print(tempfile.gettempdir())')
+  path = tmp_path / 'command.py'
+  path.write_text('\n'.join([*lines, path.read_text()]))
+  done = _in_shell(command, '')
+  assert (done.returncode, done.stdout, done.stderr) == (0, '.\n', '')
+
+
+def test_what_a_library_asks_for_is_a_line(tmp_path):
+  done = _in_shell(_command(tmp_path, 'raise OSError("set MPLCONFIGDIR")'), '')
+  assert (done.returncode, done.stderr) == (1, 'error: set MPLCONFIGDIR\n')

@@ -9,6 +9,8 @@ import pytest
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import parsing
 
+pytestmark = pytest.mark.quick
+
 _LIBRARY = """
 import dataclasses
 
@@ -27,8 +29,6 @@ _RUN = """
 from __gin__ import dynamic_registration
 
 from ginfakes import data
-
-pytestmark = pytest.mark.quick
 
 MODEL_DIR = %gin.REQUIRED
 STEPS = 10
@@ -292,3 +292,21 @@ def test_other_wrong_arguments_are_refused(arg, part):
   with pytest.raises(ConfigError) as caught:
     parsing.rewrite_gin_args([arg])
   assert part in str(caught.value)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+  path = tmp_path / 'bom.gin'
+  path.write_bytes(('\ufeff' + _RUN + "# caf\xe9\r\nMODEL_DIR = 'x'\r\n").encode())
+  parsing.parse_gin([str(path)], [])
+  assert gin.query_parameter('MODEL_DIR/macro.value') == 'x'
+
+
+@pytest.mark.parametrize('content', [b'STEPS = 1\n# caf\xe9', 'STEPS = 1\n'.encode('utf-16')])
+def test_a_file_in_another_encoding_is_refused(tmp_path, content):
+  (tmp_path / 'other.gin').write_bytes(content)
+  (tmp_path / 'run.gin').write_text(f"include '{tmp_path / 'other.gin'}'")
+  for name in ('other.gin', 'run.gin'):
+    with pytest.raises(ConfigError) as caught:
+      parsing.parse_gin([str(tmp_path / name)], _DIR)
+    assert f'{tmp_path / "other.gin"}, line ' in str(caught.value)
+    assert 'is no UTF-8; save it as UTF-8' in str(caught.value)

@@ -1,11 +1,15 @@
 """The run that gin files describe, under the names that they have for its settings."""
 
 import dataclasses
+import os
 import pathlib
+import shutil
 
 import pytest
+from util import one_device
 
-from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.checkpoints import layout
+from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.gin_support import parsing
 from tvq_t5x.standalone import configuration
 from tvq_t5x.standalone.run_log import TEST, VALIDATION
@@ -76,3 +80,40 @@ def test_a_run_without_all_that_it_needs_is_refused(tmp_path):
 def test_a_misspelled_setting_is_refused(tmp_path):
   with pytest.raises(ConfigError, match='did you mean total_steps'):
     _parse(tmp_path, 'runner.train.total_step = 1')
+
+
+def _last(folder, remove):
+  """Makes the newest checkpoint one that can't be read."""
+  newest = layout.find(str(folder), 'x')
+  shutil.rmtree(newest / 'state') if remove else os.truncate(newest / 'state/manifest.ocdbt', 0)
+  return newest
+
+
+@pytest.mark.parametrize('remove', [False, True])
+def test_the_newest_checkpoint_that_can_be_read_is_taken(tiny_run, tmp_path, caplog, remove):
+  folder = shutil.copytree(tiny_run, tmp_path / 'run')
+  newest = _last(folder, remove)
+  with one_device():
+    configured = configuration.configure(str(folder), modules=['tiny_task'])
+    loaded = configured.restore()
+    assert (loaded.step, loaded.checkpoint.name) == (8, 'checkpoint_8')
+    if not remove:
+      assert str(newest) in caplog.text and 'checkpoint_8 is taken instead' in caplog.text
+      with pytest.raises(CheckpointError, match='checkpoint_16 can not be read'):
+        configuration.load(str(newest), modules=['tiny_task'])
+
+
+def test_a_run_that_goes_on_meanwhile_is_read_at_its_newest(tiny_run, tmp_path):
+  folder = shutil.copytree(tiny_run, tmp_path / 'run')
+  shutil.move(folder / 'checkpoint_16', tmp_path / 'next')
+  with one_device():
+    configured = configuration.configure(str(folder), modules=['tiny_task'])
+    shutil.move(tmp_path / 'next', folder / 'checkpoint_16')
+    shutil.rmtree(folder / 'checkpoint_8')
+    assert configured.restore().step == 16
+
+
+def test_a_folder_without_arrays_is_no_checkpoint(tmp_path):
+  (tmp_path / 'checkpoint_7' / 'dataset').mkdir(parents=True)
+  with pytest.raises(ConfigError, match='there is no checkpoint in it'):
+    layout.find(str(tmp_path), '--checkpoint=x')

@@ -1,5 +1,7 @@
 """What a run refuses to start with: one message that names the setting, and nothing compiled."""
 
+import errno
+import json
 import os
 import pathlib
 import shutil
@@ -121,6 +123,18 @@ def test_a_file_is_no_model_dir(tmp_path, capsys):
   assert 'MODEL_DIR' in message and f'{tmp_path / "file"} is a file' in message
 
 
+@pytest.mark.parametrize('name', ['run[1]', 'run*', 'run?', 'a\\b', 'two\nlines', 'x\udcff'])
+def test_a_model_dir_whose_checkpoints_could_not_be_read_is_refused(tmp_path, capsys, name):
+  message = _refused(capsys, tmp_path / name)
+  assert '(macro MODEL_DIR)' in message and 'could not be read again' in message
+  assert not (tmp_path / name).exists()
+
+
+def test_a_home_that_nobody_has_is_refused(capsys):
+  message = _refused(capsys, '~nobody_of_this_name/run')
+  assert '(macro MODEL_DIR)' in message and './~nobody_of_this_name/run' in message
+
+
 def test_the_model_dir_of_another_model_is_refused(whole, capsys):
   message = _refused(capsys, whole, 'config.TransformerConfig.window_len = 16')
   assert 'MODEL_DIR' in message and 'another model' in message
@@ -160,6 +174,36 @@ def test_changed_training_settings_are_told(copied, caplog):
   assert 'random_seed = 4, there 3' in caplog.text
 
 
+@pytest.mark.parametrize(
+  ('bindings', 'said'),
+  [
+    (['TRAIN_STEPS = 16'], ['train.total_steps = 16 (macro TRAIN_STEPS), there 8']),
+    (['TRAIN_STEPS = 16'], ['warmup_cosine.total_steps = 16 (macro TRAIN_STEPS), there 8']),
+    (['PEAK_LEARNING_RATE = 1e-3'], ['peak = 0.001 (macro PEAK_LEARNING_RATE), there 0.01']),
+    (['CLIP_NORM = 0.5'], ['adamw.clip_norm = 0.5 (macro CLIP_NORM), there 1.0']),
+    (['WEIGHT_DECAY = 1e-4'], ['adamw.weight_decay = 0.0001 (macro WEIGHT_DECAY), there 0.0']),
+    # What was a default.
+    (['optimizers.adamw.b1 = 0.8'], ['adamw.b1 = 0.8, there 0.9']),
+    (['optimizers.warmup_cosine.final_share = 0'], ['final_share = 0, there 0.1']),
+  ],
+)
+def test_changed_optimizers_and_schedules_are_told(whole, caplog, bindings, said):
+  assert _run(whole, *bindings, dry_run=True) == 0
+  told = [r for r in caplog.messages if 'with other settings' in r]
+  for part in said:
+    assert any(part in message for message in told)
+  assert len(told) == (2 if 'TRAIN_STEPS = 16' in bindings else 1)
+
+
+def test_a_checkpoint_that_says_nothing_of_training_is_not_compared(copied, caplog):
+  path = copied / 'checkpoint_8' / 'metadata' / 'metadata'
+  record = json.loads(path.read_text())
+  del record['training']
+  path.write_text(json.dumps(record))
+  assert _run(copied, 'CLIP_NORM = 0.5', dry_run=True) == 0
+  assert 'with other settings' not in caplog.text
+
+
 @pytest.mark.parametrize('dry_run', [True, False])
 @pytest.mark.parametrize(
   ('setting', 'said'),
@@ -183,6 +227,20 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
     assert _run(tmp_path) == 2
   message = capsys.readouterr().err
   assert 'another run is writing there' in message and '(macro MODEL_DIR)' in message
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, None])
+def test_a_run_needs_no_locks(tmp_path, monkeypatch, caplog, number):
+  def flock(*args):
+    raise OSError(number, os.strerror(number))
+
+  if number is None:
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+  else:
+    monkeypatch.setattr('fcntl.flock', flock)
+  with run_checks.locked(tmp_path / 'run'):
+    assert (tmp_path / 'run').is_dir()
+  assert f'Another run in {tmp_path / "run"} would not be noticed' in caplog.text
 
 
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):

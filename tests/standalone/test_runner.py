@@ -15,7 +15,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import event_accumulator, event_file_loader
+from tensorboard.compat.proto import event_pb2
+from tensorboard.util.tensor_util import make_ndarray
 from util import next_batch
 
 from tvq_t5x import train
@@ -57,10 +59,13 @@ def _run(model_dir, *bindings, dry_run=False, **macros):
   return train.run([_GIN], [*_bindings(model_dir, **macros), *bindings], dry_run=dry_run)
 
 
+_NAME = 'run ]{1}$HOME%20#$$_^,;&|~é'  # Of a folder, with what means something to some program.
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory, kept_programs):
   """An undisturbed run."""
-  folder = tmp_path_factory.mktemp('whole') / 'run'
+  folder = tmp_path_factory.mktemp('whole') / _NAME
   assert _run(folder) == 0
   return folder
 
@@ -68,7 +73,7 @@ def whole(tmp_path_factory, kept_programs):
 @pytest.fixture
 def copied(whole, tmp_path):
   """A copy of the undisturbed run, to be changed."""
-  return shutil.copytree(whole, tmp_path / 'run')
+  return shutil.copytree(whole, tmp_path / _NAME)
 
 
 def _records(folder):
@@ -94,6 +99,8 @@ def _assert_same_end(folder, expected):
     np.testing.assert_array_equal, _arrays(folder, steps[-1]), _arrays(expected, steps[-1])
   )
   assert _comparable(folder) == _comparable(expected)
+  for split in ('train', 'validation', 'test'):
+    assert sorted(_events(folder, split)) == sorted(_events(expected, split))
   assert next_batch(folder, steps[-1]) == next_batch(expected, steps[-1])
   for path in expected.glob('samples/*'):
     assert (folder / 'samples' / path.name).read_text() == path.read_text()
@@ -144,8 +151,6 @@ def test_tensorboard_has_the_same(whole):
 
 
 def tf_value(event):
-  from tensorflow import make_ndarray
-
   return float(make_ndarray(event.tensor_proto))
 
 
@@ -176,6 +181,35 @@ def test_records_after_the_checkpoint_are_written_anew(tmp_path):
     assert math.isnan(log.record('train', 1)['loss'])
     assert log.has_samples(2) and not log.has_samples(3)
   assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 2
+
+
+def _events(folder, split):
+  """Step and value of each loss in TensorBoard's files, as they lie there."""
+  found = []
+  for path in sorted((folder / 'tensorboard' / split).glob('events.*')):
+    for event in event_file_loader.RawEventFileLoader(str(path)).Load():
+      event = event_pb2.Event.FromString(event)
+      values = [v for v in event.summary.value if v.tag == 'cross_entropy']
+      found += [(event.step, float(make_ndarray(v.tensor))) for v in values]
+  return found
+
+
+def test_events_after_the_checkpoint_are_written_anew(tmp_path):
+  with run_log.RunLog(tmp_path) as log:
+    for step in (1, 2, 3):
+      log.write('train', step, {'cross_entropy': step})
+      log.write('validation', step, {'cross_entropy': step})
+  with next((tmp_path / 'tensorboard' / 'train').iterdir()).open('ab') as f:
+    f.write(b'cut short')  # By a kill.
+  outside = tmp_path / 'outside'
+  (tmp_path / 'tensorboard' / 'validation').rename(outside)
+  (tmp_path / 'tensorboard' / 'validation').symlink_to(outside)
+  with run_log.RunLog(tmp_path) as log:
+    log.go_on_after(2)
+    log.write('train', 3, {'cross_entropy': 7})
+  assert _events(tmp_path, 'train') == [(1, 1.0), (2, 2.0), (3, 7.0)]
+  assert _events(tmp_path, 'validation') == [(1, 1.0), (2, 2.0), (3, 3.0)]
+  assert not list(tmp_path.glob('tensorboard/train/incomplete*'))
 
 
 def test_a_finished_run_says_so(copied, whole, caplog):
@@ -262,7 +296,7 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
 
   with monkeypatch.context() as patch:
     patch.setattr(datasets.TrainingIterator, '__next__', in_training)
-    assert _run(folder) == 0
+    assert _run(folder) == 128 + signal.SIGTERM
   assert layout.steps_in(folder)[-1] == 10
   assert f'Stopped by SIGTERM after step 10 of {_STEPS}' in caplog.text
   assert 'The same command continues' in caplog.text
@@ -277,7 +311,7 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
 
   with monkeypatch.context() as patch:
     patch.setattr(loop.datasets, 'evaluation_batches', in_evaluation)
-    assert _run(folder) == 0
+    assert _run(folder) == 128 + signal.SIGINT
   assert len(count) == 1
   assert layout.steps_in(folder)[-1] == 20
   assert {r['split'] for r in _records(folder)} == {'train'}
@@ -306,9 +340,58 @@ def test_a_second_interrupt_interrupts():
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
     os.kill(os.getpid(), signal.SIGINT)
-    assert stop.received == 'SIGINT'
+    assert stop.received == signal.SIGINT
     os.kill(os.getpid(), signal.SIGINT)
   assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with StopSignals() as stop:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert stop.received is None
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_from_c_is_no_obstacle(monkeypatch):
+  before, install = signal.getsignal(signal.SIGTERM), signal.signal
+  # Python says None of such a handler.
+  monkeypatch.setattr(signal, 'signal', lambda number, new: install(number, new) and None)
+  try:
+    with StopSignals() as stop:
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  finally:
+    install(signal.SIGTERM, before)
+
+
+def test_nobody_has_to_read_that_it_stops():
+  terminal = os.dup(2)
+  read, write = os.pipe()
+  os.close(read)
+  try:
+    os.dup2(write, 2)
+    with StopSignals() as stop:
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert stop.received == signal.SIGTERM
+  finally:
+    os.dup2(terminal, 2)
+    for number in (write, terminal):
+      os.close(number)
+
+
+def test_samples_do_not_control_the_terminal(tmp_path, caplog):
+  text = 'a\tb\n\x1b[2J\x07\r\x9b é'
+  with run_log.RunLog(tmp_path) as log:
+    log.write_samples(1, [text])
+  assert 'a\tb\n\\x1b[2J\\x07\\r\\x9b é' in caplog.text
+  assert (tmp_path / 'samples' / '00000001.txt').read_bytes() == f'{text}\n'.encode()
 
 
 def test_a_truncated_newest_checkpoint_is_named(copied, whole, caplog):

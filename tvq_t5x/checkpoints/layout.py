@@ -16,7 +16,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tvq_t5x.common import errors, named_arrays
+from tvq_t5x.checkpoints import record
+from tvq_t5x.common import errors, files, named_arrays
 from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.training import train_state
 from tvq_t5x.training.train_state import TrainState
@@ -26,6 +27,7 @@ PREFIX = 'checkpoint'
 # Beside a position that T5X saved: batches before it, in digits, for a start with other hosts.
 BATCHES = 'batches'
 _METADATA_FILE = 'metadata'  # Where Orbax puts an item of JSON.
+_GIVE = "give a run's folder, or one of the checkpoint_N folders in it"
 
 
 def folder(model_dir: pathlib.Path, step: int) -> pathlib.Path:
@@ -35,10 +37,49 @@ def folder(model_dir: pathlib.Path, step: int) -> pathlib.Path:
 
 def steps_in(model_dir: pathlib.Path) -> list[int]:
   """Steps of the complete checkpoints in a folder, which need not exist."""
-  if not model_dir.is_dir():
-    return []
-  names = (re.fullmatch(rf'{PREFIX}_(\d+)', path.name) for path in model_dir.iterdir())
-  return sorted(int(match[1]) for match in names if match)
+  return sorted(step_of(path) for path in _entries(model_dir) if _is_checkpoint(path))
+
+
+def others_in(model_dir: pathlib.Path) -> list[pathlib.Path]:
+  """What is called like a checkpoint there and is none, such as an empty folder or a file."""
+  named = (p for p in _entries(model_dir) if re.fullmatch(rf'{PREFIX}_\d+', p.name))
+  return sorted(path for path in named if not _is_checkpoint(path))
+
+
+def _entries(model_dir: pathlib.Path) -> list[pathlib.Path]:
+  return list(model_dir.iterdir()) if model_dir.is_dir() else []
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+  """Whether a path has the name of a checkpoint, and is a folder with something in it."""
+  if not re.fullmatch(rf'{PREFIX}_(0|[1-9]\d*)', path.name):
+    return False
+  try:
+    return next(path.iterdir(), None) is not None
+  except OSError:  # A file, a link to nothing, or removed meanwhile.
+    return False
+
+
+def candidates(checkpoint: str, given: str) -> list[pathlib.Path]:
+  """The folders of what may be meant by a checkpoint, the best first; `find` has the first.
+
+  Raises:
+    ConfigError: if there is none.
+  """
+  path = _folder_given(checkpoint, given)
+  if _has_arrays(path):
+    return [path]
+  steps = reversed(steps_in(path))
+  found = [folder(path, step) for step in steps if _has_arrays(folder(path, step))]
+  if not found:
+    others = ', '.join(p.name for p in others_in(path))
+    others = f' ({others}: without arrays)' if others else ''
+    raise ConfigError(f'{given}: there is no checkpoint in it{others}; {_GIVE}.')
+  return found
+
+
+def _has_arrays(path: pathlib.Path) -> bool:
+  return bool(re.fullmatch(rf'{PREFIX}_\d+', path.name)) and (path / STATE).is_dir()
 
 
 def find(checkpoint: str, given: str) -> pathlib.Path:
@@ -51,18 +92,16 @@ def find(checkpoint: str, given: str) -> pathlib.Path:
   Raises:
     ConfigError: if there is none.
   """
-  what = "give a run's folder, or one of the checkpoint_N folders in it"
+  return candidates(checkpoint, given)[0]
+
+
+def _folder_given(checkpoint: str, given: str) -> pathlib.Path:
   if not checkpoint or '://' in checkpoint:
-    raise ConfigError(f'{given}: {what}, on a local disk.')
-  path = pathlib.Path(checkpoint).expanduser().absolute()
+    raise ConfigError(f'{given}: {_GIVE}, on a local disk.')
+  path = files.absolute(checkpoint, given)
   if not path.is_dir():
-    raise ConfigError(f'{given}: there is no such folder; {what}.')
-  if re.fullmatch(rf'{PREFIX}_\d+', path.name) and (path / STATE).is_dir():
-    return path
-  steps = steps_in(path)
-  if not steps:
-    raise ConfigError(f'{given}: there is no checkpoint in it; {what}.')
-  return folder(path, steps[-1])
+    raise ConfigError(f'{given}: there is no such folder; {_GIVE}.')
+  return path
 
 
 def batches_before(checkpoint: pathlib.Path | epath.Path, updates: int) -> int:
@@ -90,10 +129,21 @@ def is_standalone(checkpoint: pathlib.Path) -> bool:
 
 
 def read_metadata(checkpoint: pathlib.Path) -> dict[str, Any]:
-  """What the standalone runner says of its checkpoint; those of T5X have nothing to say."""
+  """What the standalone runner says of its checkpoint; those of T5X have nothing to say.
+
+  Raises:
+    OSError: if it can't be read.
+    ValueError: if it is none, naming the field that is missing or wrong, and the file.
+  """
   if not is_standalone(checkpoint):
     return {}
-  return json.loads((checkpoint / METADATA / _METADATA_FILE).read_text(encoding='utf-8'))
+  path = checkpoint / METADATA / _METADATA_FILE
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+    record.check(found)
+  except ValueError as e:
+    raise ValueError(f'{e} in {path}') from None
+  return found
 
 
 def newest_metadata(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:

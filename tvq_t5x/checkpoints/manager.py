@@ -1,8 +1,9 @@
 """Checkpoints of a run: arrays, data position and what they belong to, written as one, by Orbax."""
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
@@ -73,6 +74,28 @@ class _Best:
     return [checkpoint.step == best for checkpoint in checkpoints]
 
 
+class _Names(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+  """The names of checkpoints, of which Orbax sees those of `layout` that are no links.
+
+  It removes old ones, and what a link leads to is not this run's.
+  """
+
+  def __init__(self, prefix: str):
+    self._names = ocp.path.step.standard_name_format(step_prefix=prefix)
+
+  def build_name(self, step: int) -> str:
+    return self._names.build_name(step)
+
+  def find_all(self, base_path: Any) -> Iterator[ocp.path.step.Metadata]:
+    folder = pathlib.Path(base_path)
+    for step in layout.steps_in(folder):
+      if not layout.folder(folder, step).is_symlink():
+        yield self._names.find_step(base_path, step)
+
+  def find_step(self, base_path: Any, step: int) -> ocp.path.step.Metadata:
+    return self._names.find_step(base_path, step)
+
+
 class Checkpoints:
   """The checkpoints in a run's folder; use it as a context."""
 
@@ -87,12 +110,16 @@ class Checkpoints:
       best_step: the step whose checkpoint is kept as well, asked at each save.
     """
     self._directory = directory
+    if others := layout.others_in(directory):
+      logging.warning(
+        'No checkpoint, and passed over: %s.', ', '.join(path.name for path in others)
+      )
     policies = [preservation_policy.LatestN(keep), _Best(best_step)]
     self._manager = ocp.CheckpointManager(
       directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-        step_prefix=layout.PREFIX,
+        step_name_format=_Names(layout.PREFIX),
         cleanup_tmp_directories=True,
         # The data position is written before the other items' folders would be there.
         async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
@@ -135,6 +162,10 @@ class Checkpoints:
     """
     self.wait()
     self._saved.append(step)
+    try:
+      self._clear_the_way(step)
+    except OSError as e:
+      raise self._failed(e) from e
     items = ocp.args.Composite(
       **{
         layout.STATE: ocp.args.StandardSave(layout.state_dict(state)),
@@ -148,6 +179,16 @@ class Checkpoints:
       self._manager.save(step, args=items, force=True)
     except Exception as e:
       raise self._failed(e) from e
+
+  def _clear_the_way(self, step: int) -> None:
+    """Moves away what has the name of a checkpoint to be written, and unlinks a temporary one."""
+    path = layout.folder(self._directory, step)
+    if os.path.lexists(path):
+      logging.warning('%s was moved to %s.', path, self._move_away(step))
+    for left in self._directory.iterdir():
+      # Orbax removes what an interrupted save has left, but for links.
+      if left.is_symlink() and left.name.startswith(f'{path.name}.'):
+        left.unlink()
 
   def wait(self) -> None:
     """Waits for the save that has been started.
@@ -233,10 +274,25 @@ class Checkpoints:
 
   def _move_away(self, step: int) -> pathlib.Path:
     source = layout.folder(self._directory, step)
-    folder = self._directory / _DAMAGED
+    folder = self._folder_of_damaged()
     folder.mkdir(exist_ok=True)
-    target, i = folder / source.name, 0
-    while target.exists():
-      target, i = folder / f'{source.name}.{i + 1}', i + 1
+    target = _free(folder / source.name, os.path.lexists)
     source.rename(target)
     return target
+
+  def _folder_of_damaged(self) -> pathlib.Path:
+    """One in the run's folder: a link of that name may lead anywhere."""
+
+    def is_taken(path: pathlib.Path) -> bool:
+      return path.is_symlink() or (path.exists() and not path.is_dir())
+
+    return _free(self._directory / _DAMAGED, is_taken)
+
+
+def _free(path: pathlib.Path, is_taken: Callable[[pathlib.Path], bool]) -> pathlib.Path:
+  """`path`, or the first of path.1, path.2, ... that is not taken."""
+  found, i = path, 0
+  while is_taken(found):
+    i += 1
+    found = path.with_name(f'{path.name}.{i}')
+  return found

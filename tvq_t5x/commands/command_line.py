@@ -1,11 +1,14 @@
 """What the package's commands share: T5X's gin flags, quiet imports, errors on one line."""
 
 import contextlib
+import errno
 import logging as std_logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags, logging
@@ -17,14 +20,19 @@ _LOG_LINE = (
   '^(WARNING: All log messages before absl::InitializeLog|[IW][0-9]{4} |E.*failed call to cuInit)'
 )
 
+_HELP = frozenset(f'{dashes}{name}' for dashes in ('-', '--') for name in ('help', 'helpfull', 'h'))
+
+# Of an OSError: there is no room on the disk.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
 # The flags that are defined here belong to the command: its --help shows them.
 flags.disclaim_key_flags()
 
 
 def define_gin_flags(flag_values: flags.FlagValues) -> None:
   """Adds T5X's flags that say where the configuration is."""
-  flags.DEFINE_multi_string(
-    'gin_file', [], 'Gin file; repeat it for more, where a later one holds.', flag_values
+  define_path_list_flag(
+    'gin_file', 'Gin file; repeat it for more, where a later one holds.', flag_values
   )
   flags.DEFINE_multi_string(
     'gin_bindings', [], 'A setting NAME=VALUE; --gin.NAME=VALUE is the same.', flag_values
@@ -82,6 +90,71 @@ class _Path(flags.ArgumentParser[str]):
     return 'string'
 
 
+def start(main: Callable[[Sequence[str]], int]) -> None:
+  """Runs the main function of a command as `app.run` does, and ends with its exit code.
+
+  Output that can't be written, characters that it has no code for, and Ctrl-C, at any time, end
+  with a line and no traceback.
+  """
+  _open_streams()
+  try:
+    tempfile.gettempdir()
+  except FileNotFoundError:
+    # TensorFlow asks where it is as it is imported, and needs none.
+    tempfile.tempdir = os.curdir
+  code = 1
+  try:
+    app.run(main, flags_parser=parse_flags)
+  except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # It is being done.
+    code = fail('interrupted', 128 + signal.SIGINT)
+  except BrokenPipeError:
+    code = 0  # Who reads the output has seen enough, as `head` does.
+  except OSError as e:
+    # Without a number it is a library's own, which says what to do, as of a folder for caches.
+    if e.errno is not None and e.errno not in NO_ROOM:
+      raise
+    code = fail(str(e), 1)
+  except SystemExit as e:
+    code = _code_of(e)
+  finally:
+    code = _flush_output() or code
+  sys.exit(code)
+
+
+def _code_of(end: SystemExit) -> int:
+  if end.code is None or isinstance(end.code, int):
+    return end.code or 0
+  print(end.code, file=sys.stderr)
+  return 1
+
+
+def _open_streams() -> None:
+  """Gives a process all three streams: else the next file that it opens would be one of them."""
+  for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, mode)  # Takes the lowest number that is free.
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
+    # Rather a code than no text at all, where the terminal lacks a character.
+    getattr(sys, name).reconfigure(errors='backslashreplace')
+  logging.get_absl_handler().python_handler.stream = sys.stderr
+
+
+def _flush_output() -> int:
+  """Writes what is left; the exit code for output that can't be written, or 0."""
+  try:
+    sys.stdout.flush()
+    return 0
+  except OSError as e:
+    # Python would try again at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0 if isinstance(e, BrokenPipeError) else fail(f'the output can not be written: {e}', 1)
+
+
 def parse_flags(args: Sequence[str]) -> list[str]:
   """`app.run`'s `flags_parser`, for which --gin.NAME=VALUE is a flag."""
   from tvq_t5x.gin_support import parsing
@@ -90,7 +163,12 @@ def parse_flags(args: Sequence[str]) -> list[str]:
     args = parsing.rewrite_gin_args(args)
   except ConfigError as e:
     sys.exit(fail(str(e), 2))
-  rest = app.parse_flags_with_usage(list(args))
+  try:
+    rest = app.parse_flags_with_usage(list(args))
+  except SystemExit:
+    if _HELP.intersection(args):
+      sys.exit(0)  # absl's exit code is that of a mistake.
+    raise
   for name in flags.FLAGS:
     flag = flags.FLAGS[name]
     if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
@@ -171,8 +249,9 @@ def table(values: Mapping[str, int | float]) -> str:
 
 def fail(message: str, code: int) -> int:
   """Prints an error; returns the exit code."""
-  logging.flush()
-  print('error: ' + message.replace('\n', '\n  '), file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # Nobody may be there to read.
+    logging.flush()
+    print('error: ' + message.replace('\n', '\n  '), file=sys.stderr, flush=True)
   return code
 
 
@@ -189,7 +268,11 @@ def quiet_imports() -> Iterator[None]:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
   sys.stderr.flush()
   terminal = os.dup(2)
-  with subprocess.Popen([grep, '-vE', _LOG_LINE], stdin=subprocess.PIPE, stdout=terminal) as others:
+  # In a session of its own it outlives Ctrl-C, and this process can still write to it.
+  command = [grep, '-vE', _LOG_LINE]
+  with subprocess.Popen(
+    command, stdin=subprocess.PIPE, stdout=terminal, start_new_session=True
+  ) as others:
     assert others.stdin is not None
     os.dup2(others.stdin.fileno(), 2)
     try:

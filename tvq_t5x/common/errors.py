@@ -64,6 +64,18 @@ class TrainingDiverged(RuntimeError):
   """A loss, gradient or parameter that is no finite number."""
 
 
+class Stopped(RuntimeError):
+  """A signal ended a run before its end, with a checkpoint from which it can go on.
+
+  Attributes:
+    number: of the signal.
+  """
+
+  def __init__(self, number: int):
+    super().__init__(f'stopped by signal {number}')
+    self.number = number
+
+
 def is_count(value: Any) -> TypeGuard[int]:
   """Whether a setting is a whole number of at least 1."""
   return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,4 +1,6 @@
-"""Sizes and durations in words."""
+"""Sizes and durations in words, and text for a terminal."""
+
+import unicodedata
 
 
 def size(num_bytes: float) -> str:
@@ -18,3 +20,10 @@ def duration(seconds: float) -> str:
   if seconds < 3600:
     return f'{seconds // 60}m {seconds % 60:02d}s'
   return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
+
+
+def printable(text: str) -> str:
+  """Text for a terminal: what controls it, lines and tabs apart, is shown as its code."""
+  return ''.join(
+    c if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cs') else repr(c)[1:-1] for c in text
+  )

@@ -6,7 +6,7 @@ set it by a macro, in a scope, or under the name that the other engine has for i
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import gin
 from gin import config as gin_config
@@ -23,6 +23,11 @@ _finished: list[Binding] = []  # Of the last configuration that was finished.
 @gin_config.register_finalize_hook
 def _remember(config: Config) -> None:
   _finished[:] = bindings.read(config)
+
+
+def finished() -> Sequence[Binding]:
+  """What the configuration binds that was finished last."""
+  return _finished
 
 
 def with_origins(message: str) -> str:

@@ -158,13 +158,23 @@ def _check_closed(name: str, value: str) -> None:
 
 def _search_folders(search_paths: Sequence[str]) -> list[str]:
   root = gin_root()
-  return [os.path.join(root, 'standalone'), '', *search_paths, os.path.dirname(root)]
+  given = map(os.path.expanduser, search_paths)
+  return [os.path.join(root, 'standalone'), '', *given, os.path.dirname(root)]
 
 
 def read(path: str) -> str:
-  """The text of a gin file, with the imports of today."""
-  with open(path, encoding='utf-8') as f:
-    text = f.read()
+  """The text of a gin file, with the imports of today.
+
+  Raises:
+    ConfigError: if it is no UTF-8.
+  """
+  with open(path, 'rb') as f:
+    content = f.read()
+  try:
+    text = io.TextIOWrapper(io.BytesIO(content), encoding='utf-8-sig').read()
+  except UnicodeDecodeError as e:
+    line = content.count(b'\n', 0, e.start) + 1
+    raise ConfigError(f'{path}, line {line}: the file is no UTF-8; save it as UTF-8.') from None
 
   def today(line: re.Match[str]) -> str:
     folder = _FOLDERS.get(line[1])
@@ -291,8 +301,8 @@ def _attributes(name: str) -> list[str]:
 def _imported_names(file: str | None) -> list[str]:
   if not file:
     return []
-  with open(file, encoding='utf-8') as f:
-    lines = re.findall(r'^(?:from .+)?import\s+([\w.]+)(?:\s+as\s+(\w+))?', f.read(), re.MULTILINE)
+  imports = r'^(?:from .+)?import\s+([\w.]+)(?:\s+as\s+(\w+))?'
+  lines = re.findall(imports, read(file), re.MULTILINE)
   return [alias or name.split('.')[0] for name, alias in lines]
 
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gin
+from absl import logging
 
 from tvq_t5x.checkpoints import layout, restore
 from tvq_t5x.checkpoints.restore import Loaded
-from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.gin_support import found, parsing
 from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.training import placement
@@ -24,13 +25,27 @@ _OF_T5X = re.compile(r'^(?:from t5x |import t5x|import __main__)', re.MULTILINE)
 class Configured(NamedTuple):
   """A checkpoint and what the gin configuration says of it, before it is read."""
 
+  given: str  # What was given for it, as to `configure`.
   checkpoint: pathlib.Path  # Absolute path of its folder.
   model: TransformerVQModel
   partitioner: Partitioner
 
   def restore(self) -> Loaded:
-    """Reads the parameters; see `checkpoints.restore`."""
-    return restore.restore(self.checkpoint, self.model, self.partitioner)
+    """Reads the parameters; see `checkpoints.restore`.
+
+    If a run's folder was given, one that can't be read is named, and the newest of the others is
+    taken, as a run that still trains removes checkpoints and writes new ones.
+    """
+    tried = [self.checkpoint]
+    while True:
+      try:
+        return restore.restore(tried[-1], self.model, self.partitioner)
+      except CheckpointError as e:
+        left = [path for path in _candidates(self.given) if path not in tried]
+        if not left:
+          raise
+        logging.warning('%s is taken instead. %s', left[0], e)
+        tried.append(left[0])
 
 
 def load(
@@ -54,7 +69,7 @@ def configure(
   """Parses the gin files of a checkpoint's run, in place of the configuration that gin holds now.
 
   Args:
-    checkpoint: as for `layout.find`.
+    checkpoint: as for `layout.candidates`.
     gin_files: of the run that wrote it; none means the `config.gin` that the standalone runner
       left in MODEL_DIR, which may name only what a run of this package needs.
     gin_bindings: more settings, such as 'NUM_PARTITIONS = 2' for another mesh than the run's.
@@ -65,7 +80,7 @@ def configure(
     ConfigError: if there is no checkpoint, or a setting is wrong; also where the parameters do not
       fit on this machine's devices evenly.
   """
-  path = layout.find(checkpoint, f'--checkpoint={checkpoint}')
+  path = _candidates(checkpoint)[0]
   # Nothing is written, so a run without a folder is complete.
   bindings = ["MODEL_DIR = ''", *gin_bindings]
   if not gin_files:
@@ -75,7 +90,11 @@ def configure(
   model: TransformerVQModel = setting('model')
   partitioner: Partitioner = setting('partitioner')
   placement.validate(partitioner, model.config, partitioner.mesh.shape[DATA])
-  return Configured(path, model, partitioner)
+  return Configured(checkpoint, path, model, partitioner)
+
+
+def _candidates(checkpoint: str) -> list[pathlib.Path]:
+  return layout.candidates(checkpoint, f'--checkpoint={checkpoint}')
 
 
 def run_settings() -> RunSettings:
@@ -120,7 +139,7 @@ def _config_beside(checkpoint: pathlib.Path) -> str:
   path = checkpoint.parent / 'config.gin'
   if not path.is_file():
     why = f'{checkpoint.parent} has no config.gin'
-  elif _OF_T5X.search(path.read_text(encoding='utf-8')):
+  elif _OF_T5X.search(parsing.read(str(path))):
     why = f'{path} was written by T5X, and no other program can read it'
   else:
     return str(path)

@@ -14,7 +14,7 @@ from absl import logging
 
 from tvq_t5x.checkpoints.manager import Checkpoints
 from tvq_t5x.common import words
-from tvq_t5x.common.errors import TrainingDiverged
+from tvq_t5x.common.errors import Stopped, TrainingDiverged
 from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import TrainingIterator
 from tvq_t5x.standalone import reports, start
@@ -49,7 +49,11 @@ class Plan(NamedTuple):
 
 
 def train(plan: Plan) -> TrainState:
-  """Trains to the end, or until a signal says stop; returns the last state."""
+  """Trains to the end; returns the last state.
+
+  Raises:
+    Stopped: after a signal, with a checkpoint.
+  """
   settings, directory = plan.settings, plan.directory
   log = RunLog(directory)
   checkpoints = Checkpoints(directory, settings.keep_checkpoints, log.best_step)
@@ -91,7 +95,7 @@ class TrainingLoop:
     log.go_on_after(self._step)
 
   def run(self) -> TrainState:
-    """Trains to the end, or until a signal says stop; returns the last state."""
+    """Trains to the end; see `train`."""
     if self._at_end:
       logging.info(
         'The run in %s is finished: step %d of %d.',
@@ -236,9 +240,9 @@ class TrainingLoop:
     if self._stop.received:
       logging.warning(
         'Stopped by %s after step %d of %d, with a checkpoint. The same command continues from it.',
-        self._stop.received, step, settings.total_steps,
+        self._stop.received.name, step, settings.total_steps,
       )  # fmt: skip
-      return
+      raise Stopped(self._stop.received)
     self._draw()
     for split in settings.evaluated:
       record = self._log.record(split, step) or {}

@@ -5,17 +5,22 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+from absl import logging
 
-from tvq_t5x.common import files, words
+from tvq_t5x.common import errors, files, words
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, Record
 from tvq_t5x.training.placement import StateInfo
 
 
 def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> None:
   """Draws training, validation and test loss over tokens; replaces the file at once."""
-  # Not at import: a dry run draws nothing, and matplotlib takes its time.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
+  try:
+    # Not at import: a dry run draws nothing, and matplotlib takes its time.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+  except OSError as e:  # It keeps its list of fonts in a folder, the home's or a temporary one.
+    logging.warning('%s is not drawn: %s', path, errors.reason(e))
+    return
 
   bits = any('bits_per_byte' in record for record in records)
   metric, unit = ('bits_per_byte', 'bits per byte') if bits else (LOSS, 'nats per token')
@@ -44,7 +49,8 @@ def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> No
     margin = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + 2 * margin)
     axes.legend(title=f'last {unit}')
-  axes.set(title=title, xlabel='tokens trained on', ylabel=unit)
+  axes.set(xlabel='tokens trained on', ylabel=unit)
+  axes.set_title(title, parse_math=False)  # Folders are called as anybody likes.
   axes.grid(alpha=0.3)
   with files.replacing(path) as f:
     figure.savefig(f, format='png', dpi=120)

@@ -1,19 +1,21 @@
 """What is wrong with where a standalone run is to write, said before anything is compiled."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
+from absl import logging
 
 from tvq_t5x.checkpoints import layout, model_settings
-from tvq_t5x.common import errors, named_arrays
+from tvq_t5x.common import errors, files, named_arrays
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets
+from tvq_t5x.gin_support import descriptions
 from tvq_t5x.standalone.run_settings import RunSettings
+from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.placement import StateInfo
 
 _PARAMS = 'params/'  # Before the names of parameters in a train state.
@@ -41,13 +43,15 @@ def resolve_model_dir(model_dir: str) -> pathlib.Path:
   """The absolute path of a run's folder, which this creates nothing in.
 
   Raises:
-    ConfigError: if it can't be written.
+    ConfigError: if it can't be written, or checkpoints in it could not be read.
   """
   if '://' in model_dir or not model_dir:
     raise ConfigError(
       'train.model_dir', model_dir, 'the path of a local folder, for the standalone runner'
     )
-  path = pathlib.Path(model_dir).expanduser().absolute()
+  given = f'train.model_dir = {model_dir!r}'
+  path = files.absolute(model_dir, given)
+  files.check_name(path, given)
   existing = next(p for p in (path, *path.parents) if p.exists())
   if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
     what = 'can not be written' if existing.is_dir() else 'is a file'
@@ -66,13 +70,25 @@ def locked(model_dir: pathlib.Path) -> Iterator[None]:
     raise ConfigError(f'{model_dir} can not be written ({e}): give another train.model_dir.') from e
   with lock:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _lock(lock)
     except BlockingIOError as e:
       raise ConfigError(
         f'{model_dir}: another run is writing there; give another train.model_dir, or wait for its '
         'end.'
       ) from e
+    except OSError as e:
+      logging.warning(
+        'Another run in %s would not be noticed: its file system has no locks (%s).', model_dir, e
+      )
     yield
+
+
+def _lock(file: IO[str]) -> None:
+  try:
+    import fcntl
+  except ImportError as e:  # It is of Unix only.
+    raise OSError(str(e)) from e
+  fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def record_of(settings: RunSettings, info: StateInfo) -> dict[str, Any]:
@@ -83,6 +99,10 @@ def record_of(settings: RunSettings, info: StateInfo) -> dict[str, Any]:
     'updates_in_batch': settings.updates,
     'random_seed': settings.random_seed,
     'data': datasets.identity(settings.train_dataset_cfg, settings.model.carry_state),
+    'training': {
+      'train.total_steps': settings.total_steps,
+      **descriptions.of_parameter(TransformerVQModel, 'optimizer'),
+    },
   }
 
 
@@ -119,7 +139,20 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
   for name in ('updates_in_batch', 'random_seed'):
     if saved[name] != record[name]:
       accepted.append(f'{name} = {record[name]}, there {saved[name]}')
-  return accepted
+  return accepted + _different_training(saved.get('training', {}), record['training'])
+
+
+def _different_training(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What differs where both say something: an earlier version has not written all."""
+  return [
+    f'{name} = {_shown(new[name])}, there {_shown(old[name])}'
+    for name in new
+    if name in old and old[name] != new[name]
+  ]
+
+
+def _shown(value: Any) -> str:
+  return value if str(value).startswith('@') else repr(value)
 
 
 def _check_same_shapes(model_dir: pathlib.Path, record: dict[str, Any]) -> None:

@@ -10,13 +10,15 @@ import numpy as np
 from absl import logging
 from clu import metric_writers
 
-from tvq_t5x.common import files, images
+from tvq_t5x.common import files, images, words
+from tvq_t5x.standalone import event_files
 
 Record = dict[str, Any]
 
 TRAIN, VALIDATION, TEST = 'train', 'validation', 'test'
 # The loss by which checkpoints are compared.
 LOSS = 'cross_entropy'
+_EVENTS, _SAMPLES = 'tensorboard', 'samples'  # Folders.
 _FIRST = ('loss', 'cross_entropy', 'bits_per_byte', 'accuracy', 'learning_rate')
 
 
@@ -34,11 +36,14 @@ class RunLog:
     self._writers: dict[str, metric_writers.SummaryWriter] = {}
 
   def go_on_after(self, last_step: int) -> None:
-    """Drops records and samples after a step, since the run writes them again."""
+    """Drops records, events and samples after a step, since the run writes them again."""
     self._records = [r for r in self._records if r['step'] <= last_step]
     with files.replacing(self._path) as f:
       f.write(''.join(map(files.json_line, self._records)).encode())
-    for path in self._dir.glob('samples/*'):
+    event_files.drop_after(self._dir / _EVENTS, last_step)
+    samples = self._dir / _SAMPLES
+    # What a link leads to is not this run's to remove.
+    for path in [] if samples.is_symlink() else samples.glob('*'):
       if path.stem.isdecimal() and int(path.stem) > last_step:
         path.unlink()
 
@@ -91,7 +96,8 @@ class RunLog:
     # Indented by four, text is verbatim in Markdown.
     quoted = {str(i): '    ' + text.replace('\n', '\n    ') for i, text in enumerate(texts)}
     writer.write_texts(step, {f'sample/{i}': text for i, text in quoted.items()})
-    logging.info('Samples after step %d:\n%s\n%s\n%s', step, rule, content, rule)
+    shown = words.printable(content)
+    logging.info('Samples after step %d:\n%s\n%s\n%s', step, rule, shown, rule)
 
   def has_samples(self, step: int) -> bool:
     """Whether the samples of a step have been written."""
@@ -114,11 +120,11 @@ class RunLog:
     return list(self._records)
 
   def _samples(self, step: int) -> pathlib.Path:
-    return self._dir / 'samples' / f'{step:08d}.txt'
+    return self._dir / _SAMPLES / f'{step:08d}.txt'
 
   def _writer(self, split: str) -> metric_writers.SummaryWriter:
     if split not in self._writers:
-      folder = self._dir / 'tensorboard' / split
+      folder = self._dir / _EVENTS / split
       self._writers[split] = metric_writers.SummaryWriter(str(folder))
     return self._writers[split]
 

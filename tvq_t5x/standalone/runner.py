@@ -6,7 +6,7 @@ from tvq_t5x.checkpoints import layout
 from tvq_t5x.common import errors, files
 from tvq_t5x.data import datasets, streaming
 from tvq_t5x.data.datasets import TrainingIterator
-from tvq_t5x.gin_support import parsing
+from tvq_t5x.gin_support import origins, parsing
 from tvq_t5x.standalone import loop, reports, run_checks
 from tvq_t5x.standalone.loop import Plan
 from tvq_t5x.standalone.run_settings import RunSettings
@@ -33,6 +33,7 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
   Raises:
     ConfigError: for settings that can't work, before anything is compiled.
     CheckpointError: if a checkpoint can't be written, or none can be read.
+    Stopped: after a signal, with a checkpoint.
     TrainingDiverged: at a loss, gradient or parameter that is not finite.
   """
   run_checks.check_one_process()
@@ -42,6 +43,10 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
   info = placement.describe(settings.partitioner, settings.model, settings.batch_size)
   record = run_checks.record_of(settings, info)
   differences = run_checks.check_same_model(directory, record)
+  for difference in differences:
+    logging.warning(
+      'The checkpoints here were written with other settings: %s', origins.with_origins(difference)
+    )
   initial = None
   if settings.initial_checkpoint is not None and not layout.steps_in(directory):
     initial = run_checks.check_initial_checkpoint(settings, record)
@@ -49,8 +54,6 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
     print(f'{parsing.config_str()}\n{reports.state_table(info)}')
     return None
   with run_checks.locked(directory):
-    for difference in differences:
-      logging.warning('The checkpoints here were written with other settings: %s', difference)
     batches = _batches(settings)
     with files.replacing(directory / 'config.gin') as f:
       f.write(parsing.config_str().encode())
