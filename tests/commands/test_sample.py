@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from data_util import other_sentencepiece_model
 from matplotlib import image as matplotlib_image
-from util import one_device, programs_kept_in
+from util import one_device, programs_kept_in, without_vocabulary
 
 from tvq_t5x import sample
 from tvq_t5x.commands import sampling_session
@@ -37,6 +37,12 @@ VOCABULARY = @vocabularies.{name}()
 def _keep_programs(programs):
   with programs_kept_in(programs), one_device():
     yield
+
+
+@pytest.fixture(scope='module')
+def tiny_run(tiny_run, tmp_path_factory):
+  """It does not say its vocabulary: here it has several."""
+  return without_vocabulary(tiny_run, tmp_path_factory.mktemp('earlier') / 'run')
 
 
 @pytest.fixture(scope='module')

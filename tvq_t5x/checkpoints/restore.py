@@ -56,8 +56,14 @@ def restore(path: pathlib.Path, model: TransformerVQModel, partitioner: Partitio
   """
   try:
     metadata = layout.read_metadata(path)
+    other = layout.other_vocabulary(path, model.output_vocabulary)
   except (OSError, ValueError) as e:
     raise layout.unreadable(path, e) from e
+  if other:
+    raise ConfigError(
+      f'--checkpoint={path} was trained with another vocabulary: {other}. Give the one that it was '
+      'trained with.'
+    )
   params = _restore(path, model, partitioner, metadata)
   if metadata:
     settings = model_settings.settings_of(model.config)

@@ -96,19 +96,27 @@ def load_undecoded(path: str | os.PathLike[str]) -> list[bytes]:
 
 
 def _about(loaded: Loaded) -> dict[str, Any]:
+  from tvq_t5x.data import vocabularies
+
   sums = json.dumps(named_arrays.checksums(loaded.params), sort_keys=True)
   return {
     'checkpoint': str(loaded.checkpoint),
     'parameters': hashlib.sha256(sums.encode()).hexdigest(),
+    'vocabulary': vocabularies.identity(loaded.model.output_vocabulary),
     'settings': model_settings.settings_of(loaded.model.config),
   }
 
 
 def _check(path: str | os.PathLike[str], saved: dict[str, Any], ours: dict[str, Any]) -> None:
+  from tvq_t5x.data import vocabularies
+
   old, new = saved['settings'], ours['settings']
   changed, _ = model_settings.differences(old, new)
   if old['dtype'] != new['dtype']:
     changed.append(f'TransformerConfig.dtype = {new["dtype"]!r}, there {old["dtype"]!r}')
+  # An earlier version did not say.
+  if (vocabulary := saved.get('vocabulary', ours['vocabulary'])) != ours['vocabulary']:
+    changed.append(vocabularies.difference(vocabulary, ours['vocabulary']))
   if changed:
     raise ConfigError(f'{path} is a state of another model: {"; ".join(changed)}.')
   if saved['parameters'] != ours['parameters']:
