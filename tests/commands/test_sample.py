@@ -134,6 +134,14 @@ def test_without_a_prompt_a_document_begins(call, lm):
   assert record['prompt'] is None
 
 
+def test_a_temperature_that_is_almost_zero(call):
+  zero, small = (
+    _json(call, f'--prompt={_PROMPT}', '--max_tokens=8', f'--temperature={temperature}')[0]
+    for temperature in ('0', '1e-38')
+  )
+  assert small['tokens'] == zero['tokens']
+
+
 def test_a_session_in_parts_is_as_whole(call, tmp_path):
   whole = _json(call, f'--prompt={_PROMPT}', '--max_tokens=16', '--num_samples=2')
   state = f'--state_out={tmp_path / "state.npz"}'

@@ -117,6 +117,12 @@ def test_greedy_choice_is_the_likeliest_token_of_the_forward_pass(lm):
   np.testing.assert_allclose(log_likelihoods[0], expected.max(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_only_ids_that_stand_for_something_are_written(lm):
+  found = lm.generate(lm.start(4), 300, sampling=SamplingConfig(temperature=1e6)).tokens
+  assert set(found.ravel().tolist()) <= {1, *range(3, 259)}
+  assert len(set(found.ravel().tolist())) > 200  # Or it shows little.
+
+
 def test_n_tokens_and_then_m_are_n_plus_m(lm):
   state = lm.start(3)
   whole = lm.generate(state, 18, seed=1)

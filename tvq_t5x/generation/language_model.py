@@ -184,7 +184,7 @@ class LanguageModel:
     seed: int = 0,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, it is frozen.
   ) -> Generated:
-    """Continues sequences with tokens of the model's choice.
+    """Continues sequences with tokens of the model's choice, none that stand for nothing.
 
     The choice of a token depends on the seed, its row and its position: n tokens and then m more
     are the n + m tokens of one call.
@@ -203,7 +203,10 @@ class LanguageModel:
     batch_size = len(state.token)
 
     def generate(params, state, rng):
-      return decoding.generate(self._module, params, state, num_tokens, rng, sampling)
+      allowed = self.loaded.model.sampled_ids
+      return decoding.generate(
+        self._module, params, state, num_tokens, rng, sampling, allowed=allowed
+      )
 
     states = self._state_shardings(batch_size)
     program = self._program(

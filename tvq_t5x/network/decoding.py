@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.linen import partitioning as nn_partitioning
+from jax.typing import ArrayLike
 
 from tvq_t5x.common.named_arrays import array_name
 from tvq_t5x.common.tokens import EOS, PAD
@@ -102,6 +103,7 @@ def generate(
   rng: jax.Array,
   config: SamplingConfig,
   count: jax.Array | None = None,
+  allowed: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array, GenerationState]:
   """Continues sequences with tokens of the model's choice.
 
@@ -116,6 +118,7 @@ def generate(
     rng: key.
     config: how a token is chosen.
     count: [] int32, to stop after fewer than n, which then are followed by zeros; None means n.
+    allowed: [W] bool, the tokens to choose from; None means all.
 
   Returns:
     Tokens [B, n] int32, the log-likelihood [B, n] float32 of each under the model (at temperature
@@ -133,7 +136,7 @@ def generate(
     logits, decoder = _apply(module, params, token[:, None], decoder, step=i)
     # Gathered once, or each sum over the vocabulary would be one over devices.
     logits = with_sharding_constraint(logits[:, 0], ('batch', None))
-    token = sampling.choose(noise[i], logits, config)
+    token = sampling.choose(noise[i], logits, config, allowed)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, token)
     return decoder, token, tokens.at[i].set(token), scores.at[i].set(-nats)
 
@@ -159,6 +162,7 @@ def complete(
   rng: jax.Array,
   config: SamplingConfig,
   num_decodes: int = 1,
+  allowed: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Continues prompts of different lengths to the same length, each a number of times.
 
@@ -170,6 +174,7 @@ def complete(
     rng: key.
     config: how a token is chosen.
     num_decodes: D.
+    allowed: [W] bool, the tokens to choose from; None means all.
 
   Returns:
     Tokens [B, D, T] int32, prompts included, and the log-likelihoods [B, D] float32 of what was
@@ -179,7 +184,7 @@ def complete(
   lengths = jnp.sum(jnp.cumprod(prompts != PAD, axis=1), axis=1)
   state = repeat(module, read(module, params, state, prompts, lengths)[0], num_decodes)
   count = length - jnp.min(lengths)
-  written, scores, _ = generate(module, params, state, length, rng, config, count=count)
+  written, scores, _ = generate(module, params, state, length, rng, config, count, allowed)
 
   def of_prompts(x: jax.Array) -> jax.Array:  # [B * D, T] to [B, D, T]
     return x.reshape(batch_size, num_decodes, length)
