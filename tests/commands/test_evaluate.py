@@ -56,7 +56,8 @@ def call(tiny_run, capsys):
     values = flags.FlagValues()
     evaluate.define_flags(values)
     # The run's task is not the package's own.
-    values(['evaluate', '--module=tiny_task', *args])
+    own = [] if any(arg.startswith('--gin_file') for arg in args) else ['--module=tiny_task']
+    values(['evaluate', *own, *args])
     capsys.readouterr()
     with mesh():
       code = evaluate.run_flags(values)
@@ -218,6 +219,8 @@ def test_a_folder_of_data(call, tiny_run, tmp_path, monkeypatch):
   monkeypatch.setenv('TVQ_DATA_DIR', '')
   message = call(f'--checkpoint={tiny_run}', '--data_dir=no', expected=2)
   assert message.startswith('error: --data_dir=no: there is no such folder')
+  message = call(f'--checkpoint={tiny_run}', f'--data_dir={tmp_path}', expected=2)
+  assert message.startswith(f'error: --data_dir={tmp_path}: the data does not come from there')
   call('--checkpoint=nothing', f'--data_dir={tmp_path}', expected=2)
   assert locations.data_path('PG19_PATH', None) == str(tmp_path)
 

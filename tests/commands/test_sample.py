@@ -73,7 +73,9 @@ def call(tiny_run, capsys):
   def call(*args, expected=0):
     values = flags.FlagValues()
     sample.define_flags(values)
-    values(['sample', f'--checkpoint={tiny_run}', '--module=tiny_task', *args])
+    # The run's task is not the package's own.
+    own = [] if any(arg.startswith('--gin_file') for arg in args) else ['--module=tiny_task']
+    values(['sample', f'--checkpoint={tiny_run}', *own, *args])
     capsys.readouterr()
     code = sample.run_flags(values)
     out, err = capsys.readouterr()
@@ -173,10 +175,11 @@ def test_a_character_that_two_sessions_share(call, tmp_path, monkeypatch, cut):
   text = 'na\u00efve \U0001f680!'
   tokens = [value + 3 for value in text.encode()]
   state = tmp_path / 'state.npz'
-  for head in (['--num_samples=2'], ['--score', f'--prompt_file={tmp_path / "head"}']):
+  heads = ['--num_samples=2', f'--max_tokens={cut}'], ['--score', f'--prompt_file={tmp_path}/head']
+  for head in heads:
     (tmp_path / 'head').write_bytes(text.encode()[:cut])
     _chooses(monkeypatch, tokens if '--score' not in head else tokens[cut:])
-    first = _json(call, *head, f'--max_tokens={cut}', f'--state_out={state}')
+    first = _json(call, *head, f'--state_out={state}')
     second = _json(call, f'--state_in={state}', f'--max_tokens={len(tokens) - cut}')
     shown = text.encode()[:cut].decode(errors='ignore')
     assert all(record.get('text', shown) == shown for record in first)
@@ -344,6 +347,7 @@ def test_pieces(call, tmp_path):
     (['--temperature=-1'], '--temperature=-1.0: give 0'),
     (['--top_p=0'], '--top_p=0.0: give a share'),
     (['--top_p=1.5'], '--top_p=1.5: give a share'),
+    (['--seed=9223372036854775808'], '--seed=9223372036854775808: give a whole number from -'),
     (['--top_k=-1'], '--top_k=-1: give 0'),
     (['--prompt_file=nothing.txt'], '--prompt_file=nothing.txt: there is no such file'),
     (['--prompt=a', f'--prompt_file={_TINY}'], '--prompt and --prompt_file: give one'),
@@ -358,6 +362,20 @@ def test_pieces(call, tmp_path):
       '--state_out with --score: give one prompt',
     ),
     (['--gin_bindings=config.TransformerConfig.emb_dim = 32'], 'there [1, 16, 1, 8]'),
+    *(
+      (['--score', '--prompt=a', flag], f'{flag.split("=")[0]}: --score continues no text; leave')
+      for flag in (
+        '--seed=0', '--temperature=1', '--top_p=1', '--top_k=0', '--num_samples=1',
+        '--max_tokens=256', '--png=a.png',
+      )
+    ),
+    *(
+      (['--temperature=0', flag], f'{flag.split("=")[0]}: temperature 0 takes the likeliest token')
+      for flag in ('--seed=1', '--top_p=0.9', '--top_k=3')
+    ),
+    (['--gin_search_paths=no', f'--gin_file={_TINY}'], '--gin_search_paths=no: there is no such'),
+    (['--gin_search_paths=.'], '--gin_search_paths=.: the config.gin in MODEL_DIR includes no'),
+    (['--module=tiny_task', f'--gin_file={_TINY}'], '--module=tiny_task is for the config.gin in'),
   ],
 )  # fmt: skip
 def test_mistakes_are_one_line(call, compiled, args, part):

@@ -117,6 +117,15 @@ def test_greedy_choice_is_the_likeliest_token_of_the_forward_pass(lm):
   np.testing.assert_allclose(log_likelihoods[0], expected.max(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_each_seed_of_64_bits_has_its_own_texts(lm):
+  seeds = [0, 1, 2**32, 2**32 + 1, -1, 2**32 - 1, 2**63 - 1, -(2**63)]
+  found = {tuple(lm.generate(lm.start(), 18, seed=seed).tokens[0].tolist()) for seed in seeds}
+  assert len(found) == len(seeds)
+  for seed in (2**63, -(2**63) - 1, 1.0, True):
+    with pytest.raises(ConfigError, match='^seed = .*: give a whole number from -'):
+      lm.generate(lm.start(), 18, seed=seed)
+
+
 def test_only_ids_that_stand_for_something_are_written(lm):
   found = lm.generate(lm.start(4), 300, sampling=SamplingConfig(temperature=1e6)).tokens
   assert set(found.ravel().tolist()) <= {1, *range(3, 259)}
