@@ -155,6 +155,14 @@ def _cut(path):
   path.write_bytes(path.read_bytes()[:10])
 
 
+def _empty(path):
+  path.write_text('{"model": {}}')
+
+
+def _list(path):
+  path.write_text('["model"]')
+
+
 def _flip_bits(path):
   content = bytearray(path.read_bytes())
   for i in range(0, len(content), 64):  # In every array, also those of parameters.
@@ -168,6 +176,10 @@ def _flip_bits(path):
     ('state/manifest.ocdbt', _cut),
     ('state/_METADATA', _cut),
     ('metadata/metadata', _cut),
+    ('metadata/metadata', _empty),
+    ('metadata/metadata', _list),
+    ('dataset/config.json', _cut),
+    ('dataset/config.json', _list),
     ('state/d/*', _cut),
     ('state/ocdbt.process_0/d/*', _flip_bits),
   ],

@@ -1,5 +1,6 @@
 """What the commands share: what C++ libraries print while they load."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ E0000 00:00:1795655313.902054   24690 cuda_platform.cc:52] failed call to cuInit
 """
 
 
-def _run(*lines):
+def _run(*lines, encoding='utf-8'):
   program = '\n'.join(
     (
       'import os',
@@ -22,7 +23,11 @@ def _run(*lines):
     )
   )
   return subprocess.run(
-    [sys.executable, '-c', program], capture_output=True, text=True, check=False
+    [sys.executable, '-c', program],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, 'PYTHONIOENCODING': encoding},
   )
 
 
@@ -41,3 +46,9 @@ def test_an_import_that_fails_is_seen():
   assert done.returncode == 1
   assert done.stderr.startswith('E0000 why\nTraceback')
   assert done.stderr.endswith('ImportError: missing\n')
+
+
+def test_what_a_terminal_can_not_show_is_replaced():
+  shown = "print('caf\\u00e9 \\udcff \\ufffd')"
+  done = _run("  command_line.prepare(['sample'])", shown, encoding='ascii')
+  assert (done.returncode, done.stdout) == (0, 'caf? ? ?\n')

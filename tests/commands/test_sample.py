@@ -229,6 +229,14 @@ def test_what_a_terminal_would_obey_is_not_shown(capsys):
   assert capsys.readouterr().out == 'a\ufffd[2J\ufffd\ufffdb\tc\n'
 
 
+def test_what_a_terminal_would_obey_in_a_prompt(call):
+  prompt = 'a\x1b[2Jb\x07'
+  assert call(f'--prompt={prompt}', '--max_tokens=8').startswith('a\ufffd[2Jb\ufffd')
+  assert call(f'--prompt={prompt}', '--score').startswith('a\ufffd[2Jb\ufffd\nnats')
+  (record,) = _json(call, f'--prompt={prompt}', '--max_tokens=8')
+  assert record['prompt'] == prompt
+
+
 # Scores
 
 
@@ -348,6 +356,8 @@ def test_pieces(call, tmp_path):
     (['--top_p=0'], '--top_p=0.0: give a share'),
     (['--top_p=1.5'], '--top_p=1.5: give a share'),
     (['--seed=9223372036854775808'], '--seed=9223372036854775808: give a whole number from -'),
+    (['--prompt=a\udcff'], '--prompt is no text in UTF-8'),
+    (['--prompt=a\udcff', '--score'], '--prompt is no text in UTF-8'),
     (['--top_k=-1'], '--top_k=-1: give 0'),
     (['--prompt_file=nothing.txt'], '--prompt_file=nothing.txt: there is no such file'),
     (['--prompt=a', f'--prompt_file={_TINY}'], '--prompt and --prompt_file: give one'),

@@ -1,6 +1,7 @@
 """Reading, writing, scoring and saved states from Python, on a trained checkpoint."""
 
 import functools
+import json
 import shutil
 
 import jax
@@ -222,6 +223,37 @@ def test_what_is_no_state_is_refused(lm, tmp_path):
   for name in ('text', 'other', 'cut', 'compressed', 'short', 'lacking'):
     with pytest.raises(ConfigError, match='is no state of a generation'):
       lm.load_state(tmp_path / f'{name}.npz')
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    None,
+    [],
+    {'undecoded': None},
+    {'undecoded': 3},
+    {'undecoded': ['x']},
+    {'undecoded': []},
+    {'settings': None},
+    {'settings': []},
+    {'settings': {}},
+    {'parameters': None},
+    {'checkpoint': None},
+    {'vocabulary': 3},
+  ],
+)
+def test_a_state_that_says_something_else_of_itself_is_refused(lm, tmp_path, change):
+  """Fields that are missing (None) or of another kind."""
+  lm.save_state(tmp_path / 'state.npz', lm.start())
+  arrays = dict(np.load(tmp_path / 'state.npz'))
+  about = change
+  if isinstance(change, dict):
+    about = {**json.loads(str(arrays['about'])), **change}
+    about = {name: value for name, value in about.items() if value is not None}
+  np.savez(tmp_path / 'state.npz', **{**arrays, 'about': np.asarray(json.dumps(about))})
+  with pytest.raises(ConfigError, match='is (no|a) state of ') as error:
+    lm.load_state(tmp_path / 'state.npz')
+  assert len(str(error.value).splitlines()) == 1
 
 
 # Refusals

@@ -1,6 +1,7 @@
 """What the package's commands share: T5X's gin flags, quiet imports, errors on one line."""
 
 import contextlib
+import io
 import logging as std_logging
 import os
 import shutil
@@ -99,13 +100,17 @@ def parse_flags(args: Sequence[str]) -> list[str]:
 
 
 def prepare(args: Sequence[str]) -> None:
-  """Refuses arguments that are no flags, and shows the time and our own messages in the log.
+  """Refuses arguments that are no flags, and sets how text and the log are printed.
+
+  The log has the time, and our own messages.
 
   Args:
     args: what `app.run` gives to the main function.
   """
   if len(args) > 1:
     raise app.UsageError(f'Not a flag: {args[1]}')
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='replace')  # What a terminal can't show is no reason to stop.
   handler = logging.get_absl_handler()
   handler.setFormatter(std_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   if logging.get_verbosity() <= logging.INFO:

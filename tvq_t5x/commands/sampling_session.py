@@ -99,8 +99,8 @@ def _check_texts(options: Options, prompts: '_Prompts') -> None:
   if options.png:
     raise ConfigError('--png: the task is not one of images; leave it out.')
   text_streams.TextDecoder(prompts.vocabulary)
-  # Each of them is encoded; a vocabulary of bytes accepts all.
-  if not isinstance(prompts.vocabulary, seqio.ByteVocabulary):
+  # Each of them is encoded; a vocabulary of bytes accepts all files.
+  if options.prompt or not isinstance(prompts.vocabulary, seqio.ByteVocabulary):
     for parts in prompts:
       for _ in parts:
         pass
@@ -333,7 +333,8 @@ def _score(lm: LanguageModel, session: _Session, options: Options, prompts: _Pro
       }
       write({'prompt': source, **values, 'checkpoint': str(lm.loaded.checkpoint)})
       if options.json != '-':
-        print(source if len(source) <= 80 else f'{source[:77]}...')
+        _show(source if len(source) <= 80 else f'{source[:77]}...', True)
+        print()
         print(command_line.table(values))
   decoder = text_streams.TextDecoder(lm.vocabulary, session.undecoded[0])
   decoder.push(last)

@@ -70,7 +70,8 @@ def read(
   """
   batch_size, length = tokens.shape
   if not length:
-    return state, jnp.zeros([batch_size]), jnp.zeros([batch_size, 0])
+    zeros = jnp.zeros([batch_size, 0], jnp.float32)
+    return state, jnp.sum(zeros, axis=1), zeros
   block_len = min(module.config.block_len, length)
   num_blocks = -(-length // block_len)
 
@@ -87,7 +88,7 @@ def read(
 
   # Each token is predicted from the one before it.
   stream = jnp.concatenate([state.token[:, None], tokens.astype(jnp.int32)], axis=1)
-  starts = jnp.arange(num_blocks) * block_len
+  starts = jnp.arange(num_blocks, dtype=jnp.int32) * block_len
   blocks = to_blocks(stream[:, :-1]), to_blocks(stream[:, 1:]), starts
   decoder, nats = jax.lax.scan(step, state.decoder, blocks)
   nats = jnp.swapaxes(nats, 0, 1).reshape(batch_size, -1)[:, :length]
@@ -133,7 +134,7 @@ def generate(
 
   def step(i, carry):
     decoder, token, tokens, scores = carry
-    logits, decoder = _apply(module, params, token[:, None], decoder, step=i)
+    logits, decoder = _apply(module, params, token[:, None], decoder, step=i.astype(jnp.int32))
     # Gathered once, or each sum over the vocabulary would be one over devices.
     logits = with_sharding_constraint(logits[:, 0], ('batch', None))
     token = sampling.choose(noise[i], logits, config, allowed)
@@ -181,7 +182,7 @@ def complete(
     generated, both sorted by these: the likeliest comes last.
   """
   batch_size, length = prompts.shape
-  lengths = jnp.sum(jnp.cumprod(prompts != PAD, axis=1), axis=1)
+  lengths = jnp.sum(jnp.cumprod(prompts != PAD, axis=1), axis=1, dtype=jnp.int32)
   state = repeat(module, read(module, params, state, prompts, lengths)[0], num_decodes)
   count = length - jnp.min(lengths)
   written, scores, _ = generate(module, params, state, length, rng, config, count, allowed)
@@ -282,7 +283,8 @@ def _noise(rng: jax.Array, position: jax.Array, num_tokens: int) -> jax.Array:
   """[n, B] uniform in [0, 1), by row and position."""
 
   def draw(row, position):
-    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(rng, row), position))
+    key = jax.random.fold_in(jax.random.fold_in(rng, row), position)
+    return jax.random.uniform(key, dtype=jnp.float32)
 
   positions = position + jnp.arange(num_tokens)[:, None]
   return jax.vmap(jax.vmap(draw), in_axes=(None, 0))(jnp.arange(position.shape[0]), positions)

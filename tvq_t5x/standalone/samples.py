@@ -10,6 +10,7 @@ import seqio
 
 from tvq_t5x.common.errors import ConfigError, is_count
 from tvq_t5x.common.tokens import EOS
+from tvq_t5x.data.text_streams import encode
 from tvq_t5x.data.vocabularies import ImageVocabulary
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.training.models import Params, TransformerVQModel
@@ -45,9 +46,9 @@ class SampleConfig:
     """The prompt's tokens.
 
     Raises:
-      ConfigError: if they leave no room.
+      ConfigError: if they leave no room, or the vocabulary lacks some.
     """
-    prompt = list(vocabulary.encode(self.prompt)) if self.prompt else []
+    prompt = encode(self.prompt, vocabulary, 'SampleConfig.prompt') if self.prompt else []
     if len(prompt) >= self.length:
       raise ConfigError(
         'SampleConfig.prompt',
