@@ -30,7 +30,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   path_flag(
     'prompt_file', None, 'File with the text to continue, of any length; - is standard input.'
   )
-  flags.DEFINE_integer('num_samples', 1, 'Continuations of each prompt.', **fv)
+  flags.DEFINE_integer('num_samples', None, 'Continuations of each prompt; by default 1.', **fv)
   flags.DEFINE_integer(
     'max_tokens', None, 'Tokens of a continuation; by default 256, or a whole image.', **fv
   )
@@ -40,8 +40,10 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   flags.DEFINE_float(
     'top_p', None, "Share of the probability mass to sample from; by default the run's.", **fv
   )
-  flags.DEFINE_integer('top_k', 0, 'How many of the likeliest tokens to sample from; 0: all.', **fv)
-  flags.DEFINE_integer('seed', 0, 'Another one gives other samples.', **fv)
+  flags.DEFINE_integer(
+    'top_k', None, 'How many of the likeliest tokens to sample from; 0, the default, is all.', **fv
+  )
+  flags.DEFINE_integer('seed', None, 'Another one gives other samples; by default 0.', **fv)
   path_flag(
     'json', None, 'File for a line of JSON for each result, or - to print them instead of text.'
   )

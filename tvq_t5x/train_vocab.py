@@ -83,6 +83,8 @@ def run(
       raise ConfigError(f'give either --task or --input: try {_EXAMPLE}')
     if module and not task:
       raise ConfigError(f'--module={module} registers a task: give its name with --task.')
+    if data_dir and not task:
+      raise ConfigError(f'--data_dir={data_dir} is where a task has its data; leave it out.')
     if not output:
       raise ConfigError(f'--output has to be given: try {_EXAMPLE}')
     command_line.check_output('--output', f'{output}.model')
@@ -174,6 +176,7 @@ def _blocks_of_task(name: str, module: str | None) -> Iterator[bytes]:
     if texts is None:
       raise ConfigError(f"--task={name}: {task.name} has no text in a split 'train'.")
     found.append(texts)
+  locations.check_data_dir()
   return _ended(itertools.chain.from_iterable(found))
 
 

@@ -75,7 +75,7 @@ def test_parameters_lie_as_the_mesh_wants(tiny_run):
 
 
 def test_a_checkpoint_of_t5x(of_t5x):
-  _assert_parameters(load(str(of_t5x), [_TINY]), _saved(of_t5x, 16))
+  _assert_parameters(configuration.load(str(of_t5x), [_TINY]), _saved(of_t5x, 16))
 
 
 def test_the_config_of_t5x_is_not_enough(of_t5x):
@@ -100,7 +100,7 @@ def test_no_checkpoint(tmp_path, monkeypatch, checkpoint, part):
   pathlib.Path('file').write_text('')
   pathlib.Path('empty').mkdir()
   with pytest.raises(ConfigError) as error:
-    load(checkpoint, [_TINY])
+    configuration.load(checkpoint, [_TINY])
   message = str(error.value)
   assert message.startswith(f'--checkpoint={checkpoint}:') and part in message
   assert '\n' not in message
@@ -119,7 +119,7 @@ def test_gin_files_that_describe_no_run(tiny_run, tmp_path):
     'datasets.vocabulary.mixture_or_task_name = %MODEL_DIR\n'
   )
   with pytest.raises(ConfigError, match='describe no run: .*gin/runs/pretrain.gin'):
-    load(str(tiny_run), [str(path)])
+    configuration.load(str(tiny_run), [str(path)])
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,14 @@ def _cut(path):
   path.write_bytes(path.read_bytes()[:10])
 
 
+def _empty(path):
+  path.write_text('{"model": {}}')
+
+
+def _list(path):
+  path.write_text('["model"]')
+
+
 def _flip_bits(path):
   content = bytearray(path.read_bytes())
   for i in range(0, len(content), 64):  # In every array, also those of parameters.
@@ -168,6 +176,10 @@ def _flip_bits(path):
     ('state/manifest.ocdbt', _cut),
     ('state/_METADATA', _cut),
     ('metadata/metadata', _cut),
+    ('metadata/metadata', _empty),
+    ('metadata/metadata', _list),
+    ('dataset/config.json', _cut),
+    ('dataset/config.json', _list),
     ('state/d/*', _cut),
     ('state/ocdbt.process_0/d/*', _flip_bits),
   ],

@@ -14,7 +14,7 @@ E0000 00:00:1795655313.902054   24690 cuda_platform.cc:52] failed call to cuInit
 """
 
 
-def _run(*lines):
+def _run(*lines, encoding='utf-8'):
   program = '\n'.join(
     (
       'import os',
@@ -25,7 +25,11 @@ def _run(*lines):
     )
   )
   return subprocess.run(
-    [sys.executable, '-c', program], capture_output=True, text=True, check=False
+    [sys.executable, '-c', program],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, 'PYTHONIOENCODING': encoding},
   )
 
 

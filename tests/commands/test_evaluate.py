@@ -11,7 +11,7 @@ import seqio
 import tensorflow as tf
 import tiny_task
 from absl import flags
-from util import one_device
+from util import one_device, without_vocabulary
 
 from tvq_t5x import evaluate
 from tvq_t5x.common.errors import ConfigError
@@ -56,7 +56,8 @@ def call(tiny_run, capsys):
     values = flags.FlagValues()
     evaluate.define_flags(values)
     # The run's task is not the package's own.
-    values(['evaluate', '--module=tiny_task', *args])
+    own = [] if any(arg.startswith('--gin_file') for arg in args) else ['--module=tiny_task']
+    values(['evaluate', *own, *args])
     capsys.readouterr()
     with mesh():
       code = evaluate.run_flags(values)
@@ -98,13 +99,15 @@ def test_the_numbers_of_the_run(call, tiny_run, recorded, tmp_path):
   assert rows['tokens'] == str(_SIZE + 1)
 
 
-def test_bits_of_images_are_per_dimension(call, tiny_run):
+def test_bits_of_images_are_per_dimension(call, tiny_run, tmp_path):
   bindings = (
     "MIXTURE_OR_TASK_NAME = 'tiny_images'",
     "TASK_FEATURE_LENGTHS = {'targets': 24}",
     'UPDATE_LEN = None',
   )
-  args = [f'--checkpoint={tiny_run}', '--split=test']
+  # It would say that it was trained on bytes.
+  run = without_vocabulary(tiny_run, tmp_path / 'run')
+  args = [f'--checkpoint={run}', '--split=test']
   args += [f'--gin_bindings={binding}' for binding in bindings]
   found = json.loads(call(*args, '--json=-'))
   bits = found['cross_entropy'] / math.log(2)
@@ -216,6 +219,8 @@ def test_a_folder_of_data(call, tiny_run, tmp_path, monkeypatch):
   monkeypatch.setenv('TVQ_DATA_DIR', '')
   message = call(f'--checkpoint={tiny_run}', '--data_dir=no', expected=2)
   assert message.startswith('error: --data_dir=no: there is no such folder')
+  message = call(f'--checkpoint={tiny_run}', f'--data_dir={tmp_path}', expected=2)
+  assert message.startswith(f'error: --data_dir={tmp_path}: the data does not come from there')
   call('--checkpoint=nothing', f'--data_dir={tmp_path}', expected=2)
   assert locations.data_path('PG19_PATH', None) == str(tmp_path)
 

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from data_util import other_sentencepiece_model
 from matplotlib import image as matplotlib_image
-from util import one_device, programs_kept_in
+from util import one_device, programs_kept_in, without_vocabulary
 
 from tvq_t5x import sample
 from tvq_t5x.commands import sampling_session
@@ -37,6 +37,12 @@ VOCABULARY = @vocabularies.{name}()
 def _keep_programs(programs):
   with programs_kept_in(programs), one_device():
     yield
+
+
+@pytest.fixture(scope='module')
+def tiny_run(tiny_run, tmp_path_factory):
+  """It does not say its vocabulary: here it has several."""
+  return without_vocabulary(tiny_run, tmp_path_factory.mktemp('earlier') / 'run')
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +73,9 @@ def call(tiny_run, capsys):
   def call(*args, expected=0):
     values = flags.FlagValues()
     sample.define_flags(values)
-    values(['sample', f'--checkpoint={tiny_run}', '--module=tiny_task', *args])
+    # The run's task is not the package's own.
+    own = [] if any(arg.startswith('--gin_file') for arg in args) else ['--module=tiny_task']
+    values(['sample', f'--checkpoint={tiny_run}', *own, *args])
     capsys.readouterr()
     code = sample.run_flags(values)
     out, err = capsys.readouterr()
@@ -128,6 +136,14 @@ def test_without_a_prompt_a_document_begins(call, lm):
   assert record['prompt'] is None
 
 
+def test_a_temperature_that_is_almost_zero(call):
+  zero, small = (
+    _json(call, f'--prompt={_PROMPT}', '--max_tokens=8', f'--temperature={temperature}')[0]
+    for temperature in ('0', '1e-38')
+  )
+  assert small['tokens'] == zero['tokens']
+
+
 def test_a_session_in_parts_is_as_whole(call, tmp_path):
   whole = _json(call, f'--prompt={_PROMPT}', '--max_tokens=16', '--num_samples=2')
   state = f'--state_out={tmp_path / "state.npz"}'
@@ -159,10 +175,11 @@ def test_a_character_that_two_sessions_share(call, tmp_path, monkeypatch, cut):
   text = 'na\u00efve \U0001f680!'
   tokens = [value + 3 for value in text.encode()]
   state = tmp_path / 'state.npz'
-  for head in (['--num_samples=2'], ['--score', f'--prompt_file={tmp_path / "head"}']):
+  heads = ['--num_samples=2', f'--max_tokens={cut}'], ['--score', f'--prompt_file={tmp_path}/head']
+  for head in heads:
     (tmp_path / 'head').write_bytes(text.encode()[:cut])
     _chooses(monkeypatch, tokens if '--score' not in head else tokens[cut:])
-    first = _json(call, *head, f'--max_tokens={cut}', f'--state_out={state}')
+    first = _json(call, *head, f'--state_out={state}')
     second = _json(call, f'--state_in={state}', f'--max_tokens={len(tokens) - cut}')
     shown = text.encode()[:cut].decode(errors='ignore')
     assert all(record.get('text', shown) == shown for record in first)
@@ -210,6 +227,14 @@ def test_files_in_the_home_folder(call, tmp_path, monkeypatch):
 def test_what_a_terminal_would_obey_is_not_shown(capsys):
   sampling_session._show('a\x1b[2J\x07\x9bb\tc\n', True)
   assert capsys.readouterr().out == 'a\ufffd[2J\ufffd\ufffdb\tc\n'
+
+
+def test_what_a_terminal_would_obey_in_a_prompt(call):
+  prompt = 'a\x1b[2Jb\x07'
+  assert call(f'--prompt={prompt}', '--max_tokens=8').startswith('a\ufffd[2Jb\ufffd')
+  assert call(f'--prompt={prompt}', '--score').startswith('a\ufffd[2Jb\ufffd\nnats')
+  (record,) = _json(call, f'--prompt={prompt}', '--max_tokens=8')
+  assert record['prompt'] == prompt
 
 
 # Scores
@@ -330,6 +355,9 @@ def test_pieces(call, tmp_path):
     (['--temperature=-1'], '--temperature=-1.0: give 0'),
     (['--top_p=0'], '--top_p=0.0: give a share'),
     (['--top_p=1.5'], '--top_p=1.5: give a share'),
+    (['--seed=9223372036854775808'], '--seed=9223372036854775808: give a whole number from -'),
+    (['--prompt=a\udcff'], '--prompt is no text in UTF-8'),
+    (['--prompt=a\udcff', '--score'], '--prompt is no text in UTF-8'),
     (['--top_k=-1'], '--top_k=-1: give 0'),
     (['--prompt_file=nothing.txt'], '--prompt_file=nothing.txt: there is no such file'),
     (['--prompt=a', f'--prompt_file={_TINY}'], '--prompt and --prompt_file: give one'),
@@ -344,6 +372,20 @@ def test_pieces(call, tmp_path):
       '--state_out with --score: give one prompt',
     ),
     (['--gin_bindings=config.TransformerConfig.emb_dim = 32'], 'there [1, 16, 1, 8]'),
+    *(
+      (['--score', '--prompt=a', flag], f'{flag.split("=")[0]}: --score continues no text; leave')
+      for flag in (
+        '--seed=0', '--temperature=1', '--top_p=1', '--top_k=0', '--num_samples=1',
+        '--max_tokens=256', '--png=a.png',
+      )
+    ),
+    *(
+      (['--temperature=0', flag], f'{flag.split("=")[0]}: temperature 0 takes the likeliest token')
+      for flag in ('--seed=1', '--top_p=0.9', '--top_k=3')
+    ),
+    (['--gin_search_paths=no', f'--gin_file={_TINY}'], '--gin_search_paths=no: there is no such'),
+    (['--gin_search_paths=.'], '--gin_search_paths=.: the config.gin in MODEL_DIR includes no'),
+    (['--module=tiny_task', f'--gin_file={_TINY}'], '--module=tiny_task is for the config.gin in'),
   ],
 )  # fmt: skip
 def test_mistakes_are_one_line(call, compiled, args, part):

@@ -218,6 +218,8 @@ def test_a_refused_size_comes_with_one_that_works(tmp_path, text_file, capsys, v
     ({'task': 'tiny_bytes', 'output': 'no/folder/out'}, ['--output=', 'no/folder']),
     ({'task': 'enwik8'}, ['the environment variable ENWIK8_PATH or --data_dir=']),
     ({'task': 'pg19', 'data_dir': '/'}, ['PG19_PATH or --data_dir=']),
+    ({'task': 'tiny_bytes', 'data_dir': '/'}, ['--data_dir=/: the data does not', 'leave it out']),
+    ({'inputs': ['x'], 'data_dir': '/'}, ['--data_dir=/ is where a task', 'leave it out']),
     ({'task': 'pg19', 'data_dir': 'no/folder'}, ['--data_dir=no/folder: there is no']),
   ],
 )

@@ -1,6 +1,7 @@
 """Where data lies: gin, environment and --data_dir, in this order; what messages say of them."""
 
 import os
+import pathlib
 
 import gin
 import pytest
@@ -58,6 +59,32 @@ def test_training_looks_there(tmp_path, capsys):
   assert len(message.splitlines()) == 1
   assert train.run([run_file], bindings, data_dir=str(tmp_path / 'no')) == 2
   assert capsys.readouterr().err.startswith('error: --data_dir=')
+
+
+def test_a_folder_in_which_nothing_is_looked_for(monkeypatch, tmp_path):
+  locations.set_data_dir(str(tmp_path))
+  locations.path('SENTENCEPIECE_MODEL', None)
+  locations.data_path('ENWIK8_PATH', 'gin')
+  monkeypatch.setenv('PG19_PATH', 'variable')
+  locations.data_path('PG19_PATH', None)
+  with pytest.raises(ConfigError, match=f'^--data_dir={tmp_path}: the data does not come from'):
+    locations.check_data_dir()
+  locations.data_path('ENWIK8_PATH', None)
+  locations.check_data_dir()
+  # The environment is not a flag: it may serve other commands.
+  monkeypatch.setenv('TVQ_DATA_DIR', str(tmp_path))
+  locations.set_data_dir(None)
+  locations.check_data_dir()
+
+
+def test_training_on_a_task_that_reads_no_folder(tmp_path, capsys):
+  tiny = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
+  bindings = [f"MODEL_DIR = '{tmp_path}/run'"]
+  for dry_run in (True, False):
+    assert train.run([tiny], bindings, data_dir=str(tmp_path), dry_run=dry_run) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f'error: --data_dir={tmp_path}: ') and 'leave it out' in message
+  assert not (tmp_path / 'run').exists()
 
 
 def test_a_path_of_a_flag_may_begin_with_the_home_folder(monkeypatch):

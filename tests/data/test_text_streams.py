@@ -35,6 +35,13 @@ def _in_parts(vocabulary, tokens, cuts):
   return [*parts, decoder.finish()]
 
 
+@pytest.mark.parametrize('text', ['caf\udce9', '\ud800', 'a\udcff\udcfe'])
+def test_what_is_no_text_is_refused(pieces, text):
+  for vocabulary in (_BYTES, pieces):
+    with pytest.raises(ConfigError, match='^--prompt is no text in UTF-8 .*--prompt_file'):
+      encode(text, vocabulary, '--prompt')
+
+
 @settings(deadline=None)
 @given(_TEXT, _CUTS)
 def test_bytes_in_parts(text, cuts):

@@ -1,6 +1,7 @@
 """Reading, writing, scoring and saved states from Python, on a trained checkpoint."""
 
 import functools
+import json
 import shutil
 
 import jax
@@ -117,6 +118,21 @@ def test_greedy_choice_is_the_likeliest_token_of_the_forward_pass(lm):
   np.testing.assert_allclose(log_likelihoods[0], expected.max(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_each_seed_of_64_bits_has_its_own_texts(lm):
+  seeds = [0, 1, 2**32, 2**32 + 1, -1, 2**32 - 1, 2**63 - 1, -(2**63)]
+  found = {tuple(lm.generate(lm.start(), 18, seed=seed).tokens[0].tolist()) for seed in seeds}
+  assert len(found) == len(seeds)
+  for seed in (2**63, -(2**63) - 1, 1.0, True):
+    with pytest.raises(ConfigError, match='^seed = .*: give a whole number from -'):
+      lm.generate(lm.start(), 18, seed=seed)
+
+
+def test_only_ids_that_stand_for_something_are_written(lm):
+  found = lm.generate(lm.start(4), 300, sampling=SamplingConfig(temperature=1e6)).tokens
+  assert set(found.ravel().tolist()) <= {1, *range(3, 259)}
+  assert len(set(found.ravel().tolist())) > 200  # Or it shows little.
+
+
 def test_n_tokens_and_then_m_are_n_plus_m(lm):
   state = lm.start(3)
   whole = lm.generate(state, 18, seed=1)
@@ -207,6 +223,37 @@ def test_what_is_no_state_is_refused(lm, tmp_path):
   for name in ('text', 'other', 'cut', 'compressed', 'short', 'lacking'):
     with pytest.raises(ConfigError, match='is no state of a generation'):
       lm.load_state(tmp_path / f'{name}.npz')
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    None,
+    [],
+    {'undecoded': None},
+    {'undecoded': 3},
+    {'undecoded': ['x']},
+    {'undecoded': []},
+    {'settings': None},
+    {'settings': []},
+    {'settings': {}},
+    {'parameters': None},
+    {'checkpoint': None},
+    {'vocabulary': 3},
+  ],
+)
+def test_a_state_that_says_something_else_of_itself_is_refused(lm, tmp_path, change):
+  """Fields that are missing (None) or of another kind."""
+  lm.save_state(tmp_path / 'state.npz', lm.start())
+  arrays = dict(np.load(tmp_path / 'state.npz'))
+  about = change
+  if isinstance(change, dict):
+    about = {**json.loads(str(arrays['about'])), **change}
+    about = {name: value for name, value in about.items() if value is not None}
+  np.savez(tmp_path / 'state.npz', **{**arrays, 'about': np.asarray(json.dumps(about))})
+  with pytest.raises(ConfigError, match='is (no|a) state of ') as error:
+    lm.load_state(tmp_path / 'state.npz')
+  assert len(str(error.value).splitlines()) == 1
 
 
 # Refusals

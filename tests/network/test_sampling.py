@@ -110,6 +110,47 @@ def test_zero_temperature_is_greedy():
   np.testing.assert_array_equal(choose(jnp.asarray([0.99]), tied, config), [1])
 
 
+# Float32 has no 1e-300 and 1e-46, and processors may take 1e-45 for 0.
+@pytest.mark.parametrize('temperature', [1e-300, 1e-46, 1e-45, 1e-38, 1e-20])
+@pytest.mark.parametrize('top_p', [1.0, 0.9])
+@pytest.mark.parametrize('top_k', [0, 3])
+def test_small_temperatures_are_greedy(temperature, top_p, top_k):
+  logits = jnp.concatenate([LOGITS, -100 * LOGITS, 1e4 + 1e4 * LOGITS])
+  noise = jnp.tile(jnp.asarray([0.0, 0.5, np.nextafter(1, 0, dtype='f')]), 6)
+  rows = jnp.repeat(logits, 3, axis=0)
+  tokens = choose(noise, rows, SamplingConfig(temperature, top_p, top_k))
+  np.testing.assert_array_equal(tokens, np.argmax(rows, axis=-1))
+
+
+ALLOWED = np.array([False, True, True, False, True])
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    SamplingConfig(),
+    SamplingConfig(temperature=1e9),
+    SamplingConfig(temperature=1e30, top_p=0.99),
+    SamplingConfig(top_k=2),
+    SamplingConfig(top_k=5, top_p=0.7),
+    SamplingConfig(temperature=0.3),
+  ],
+)
+def test_tokens_that_are_not_allowed_are_as_if_there_were_none(config):
+  noise = jnp.linspace(0, 1, 500)[:-1]
+  rows = jnp.tile(LOGITS[:1], [499, 1])
+  tokens = choose(noise, rows, config, ALLOWED)
+  ids = np.flatnonzero(ALLOWED)
+  np.testing.assert_array_equal(tokens, ids[choose(noise, rows[:, ids], config)])
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1e-38, 0.01])
+def test_the_likeliest_token_that_is_allowed(temperature):
+  # Far behind the one that is not.
+  logits = jnp.asarray([[1e6, -20.0, -10.0, 0.0, -30.0]])
+  assert choose(jnp.asarray([0.5]), logits, SamplingConfig(temperature), ALLOWED) == 2
+
+
 @pytest.mark.parametrize(
   ('field', 'value', 'accepted'),
   [

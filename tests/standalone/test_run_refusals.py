@@ -76,6 +76,10 @@ def _refused(capsys, model_dir, *bindings, **macros):
       ['batch_size = 3 (train_eval/DatasetConfig.batch_size)', 'multiple of'],
     ),
     (['NUM_MICROBATCHES = 3'], ['train.num_microbatches = 3 (macro NUM_MICROBATCHES)']),
+    (
+      ['runner.train.random_seed = 9223372036854775808'],
+      ['train.random_seed = 9223372036854775808', f'from {-(2**63)} to {2**63 - 1}'],
+    ),
     (['NUM_PARTITIONS = 3'], ['num_partitions = 3 (macro NUM_PARTITIONS)', '1, 2, 4, 8']),
     (["MIXTURE_OR_TASK_NAME = 'tiny_byte'"], ["'tiny_byte' (macro MIXTURE_OR_", 'tiny_bytes']),
     (

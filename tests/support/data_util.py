@@ -68,6 +68,15 @@ def other_sentencepiece_model(folder, **changes) -> str:
   return str(path)
 
 
+def two_sentencepiece_models(folder) -> list[str]:
+  """Paths of two of the same size, which differ in their pieces."""
+  paths = []
+  for symbol in ('sea', 'ship'):
+    (folder / symbol).mkdir()
+    paths.append(other_sentencepiece_model(folder / symbol, user_defined_symbols=[symbol]))
+  return paths
+
+
 def processor(path: str) -> sentencepiece.SentencePieceProcessor:
   """SentencePiece itself, to compare with."""
   return sentencepiece.SentencePieceProcessor(model_file=path)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+import shutil
 from unittest import mock
 
 import jax
@@ -106,11 +107,21 @@ def next_batch(folder, step):
   # Whatever the checkpoint says that it was for.
   position = pathlib.Path(folder) / f'checkpoint_{step}' / 'dataset'
   saved = json.loads((position / 'config.json').read_text())
-  assert not saved.pop('carry_state')
+  assert not saved.pop('carry_state') and saved.pop('vocabulary') == 'bytes'
   cfg = datasets.DatasetConfig(**saved)
   batches = datasets.training_batches(cfg, TransformerVQFeatureConverter)
   batches.restore(position)
   return {name: value.tolist() for name, value in next(batches).items()}
+
+
+def without_vocabulary(run, folder):
+  """A copy of a run as of an earlier version, which did not say of what vocabulary it is."""
+  shutil.copytree(run, folder)
+  for path in folder.glob('checkpoint_*/dataset/config.json'):
+    saved = json.loads(path.read_text())
+    del saved['vocabulary']
+    path.write_text(json.dumps(saved))
+  return folder
 
 
 @contextlib.contextmanager

@@ -7,14 +7,17 @@ import pytest
 import seqio
 import tensorflow as tf
 import tiny_task
+from data_util import two_sentencepiece_models
+from util import small_model
 
 pytest.importorskip('t5x.utils', reason='T5X is not installed: its training data')
 
 from t5x import utils
 
+from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets, likelihood
 from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
-from tvq_t5x.t5x_adapter import data
+from tvq_t5x.t5x_adapter import data, paths
 
 BATCH_SIZE, LENGTH, UPDATES = 8, 64, 2
 
@@ -136,6 +139,62 @@ def test_the_position_of_another_run_does_not_count(tmp_path, expected):
     np.testing.assert_array_equal(_read(again, 1)[0], expected[position])
     half = _restored(folder, step * UPDATES, 0, 2)
     np.testing.assert_array_equal(_read(half, 1)[0], expected[position][::2])
+
+
+@pytest.fixture
+def pieces(tmp_path, monkeypatch):
+  """Batches of SentencePiece's pieces, of a vocabulary of one's choice in a run's folder."""
+  models = two_sentencepiece_models(tmp_path)
+
+  def make(model, folder):
+    monkeypatch.setenv('SENTENCEPIECE_MODEL', models[model])
+    cfg = dataclasses.replace(_cfg(utils.DatasetConfig), mixture_or_task_name='tiny_pieces')
+    return data.get_dataset(cfg, 0, 1, TransformerVQFeatureConverter, model_dir=str(folder))
+
+  return make
+
+
+def test_the_run_of_another_vocabulary_does_not_go_on(tmp_path, pieces):
+  folder = tmp_path / 'run'
+  iterator = pieces(0, folder)
+  next(iterator)
+  iterator.save(str(_file(folder, 1)))
+  pieces(0, folder)
+  with pytest.raises(ConfigError, match='TransformerVQModel.vocabulary is SentencePiece .* there '):
+    pieces(1, folder)
+
+
+def test_training_from_a_checkpoint_of_another_vocabulary_says_so(tmp_path, pieces, caplog):
+  file = str(_file(tmp_path / 'other', 1))
+  iterator = pieces(0, tmp_path / 'other')
+  next(iterator)
+  iterator.save(file)
+  for model, told in ((0, False), (1, True)):
+    pieces(model, tmp_path / 'run').restore(file)
+    assert ('was trained with another vocabulary' in caplog.text) == told
+
+
+@pytest.mark.parametrize('change', [{'batch_size': 16}, {'seed': 4}, {'shuffle': False}])
+def test_a_run_with_other_batches_does_not_go_on(tmp_path, change):
+  iterator = _iterator(tmp_path)
+  _read(iterator, 1)
+  iterator.save(str(_file(tmp_path, UPDATES)))
+  cfg = dataclasses.replace(_cfg(utils.DatasetConfig), **change)
+  ((name, value),) = change.items()
+  with pytest.raises(ConfigError, match=f'DatasetConfig.{name} = {value}, there '):
+    data.get_dataset(cfg, 0, 1, TransformerVQFeatureConverter, model_dir=str(tmp_path))
+
+
+def test_a_checkpoint_of_another_vocabulary_is_not_used(tmp_path):
+  iterator = _iterator(tmp_path)
+  _read(iterator, 1)
+  iterator.save(str(_file(tmp_path, UPDATES)))
+  checkpoint = str(tmp_path / f'checkpoint_{UPDATES}')
+  model = small_model()
+  with pytest.raises(ConfigError, match='TransformerVQModel.vocabulary is .* there bytes'):
+    paths.trained(checkpoint, model)
+  model.output_vocabulary = datasets.vocabulary('tiny_bytes')
+  assert paths.trained(checkpoint, model) == checkpoint
 
 
 @pytest.fixture

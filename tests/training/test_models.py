@@ -146,7 +146,7 @@ def test_greedy_choice_is_the_likeliest_token_of_the_full_forward(prompts):
   for t in range(LENGTH):
     # Causal: what stands at t and after it in the input does not matter.
     logits = forward(jnp.concatenate([start, expected[:, :-1]], axis=1))[:, t]
-    choice = np.asarray(logits.argmax(axis=-1))
+    choice = np.asarray(logits[:, 1:].argmax(axis=-1)) + 1  # Padding is never chosen.
     for row, length in enumerate(PROMPT_LENGTHS):
       if t >= length:
         expected[row, t] = choice[row]
@@ -172,6 +172,24 @@ def test_samples_keep_prompts_and_follow_the_key(prompts):
   scores = predict(jax.random.key(0))[1]['scores']
   assert scores[-1] == 0
   assert np.all(scores[:-1] < 0)
+
+
+def test_ids_that_stand_for_nothing_are_never_chosen():
+  """However likely; what is chosen has the likelihood that the model gives it."""
+  config = small_config(vocab_size=264, **LIGHT)
+  model = TransformerVQModel(Transformer(config), seqio.ByteVocabulary(), optax.sgd(0.1))
+  params = random_params(config)
+  nothing = np.array([0, 2, *range(259, 264)])
+  params['logits']['bias'] = params['logits']['bias'].at[nothing].add(4.0)
+  none = np.zeros([40, 30], np.int32)
+  prompts = {'decoder_target_tokens': none, 'decoder_input_tokens': none + 1}
+  predict = jax.jit(model.predict_batch_with_aux, static_argnames='temperature')
+  for rng, temperature in ((None, 1.0), (jax.random.key(0), 1.0), (jax.random.key(0), 1e6)):
+    tokens, aux = predict(params, prompts, rng, temperature=temperature)
+    assert not np.isin(tokens, nothing).any()
+    inputs = np.pad(tokens[:, :-1], [(0, 0), (1, 2)], constant_values=1)
+    logits = jax.jit(model.module.apply)({'params': params}, inputs)[0]
+    assert_close(aux['scores'], picks(logits[:, :30], tokens).sum(axis=1), rtol=1e-4)
 
 
 def test_bits_per_byte():

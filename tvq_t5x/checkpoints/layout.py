@@ -3,15 +3,16 @@
 MODEL_DIR/checkpoint_N/
   state/     arrays: target/PARAMETER, state/step, state/param_states/..., and where the state of
              sequences is carried on, flax_mutables/carried/...
-  dataset/   position in the training data, in files of tf.data; T5X on several hosts has a folder
-             process_I-of-N/ for each in it
+  dataset/   position in the training data, in files of tf.data, and the settings that it is for;
+             T5X on several hosts has a folder process_I-of-N/ for each in it
   metadata/  of the standalone runner only: settings, checksums
 """
 
 import json
 import pathlib
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -22,6 +23,11 @@ from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.training import train_state
 from tvq_t5x.training.train_state import TrainState
 
+if TYPE_CHECKING:
+  import seqio
+
+Folder = TypeVar('Folder', pathlib.Path, epath.Path)
+
 STATE, DATASET, METADATA = 'state', 'dataset', 'metadata'  # Items of a checkpoint.
 PREFIX = 'checkpoint'
 # Beside a position that T5X saved: batches before it, in digits, for a start with other hosts.
@@ -30,12 +36,12 @@ _METADATA_FILE = 'metadata'  # Where Orbax puts an item of JSON.
 _GIVE = "give a run's folder, or one of the checkpoint_N folders in it"
 
 
-def folder(model_dir: pathlib.Path, step: int) -> pathlib.Path:
+def folder(model_dir: Folder, step: int) -> Folder:
   """The checkpoint of a step."""
   return model_dir / f'{PREFIX}_{step}'
 
 
-def steps_in(model_dir: pathlib.Path) -> list[int]:
+def steps_in(model_dir: pathlib.Path | epath.Path) -> list[int]:
   """Steps of the complete checkpoints in a folder, which need not exist."""
   return sorted(step_of(path) for path in _entries(model_dir) if _is_checkpoint(path))
 
@@ -111,11 +117,38 @@ def batches_before(checkpoint: pathlib.Path | epath.Path, updates: int) -> int:
     checkpoint: its folder, as `folder` names it.
     updates: steps that a batch gives.
   """
-  position = checkpoint / DATASET
-  for path in (*position.glob(BATCHES), *position.glob(f'process_*/{BATCHES}')):
+  for path in _beside_position(checkpoint, BATCHES):
     return int(path.read_text())
   # A run of the standalone runner has them all from its own data.
   return step_of(checkpoint) // updates
+
+
+def data_identity(checkpoint: pathlib.Path | epath.Path) -> dict[str, Any]:
+  """The `datasets.identity` of the training data, as far as a checkpoint of either engine says."""
+  from tvq_t5x.data import datasets
+
+  for path in _beside_position(checkpoint, datasets.IDENTITY):
+    return json.loads(path.read_text(encoding='utf-8'))
+  return {}
+
+
+def other_vocabulary(
+  checkpoint: pathlib.Path | epath.Path, vocabulary: 'seqio.Vocabulary'
+) -> str | None:
+  """In words, that a checkpoint was trained with another vocabulary; None if it was not.
+
+  Of a checkpoint that does not say, None, too.
+  """
+  from tvq_t5x.data import vocabularies
+
+  old, new = data_identity(checkpoint).get('vocabulary'), vocabularies.identity(vocabulary)
+  return vocabularies.difference(old, new) if old not in (None, new) else None
+
+
+def _beside_position(checkpoint: Any, name: str) -> Iterator[Any]:
+  """Files of a name beside a checkpoint's data position, of all hosts."""
+  folder = checkpoint / DATASET
+  yield from (*folder.glob(name), *folder.glob(f'process_*/{name}'))
 
 
 def step_of(checkpoint: pathlib.Path | epath.Path) -> int:

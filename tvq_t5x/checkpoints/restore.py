@@ -56,14 +56,19 @@ def restore(path: pathlib.Path, model: TransformerVQModel, partitioner: Partitio
   """
   try:
     metadata = layout.read_metadata(path)
-  except (OSError, ValueError) as e:
-    raise layout.unreadable(path, e) from e
-  params = _restore(path, model, partitioner, metadata)
-  if metadata:
+    other = layout.other_vocabulary(path, model.output_vocabulary)
     settings = model_settings.settings_of(model.config)
-    changed, _ = model_settings.differences(metadata['model'], settings)
-    for text in changed:
-      logging.warning('%s was trained with another setting: %s', path, text)
+    changed, _ = model_settings.differences(metadata.get('model', settings), settings)
+  except Exception as e:  # Whatever a reader of broken files may raise.
+    raise layout.unreadable(path, e) from e
+  if other:
+    raise ConfigError(
+      f'--checkpoint={path} was trained with another vocabulary: {other}. Give the one that it was '
+      'trained with.'
+    )
+  params = _restore(path, model, partitioner, metadata)
+  for text in changed:
+    logging.warning('%s was trained with another setting: %s', path, text)
   logging.info('Read the parameters of %s.', path)
   return Loaded(model, params, partitioner, path, layout.step_of(path))
 

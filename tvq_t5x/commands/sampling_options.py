@@ -5,21 +5,24 @@ import os
 from collections.abc import Sequence
 
 from tvq_t5x.commands import command_line
-from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.errors import A_SEED, ConfigError, is_seed
+
+# What says how, where or how many tokens are chosen.
+_OF_SAMPLES = ('num_samples', 'max_tokens', 'temperature', 'top_p', 'top_k', 'seed', 'png')
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The command's own flags, which `--help` explains; paths and None as there."""
+  """The command's own flags, which `--help` explains; None is what is not given."""
 
   prompt: Sequence[str] = ()
   prompt_file: str | None = None
-  num_samples: int = 1
+  num_samples: int | None = None
   max_tokens: int | None = None
   temperature: float | None = None
   top_p: float | None = None
-  top_k: int = 0
-  seed: int = 0
+  top_k: int | None = None
+  seed: int | None = None
   json: str | None = None
   png: str | None = None
   state_in: str | None = None
@@ -40,8 +43,10 @@ class Options:
       raise ConfigError(f'--temperature={self.temperature}: give 0, the likeliest token, or more.')
     if self.top_p is not None and not 0 < self.top_p <= 1:
       raise ConfigError(f'--top_p={self.top_p}: give a share of more than 0 and at most 1.')
-    if self.top_k < 0:
+    if self.top_k is not None and self.top_k < 0:
       raise ConfigError(f'--top_k={self.top_k}: give 0, all tokens, or more.')
+    if self.seed is not None and not is_seed(self.seed):
+      raise ConfigError(f'--seed={self.seed}: give {A_SEED}.')
     if self.prompt and self.prompt_file:
       raise ConfigError('--prompt and --prompt_file: give one of them.')
     for name, path in (('prompt_file', self.prompt_file), ('state_in', self.state_in)):
@@ -53,5 +58,13 @@ class Options:
       raise ConfigError('--score: say what to score with --prompt or --prompt_file.')
     if self.per_token and not self.score:
       raise ConfigError('--per_token is a table of --score: give both.')
+    for name in _OF_SAMPLES if self.score else ():
+      if getattr(self, name) is not None:
+        raise ConfigError(f'--{name}: --score continues no text; leave it out.')
     for name in ('json', 'png', 'state_out'):
       command_line.check_output(f'--{name}', getattr(self, name))
+
+  @property
+  def samples(self) -> int:
+    """Continuations of each prompt."""
+    return 1 if self.num_samples is None else self.num_samples

@@ -32,6 +32,8 @@ _TEXT_CHUNK, _IMAGE_CHUNK = 32, 1024
 # Tokens of a prompt that is read in parts, with which the last character is complete.
 _LAST = 8
 _RULE = '-' * 80
+# What a choice of the likeliest token has no use for.
+_OF_CHOICES = ('top_p', 'top_k', 'seed')
 # A terminal would obey them.
 _CONTROLS = {i: '\ufffd' for i in (*range(32), *range(127, 160)) if chr(i) not in '\n\t'}
 
@@ -97,8 +99,8 @@ def _check_texts(options: Options, prompts: '_Prompts') -> None:
   if options.png:
     raise ConfigError('--png: the task is not one of images; leave it out.')
   text_streams.TextDecoder(prompts.vocabulary)
-  # Each of them is encoded; a vocabulary of bytes accepts all.
-  if not isinstance(prompts.vocabulary, seqio.ByteVocabulary):
+  # Each of them is encoded; a vocabulary of bytes accepts all files.
+  if options.prompt or not isinstance(prompts.vocabulary, seqio.ByteVocabulary):
     for parts in prompts:
       for _ in parts:
         pass
@@ -142,8 +144,14 @@ def _sampling(options: Options) -> SamplingConfig:
   """How tokens are chosen: as in the samples of the run, unless flags say otherwise."""
   run_config = configuration.setting('sample_cfg') or SamplingConfig()
   temperature = run_config.temperature if options.temperature is None else options.temperature
+  for name in _OF_CHOICES if temperature == 0 else ():
+    if getattr(options, name) is not None:
+      raise ConfigError(
+        f'--{name}: temperature 0 takes the likeliest token; leave it out, or give another '
+        '--temperature.'
+      )
   top_p = run_config.top_p if options.top_p is None else options.top_p
-  return SamplingConfig(temperature, top_p, options.top_k)
+  return SamplingConfig(temperature, top_p, options.top_k or 0)
 
 
 def _read(
@@ -183,7 +191,7 @@ def _generated(
 ) -> Iterator[Generated]:
   """`number` tokens, a chunk at a time."""
   for first in range(0, number, chunk):
-    part = lm.generate(state, min(chunk, number - first), options.seed, sampling)
+    part = lm.generate(state, min(chunk, number - first), options.seed or 0, sampling)
     state = part.state
     yield part
 
@@ -196,10 +204,10 @@ def _write_texts(
   prompts: _Prompts,
 ) -> _Session:
   (state, undecoded), read = _read(lm, session, options, prompts)
-  if options.num_samples > 1:
-    state = lm.repeat(state, options.num_samples)
+  if options.samples > 1:
+    state = lm.repeat(state, options.samples)
   read, undecoded = (
-    [x for x in rows for _ in range(options.num_samples)] for rows in (read, undecoded)
+    [x for x in rows for _ in range(options.samples)] for rows in (read, undecoded)
   )
   decoders = [text_streams.TextDecoder(lm.vocabulary, x) for x in undecoded]
   heads = [decoder.push(prompt) for decoder, prompt in zip(decoders, read, strict=True)]
@@ -247,15 +255,15 @@ def _write_records(
     for i, row in enumerate(tokens):
       prompt = options.prompt_file
       if options.prompt:
-        prompt = options.prompt[i // options.num_samples % len(options.prompt)]
+        prompt = options.prompt[i // options.samples % len(options.prompt)]
       write(
         {
           'prompt': prompt,
-          'sample': i % options.num_samples,
+          'sample': i % options.samples,
           **({'text': texts[i]} if texts else {}),
           'tokens': row.tolist(),
           'nats': float(np.sum(nats[i], dtype=np.float64)),
-          'seed': options.seed,
+          'seed': options.seed or 0,
           'temperature': sampling.temperature,
           'top_p': sampling.top_p,
           'top_k': sampling.top_k,
@@ -283,7 +291,7 @@ def _write_images(lm: LanguageModel, options: Options, sampling: SamplingConfig)
   vocabulary = lm.vocabulary
   assert isinstance(vocabulary, vocabularies.ImageVocabulary)
   number = options.max_tokens or math.prod(vocabulary.shape)
-  begin = _begin(lm, options.num_samples)
+  begin = _begin(lm, options.samples)
   parts: list[Generated] = []
   for part in _generated(lm, begin.state, number, _IMAGE_CHUNK, options, sampling):
     parts.append(part)
@@ -325,7 +333,8 @@ def _score(lm: LanguageModel, session: _Session, options: Options, prompts: _Pro
       }
       write({'prompt': source, **values, 'checkpoint': str(lm.loaded.checkpoint)})
       if options.json != '-':
-        print(source if len(source) <= 80 else f'{source[:77]}...')
+        _show(source if len(source) <= 80 else f'{source[:77]}...', True)
+        print()
         print(command_line.table(values))
   decoder = text_streams.TextDecoder(lm.vocabulary, session.undecoded[0])
   decoder.push(last)

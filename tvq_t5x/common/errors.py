@@ -81,6 +81,15 @@ def is_count(value: Any) -> TypeGuard[int]:
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+# For messages: what `is_seed` accepts.
+A_SEED = f'a whole number from {-(2**63)} to {2**63 - 1}'
+
+
+def is_seed(value: Any) -> TypeGuard[int]:
+  """Whether a setting is a whole number of 64 bits."""
+  return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
 def reason(error: BaseException) -> str:
   """The innermost message, on one short line."""
   while error.__cause__ is not None:

@@ -27,7 +27,7 @@ FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
 
 # Files of a saved position: T5X's name for that of a single host, and the settings it belongs to.
 POSITION = 'train_ds-000-of-001'
-_IDENTITY = 'config.json'
+IDENTITY = 'config.json'
 
 
 @dataclasses.dataclass
@@ -85,8 +85,7 @@ class TrainingIterator(Iterator[Batch]):
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     self._iterator.save(directory / POSITION)
-    text = json.dumps(self._identity, indent=2, sort_keys=True)
-    (directory / _IDENTITY).write_text(text, encoding='utf-8')
+    (directory / IDENTITY).write_text(identity_text(self._identity), encoding='utf-8')
 
   def restore(self, directory: str | os.PathLike[str]) -> None:
     """Continues from a saved position, which T5X may have saved.
@@ -98,8 +97,8 @@ class TrainingIterator(Iterator[Batch]):
     position = directory / POSITION
     if not position.with_name(f'{position.name}.index').exists():
       raise errors.ConfigError(f'{directory} holds no saved position of a TrainingIterator.')
-    path = directory / _IDENTITY
-    # T5X does not say what settings the position is for.
+    path = directory / IDENTITY
+    # Other programs do not say what settings the position is for.
     saved = json.loads(path.read_text(encoding='utf-8')) if path.exists() else self._identity
     if different := differences(saved, self._identity):
       raise errors.ConfigError(
@@ -223,17 +222,30 @@ def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
     'seed': cfg.seed,
     'use_cached': cfg.use_cached,
     'carry_state': carry_state,
+    'vocabulary': vocabularies.identity(vocabulary(cfg.mixture_or_task_name, cfg.module)),
   }
 
 
+def identity_text(identity: Mapping[str, Any]) -> str:
+  """What `IDENTITY` beside a position holds."""
+  return json.dumps(identity, indent=2, sort_keys=True)
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """What differs between two results of `identity`, in words."""
+  """What differs between two results of `identity`, in words.
+
+  Args:
+    old: settings, perhaps of an earlier version, which did not say all.
+    new: likewise.
+  """
 
   def words(name: str) -> str:
+    if name == 'vocabulary':
+      return vocabularies.difference(old[name], new[name])
     owner = 'TransformerVQModel' if name == 'carry_state' else 'DatasetConfig'
-    return f'{owner}.{name} = {new[name]!r}, there {old.get(name)!r}'
+    return f'{owner}.{name} = {new[name]!r}, there {old[name]!r}'
 
-  return [words(name) for name in new if old.get(name) != new[name]]
+  return [words(name) for name in new if name in old and old[name] != new[name]]
 
 
 def evaluation_batches(

@@ -7,6 +7,8 @@ from tvq_t5x.gin_support import configurables
 
 # What --data_dir sets, so that processes that are started see it too, and T5X can be told.
 _DATA_DIR = 'TVQ_DATA_DIR'
+# The folder of --data_dir, until something is looked for in it.
+_unread: list[str] = []
 
 
 def path(name: str, value: str | None) -> str | None:
@@ -33,22 +35,43 @@ def data_path(name: str, value: str | None) -> str | None:
   Returns:
     The path with `~` filled in, or None if it is set in none of these ways.
   """
-  return path(name, value) or path(_DATA_DIR, None)
+  found = path(name, value)
+  if found is None:
+    _unread.clear()
+    found = path(_DATA_DIR, None)
+  return found
 
 
 def set_data_dir(folder: str | None) -> None:
   """Makes a folder the one of --data_dir for this process; None changes nothing.
 
+  `check_data_dir` is to be called once the data has been looked for.
+
   Raises:
     ConfigError: if there is no such folder.
   """
+  _unread.clear()
   if folder is None:
     return
+  _unread.append(folder)
   if '://' not in folder:  # TFDS reads from Cloud Storage, too.
     if not os.path.isdir(folder):
       raise ConfigError(f'--data_dir={folder}: there is no such folder.')
     folder = os.path.abspath(folder)
   os.environ[_DATA_DIR] = folder
+
+
+def check_data_dir() -> None:
+  """Refuses a --data_dir in which nothing was looked for.
+
+  Raises:
+    ConfigError: if there was one.
+  """
+  for folder in _unread:
+    raise ConfigError(
+      f'--data_dir={folder}: the data does not come from there, as the task reads no folder, or a '
+      'setting of its own or an environment variable says where it lies; leave it out.'
+    )
 
 
 def how_to_set(name: str) -> str:

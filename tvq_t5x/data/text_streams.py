@@ -83,13 +83,20 @@ def encode(text: str, vocabulary: seqio.Vocabulary, source: str) -> list[int]:
   """The tokens of a text, without EOS.
 
   Args:
-    text: any.
+    text: any; one that Python has from bytes that are no UTF-8 has surrogates, which are none.
     vocabulary: that may lack characters of it.
     source: of the text, for the message.
 
   Raises:
-    ConfigError: if it does.
+    ConfigError: if it does, or the text is none.
   """
+  try:
+    text.encode()
+  except UnicodeEncodeError as e:
+    raise ConfigError(
+      f'{source} is no text in UTF-8 ({e.reason}, character {e.start}); give other bytes in a '
+      '--prompt_file.'
+    ) from e
   tokens = list(vocabulary.encode(text))
   if vocabulary.unk_id not in tokens:
     return tokens

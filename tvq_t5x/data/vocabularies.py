@@ -283,6 +283,12 @@ def identity(vocabulary: seqio.Vocabulary) -> str:
   return f'{name} {_digest([ids, content])}'
 
 
+def difference(old: str, new: str) -> str:
+  """What to say where two `identity` differ: of a model, of the present configuration."""
+  hint = ' (the file is that of SENTENCEPIECE_MODEL)' if new.startswith('SentencePiece ') else ''
+  return f'TransformerVQModel.vocabulary is {new}{hint}, there {old}'
+
+
 @functools.lru_cache(maxsize=8)
 def _sentencepiece_digest(model: bytes) -> str:
   """Of all that decides which tokens a text has, and which text tokens have."""

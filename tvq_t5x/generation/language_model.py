@@ -25,7 +25,7 @@ from tvq_t5x.network import decoding
 from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import Transformer
-from tvq_t5x.training import placement
+from tvq_t5x.training import placement, random_keys
 from tvq_t5x.training.partitioning import Partitioner
 
 # Tokens of a row that one call of the compiled `decoding.read` gets, about.
@@ -184,7 +184,7 @@ class LanguageModel:
     seed: int = 0,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, it is frozen.
   ) -> Generated:
-    """Continues sequences with tokens of the model's choice.
+    """Continues sequences with tokens of the model's choice, none that stand for nothing.
 
     The choice of a token depends on the seed, its row and its position: n tokens and then m more
     are the n + m tokens of one call.
@@ -192,18 +192,21 @@ class LanguageModel:
     Args:
       state: of B sequences; remains as it is.
       num_tokens: that each of them gets, at least 1.
-      seed: of the choice.
+      seed: of the choice, a whole number of 64 bits.
       sampling: how a token is chosen.
 
     Raises:
-      ConfigError: for less than one token.
+      ConfigError: for less than one token, or no seed.
     """
     if num_tokens < 1:
       raise ConfigError(f'num_tokens = {num_tokens}: give at least 1.')
-    batch_size = len(state.token)
+    batch_size, rng = len(state.token), random_keys.key_of(seed, 'seed')
 
     def generate(params, state, rng):
-      return decoding.generate(self._module, params, state, num_tokens, rng, sampling)
+      allowed = self.loaded.model.sampled_ids
+      return decoding.generate(
+        self._module, params, state, num_tokens, rng, sampling, allowed=allowed
+      )
 
     states = self._state_shardings(batch_size)
     program = self._program(
@@ -213,7 +216,7 @@ class LanguageModel:
       (self._params, states, None),
       (None, None, states),
     )
-    tokens, log_likelihoods, state = program(self.loaded.params, state, jax.random.key(seed))
+    tokens, log_likelihoods, state = program(self.loaded.params, state, rng)
     return Generated(np.asarray(tokens), np.asarray(log_likelihoods), state)
 
   def score(self, text: Text, state: GenerationState | None = None) -> Score:

@@ -59,12 +59,14 @@ def load(path: str | os.PathLike[str], loaded: Loaded) -> GenerationState:
   try:
     arrays = _arrays(path)
     about = json.loads(str(arrays.pop(_ABOUT)))
-    batch_size = len(about['undecoded'])
+    batch_size = len(_undecoded(about))
+    _check(path, about, _about(loaded))
   except FileNotFoundError:
     raise ConfigError(f'{path}: there is no such file.') from None
+  except ConfigError:
+    raise
   except Exception as e:  # Whatever a reader of broken files may raise.
     raise ConfigError(f'{path} is no state of a generation, or not all of one.') from e
-  _check(path, about, _about(loaded))
   expected = jax.eval_shape(functools.partial(decoding.start, loaded.model.module, batch_size))
 
   def array(key: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -92,23 +94,35 @@ def load_undecoded(path: str | os.PathLike[str]) -> list[bytes]:
     path: of a file that `load` accepts.
   """
   with np.load(path, allow_pickle=False) as archive:
-    return [bytes.fromhex(x) for x in json.loads(str(archive[_ABOUT]))['undecoded']]
+    return _undecoded(json.loads(str(archive[_ABOUT])))
+
+
+def _undecoded(about: dict[str, Any]) -> list[bytes]:
+  return [bytes.fromhex(x) for x in about['undecoded']]
 
 
 def _about(loaded: Loaded) -> dict[str, Any]:
+  from tvq_t5x.data import vocabularies
+
   sums = json.dumps(named_arrays.checksums(loaded.params), sort_keys=True)
   return {
     'checkpoint': str(loaded.checkpoint),
     'parameters': hashlib.sha256(sums.encode()).hexdigest(),
+    'vocabulary': vocabularies.identity(loaded.model.output_vocabulary),
     'settings': model_settings.settings_of(loaded.model.config),
   }
 
 
 def _check(path: str | os.PathLike[str], saved: dict[str, Any], ours: dict[str, Any]) -> None:
+  from tvq_t5x.data import vocabularies
+
   old, new = saved['settings'], ours['settings']
   changed, _ = model_settings.differences(old, new)
   if old['dtype'] != new['dtype']:
     changed.append(f'TransformerConfig.dtype = {new["dtype"]!r}, there {old["dtype"]!r}')
+  # An earlier version did not say.
+  if (vocabulary := saved.get('vocabulary', ours['vocabulary'])) != ours['vocabulary']:
+    changed.append(vocabularies.difference(vocabulary, ours['vocabulary']))
   if changed:
     raise ConfigError(f'{path} is a state of another model: {"; ".join(changed)}.')
   if saved['parameters'] != ours['parameters']:

@@ -16,7 +16,7 @@ from tvq_t5x.common.errors import ConfigError, reason
 _ALLOWED: dict[str, frozenset[str]] = {
   module: frozenset(names)
   for module, names in {
-    'tvq_t5x.data.datasets': ('DatasetConfig', 'vocabulary'),
+    'tvq_t5x.data.datasets': ('DatasetConfig', 'vocab_size', 'vocabulary'),
     'tvq_t5x.data.token_cache': ('directory',),
     'tvq_t5x.data.vocabularies': ('sentencepiece_model', 'vocab_size'),
     'tvq_t5x.network.config': ('TransformerConfig',),

@@ -70,6 +70,9 @@ def parse_gin(
     ConfigError: For a file, a setting or a value that can't be used.
   """
   folders = _search_folders(search_paths)
+  for path in search_paths:
+    if not os.path.isdir(path):
+      raise ConfigError(f'--gin_search_paths={path}: there is no such folder')
   for path in gin_files:
     if not _is_found(path, folders):
       raise ConfigError(f'--gin_file={path}: no such file{_near_files(path, folders)}')

@@ -134,7 +134,7 @@ class Attention(Mixer):
     x = sinusoids(jnp.arange(c.window_len + 1), d, c.max_wavelength)
     if not self.deterministic and c.sinusoid_dropout_rate:
       share = 1.0 - c.sinusoid_dropout_rate
-      kept = jax.random.bernoulli(self.make_rng(SEQUENCE_DROPOUT), share, x.shape)
+      kept = jax.random.bernoulli(self.make_rng(SEQUENCE_DROPOUT), jnp.float32(share), x.shape)
       x = jnp.where(kept, x / share, 0.0)
     axes = ('embed', c.heads_axis(n), 'kv')
     project = Einsum('CD,DNK->CNK', (d, n, k), axes, dtype=c.dtype, name='distance')

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.linen import partitioning as nn_partitioning
+from jax.typing import ArrayLike
 
 from tvq_t5x.common.named_arrays import array_name
 from tvq_t5x.common.tokens import EOS, PAD
@@ -69,7 +70,8 @@ def read(
   """
   batch_size, length = tokens.shape
   if not length:
-    return state, jnp.zeros([batch_size]), jnp.zeros([batch_size, 0])
+    zeros = jnp.zeros([batch_size, 0], jnp.float32)
+    return state, jnp.sum(zeros, axis=1), zeros
   block_len = min(module.config.block_len, length)
   num_blocks = -(-length // block_len)
 
@@ -86,7 +88,7 @@ def read(
 
   # Each token is predicted from the one before it.
   stream = jnp.concatenate([state.token[:, None], tokens.astype(jnp.int32)], axis=1)
-  starts = jnp.arange(num_blocks) * block_len
+  starts = jnp.arange(num_blocks, dtype=jnp.int32) * block_len
   blocks = to_blocks(stream[:, :-1]), to_blocks(stream[:, 1:]), starts
   decoder, nats = jax.lax.scan(step, state.decoder, blocks)
   nats = jnp.swapaxes(nats, 0, 1).reshape(batch_size, -1)[:, :length]
@@ -102,6 +104,7 @@ def generate(
   rng: jax.Array,
   config: SamplingConfig,
   count: jax.Array | None = None,
+  allowed: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array, GenerationState]:
   """Continues sequences with tokens of the model's choice.
 
@@ -116,6 +119,7 @@ def generate(
     rng: key.
     config: how a token is chosen.
     count: [] int32, to stop after fewer than n, which then are followed by zeros; None means n.
+    allowed: [W] bool, the tokens to choose from; None means all.
 
   Returns:
     Tokens [B, n] int32, the log-likelihood [B, n] float32 of each under the model (at temperature
@@ -130,10 +134,10 @@ def generate(
 
   def step(i, carry):
     decoder, token, tokens, scores = carry
-    logits, decoder = _apply(module, params, token[:, None], decoder, step=i)
+    logits, decoder = _apply(module, params, token[:, None], decoder, step=i.astype(jnp.int32))
     # Gathered once, or each sum over the vocabulary would be one over devices.
     logits = with_sharding_constraint(logits[:, 0], ('batch', None))
-    token = sampling.choose(noise[i], logits, config)
+    token = sampling.choose(noise[i], logits, config, allowed)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, token)
     return decoder, token, tokens.at[i].set(token), scores.at[i].set(-nats)
 
@@ -159,6 +163,7 @@ def complete(
   rng: jax.Array,
   config: SamplingConfig,
   num_decodes: int = 1,
+  allowed: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Continues prompts of different lengths to the same length, each a number of times.
 
@@ -170,16 +175,17 @@ def complete(
     rng: key.
     config: how a token is chosen.
     num_decodes: D.
+    allowed: [W] bool, the tokens to choose from; None means all.
 
   Returns:
     Tokens [B, D, T] int32, prompts included, and the log-likelihoods [B, D] float32 of what was
     generated, both sorted by these: the likeliest comes last.
   """
   batch_size, length = prompts.shape
-  lengths = jnp.sum(jnp.cumprod(prompts != PAD, axis=1), axis=1)
+  lengths = jnp.sum(jnp.cumprod(prompts != PAD, axis=1), axis=1, dtype=jnp.int32)
   state = repeat(module, read(module, params, state, prompts, lengths)[0], num_decodes)
   count = length - jnp.min(lengths)
-  written, scores, _ = generate(module, params, state, length, rng, config, count=count)
+  written, scores, _ = generate(module, params, state, length, rng, config, count, allowed)
 
   def of_prompts(x: jax.Array) -> jax.Array:  # [B * D, T] to [B, D, T]
     return x.reshape(batch_size, num_decodes, length)
@@ -277,7 +283,8 @@ def _noise(rng: jax.Array, position: jax.Array, num_tokens: int) -> jax.Array:
   """[n, B] uniform in [0, 1), by row and position."""
 
   def draw(row, position):
-    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(rng, row), position))
+    key = jax.random.fold_in(jax.random.fold_in(rng, row), position)
+    return jax.random.uniform(key, dtype=jnp.float32)
 
   positions = position + jnp.arange(num_tokens)[:, None]
   return jax.vmap(jax.vmap(draw), in_axes=(None, 0))(jnp.arange(position.shape[0]), positions)

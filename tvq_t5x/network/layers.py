@@ -113,7 +113,8 @@ def example_dropout(
   shape = (1,) * (x.ndim - 1) if per_example else x.shape[1:]
 
   def draw(example_id: jax.Array) -> jax.Array:
-    return jax.random.bernoulli(jax.random.fold_in(rng, example_id), 1.0 - rate, shape)
+    # Of a Python number, JAX with numbers of 64 bits makes other draws.
+    return jax.random.bernoulli(jax.random.fold_in(rng, example_id), jnp.float32(1.0 - rate), shape)
 
   kept = jax.vmap(draw)(example_ids)
   return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from tvq_t5x.common.errors import ConfigError
 
@@ -67,17 +68,22 @@ def top_k_filter(logits: jax.Array, top_k: int) -> jax.Array:
   return jnp.where(kept, logits, FILTERED)
 
 
-def choose(noise: jax.Array, logits: jax.Array, config: SamplingConfig) -> jax.Array:
+def choose(
+  noise: jax.Array, logits: jax.Array, config: SamplingConfig, allowed: ArrayLike | None = None
+) -> jax.Array:
   """Chooses a token for each row.
 
   Args:
     noise: [B] float32, uniform in [0, 1).
     logits: [B, W] float32.
     config: how.
+    allowed: [W] bool, the tokens to choose from, as if there were no others; None means all.
 
   Returns:
     [B] int32.
   """
+  if allowed is not None:
+    logits = jnp.where(allowed, logits, -jnp.inf)
   if config.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   # Differences to the likeliest, which no temperature makes infinite.

@@ -202,7 +202,7 @@ def read_rows(*rows: jax.Array) -> list[jax.Array]:
 
   def on_cpu(*rows):
     stacked = jnp.stack(rows, axis=-2)
-    unit = jnp.broadcast_to(jnp.eye(len(rows)), (*stacked.shape[:-1], len(rows)))
+    unit = jnp.broadcast_to(jnp.eye(len(rows), dtype=jnp.float32), (*stacked.shape[:-1], len(rows)))
     read = jnp.einsum('...IJ,...JV->...IV', unit, stacked, precision=jax.lax.Precision.HIGHEST)
     return [read[..., i, :] for i in range(len(rows))]
 

@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 
 from tvq_t5x.common import errors
-from tvq_t5x.data import datasets, indexed, likelihood, streaming, vocabularies
+from tvq_t5x.data import datasets, indexed, likelihood, locations, streaming, vocabularies
 from tvq_t5x.data.datasets import Batch, DatasetConfig
 from tvq_t5x.standalone import configuration, run_checks
 from tvq_t5x.standalone.configuration import Configured
@@ -50,6 +50,7 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     streaming.check(cfg, '--carry_state')
   with run_checks.missing_data():
     datasets.check(cfg, model.FEATURE_CONVERTER_CLS)
+  locations.check_data_dir()
   loaded = configured.restore()
   # Last, as this may write a token cache, which takes hours.
   read = streaming.evaluation_batches if carry_state else datasets.evaluation_batches

@@ -83,7 +83,17 @@ def configure(
   path = _candidates(checkpoint)[0]
   # Nothing is written, so a run without a folder is complete.
   bindings = ["MODEL_DIR = ''", *gin_bindings]
+  if gin_files and modules:
+    raise ConfigError(
+      f'--module={modules[0]} is for the config.gin in MODEL_DIR, and --gin_file={gin_files[0]} is '
+      'read in place of it: leave one of them out.'
+    )
   if not gin_files:
+    if search_paths:
+      raise ConfigError(
+        f'--gin_search_paths={",".join(search_paths)}: the config.gin in MODEL_DIR includes no '
+        'files; leave it out, or give a --gin_file.'
+      )
     gin_files = [_config_beside(path)]
     found.check(parsing.read(gin_files[0]), gin_files[0], modules)
   parsing.parse_gin(gin_files, bindings, search_paths)

@@ -77,7 +77,7 @@ class TrainingLoop:
     self._plan, self._settings = plan, settings
     self._stop, self._checkpoints, self._log = stop, checkpoints, log
     # As T5X splits its seed: both engines start from the same parameters and drop the same.
-    init_rng, self._rng = jax.random.split(jax.random.key(settings.random_seed))
+    init_rng, self._rng = jax.random.split(settings.key)
     shardings = placement.train_state_shardings(settings.partitioner, settings.model)
     if checkpoints.steps():
       begin = start.from_newest(settings, checkpoints, plan.batches, shardings)
@@ -261,7 +261,7 @@ def _evaluator_and_sampler(
 ) -> tuple[Evaluator, Sampler | None]:
   """Compile nothing yet; without a `sample_cfg` there is no sampler."""
   of = settings.model, settings.partitioner, params_shardings
-  sampler = settings.sample_cfg and Sampler(*of, settings.sample_cfg, settings.random_seed)
+  sampler = settings.sample_cfg and Sampler(*of, settings.sample_cfg, settings.key)
   return Evaluator(*of, settings.segment_len), sampler
 
 

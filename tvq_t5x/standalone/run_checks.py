@@ -121,7 +121,7 @@ def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[st
   """
   found = layout.newest_metadata(model_dir)
   if found is None:
-    _check_same_shapes(model_dir, record)
+    _check_same_as_of_t5x(model_dir, record)
     return []
   step, saved = found
   refused, accepted = model_settings.differences(saved['model'], record['model'])
@@ -155,17 +155,20 @@ def _shown(value: Any) -> str:
   return value if str(value).startswith('@') else repr(value)
 
 
-def _check_same_shapes(model_dir: pathlib.Path, record: dict[str, Any]) -> None:
-  """Compares the parameters of a checkpoint that only T5X can have written."""
+def _check_same_as_of_t5x(model_dir: pathlib.Path, record: dict[str, Any]) -> None:
+  """Compares the parameters and the data of a checkpoint that only T5X can have written."""
   steps = layout.steps_in(model_dir)
   if not steps:
     return
+  path = layout.folder(model_dir, steps[-1])
   try:
-    saved = layout.param_shapes(layout.folder(model_dir, steps[-1]))
+    saved, data = layout.param_shapes(path), layout.data_identity(path)
   except Exception:  # Whatever a reader of broken files may raise: its restoration will say more.
     return
   if refused := named_arrays.differences(saved, _param_shapes(record)):
     raise _of_another('model', model_dir, steps[-1], refused)
+  if refused := datasets.differences(data, record['data']):
+    raise _of_another('run', model_dir, steps[-1], refused)
 
 
 def _param_shapes(record: dict[str, Any]) -> dict[str, list[int]]:
@@ -189,6 +192,7 @@ def check_initial_checkpoint(settings: RunSettings, record: dict[str, Any]) -> p
   step = layout.step_of(path)
   try:
     refused = named_arrays.differences(layout.param_shapes(path), _param_shapes(record))
+    other = layout.other_vocabulary(path, settings.model.output_vocabulary)
     saved = layout.read_metadata(path)
     if saved and not refused:
       found, _ = model_settings.differences(saved['model'], record['model'])
@@ -205,6 +209,8 @@ def check_initial_checkpoint(settings: RunSettings, record: dict[str, Any]) -> p
       f'{path} is of another model or optimizer: {"; ".join(refused)}. Give another '
       'train.initial_checkpoint, or its settings.'
     )
+  if other:
+    logging.warning('%s was trained with another vocabulary: %s.', path, other)
   if settings.total_steps <= step or step % settings.updates:
     raise ConfigError(
       'train.total_steps',

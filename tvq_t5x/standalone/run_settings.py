@@ -2,10 +2,13 @@
 
 import dataclasses
 
-from tvq_t5x.common.errors import ConfigError, is_count
+import jax
+
+from tvq_t5x.common.errors import A_SEED, ConfigError, is_count, is_seed
 from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.standalone.run_log import TEST, VALIDATION
 from tvq_t5x.standalone.samples import SampleConfig
+from tvq_t5x.training import random_keys
 from tvq_t5x.training.settings import TrainingSettings
 
 
@@ -50,6 +53,11 @@ class RunSettings(TrainingSettings):
     """All that is read."""
     return self.train_dataset_cfg, *self.evaluated.values()
 
+  @property
+  def key(self) -> jax.Array:
+    """The key of `random_seed`."""
+    return random_keys.key_of(self.random_seed, 'train.random_seed')
+
   def check(self) -> None:
     """Refuses settings that do not fit together; their data is known to be there.
 
@@ -57,6 +65,8 @@ class RunSettings(TrainingSettings):
       ConfigError: naming the setting, and what it accepts.
     """
     super().check()
+    if not is_seed(self.random_seed):
+      raise ConfigError('train.random_seed', self.random_seed, A_SEED)
     if self.keep_checkpoints is not None and not is_count(self.keep_checkpoints):
       raise ConfigError(
         'train.keep_checkpoints',

@@ -4,7 +4,7 @@ from absl import logging
 
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.common import errors, files
-from tvq_t5x.data import datasets, streaming
+from tvq_t5x.data import datasets, locations, streaming
 from tvq_t5x.data.datasets import TrainingIterator
 from tvq_t5x.gin_support import origins, parsing
 from tvq_t5x.standalone import loop, reports, run_checks
@@ -78,6 +78,7 @@ def _find_data(settings: RunSettings) -> None:
       streaming.check(train_cfg)
     else:
       datasets.check_seed(train_cfg)
+  locations.check_data_dir()
 
 
 def _batches(settings: RunSettings) -> TrainingIterator:

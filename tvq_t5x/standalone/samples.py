@@ -10,6 +10,7 @@ import seqio
 
 from tvq_t5x.common.errors import ConfigError, is_count
 from tvq_t5x.common.tokens import EOS
+from tvq_t5x.data.text_streams import encode
 from tvq_t5x.data.vocabularies import ImageVocabulary
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.training.models import Params, TransformerVQModel
@@ -45,9 +46,9 @@ class SampleConfig:
     """The prompt's tokens.
 
     Raises:
-      ConfigError: if they leave no room.
+      ConfigError: if they leave no room, or the vocabulary lacks some.
     """
-    prompt = list(vocabulary.encode(self.prompt)) if self.prompt else []
+    prompt = encode(self.prompt, vocabulary, 'SampleConfig.prompt') if self.prompt else []
     if len(prompt) >= self.length:
       raise ConfigError(
         'SampleConfig.prompt',
@@ -67,7 +68,7 @@ class Sampler:
     partitioner: Partitioner,
     params_shardings: Any,
     config: SampleConfig,
-    seed: int,
+    rng: jax.Array,
   ):
     """Compiles nothing yet.
 
@@ -76,9 +77,9 @@ class Sampler:
       partitioner: places texts.
       params_shardings: where the parameters lie.
       config: which texts.
-      seed: with the step, decides on the texts.
+      rng: key of the run, which with the step decides on the texts.
     """
-    self._config, self._seed = config, seed
+    self._config, self._rng = config, jax.random.fold_in(rng, 2)
     self._vocabulary = model.output_vocabulary
     prompt = config.encoded_prompt(self._vocabulary)
     # The rows of a batch lie evenly on the devices that share it; spare ones are not shown.
@@ -103,7 +104,7 @@ class Sampler:
 
   def __call__(self, params: Params, step: int) -> list[str] | np.ndarray:
     """The texts, or the images [N, height, width, 3] uint8, after `step` updates."""
-    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), 2), jnp.int32(step))
+    rng = jax.random.fold_in(self._rng, jnp.int32(step))
     tokens = np.asarray(self._sample(params, self._batch, rng))
     tokens = tokens[: self._config.num_samples]
     if isinstance(self._vocabulary, ImageVocabulary):

@@ -4,13 +4,16 @@ from typing import Any
 
 import seqio
 import tensorflow as tf
+from absl import logging
 from clu.data import dataset_iterator
 from etils import epath
 from t5x import utils
 
 from tvq_t5x.checkpoints import layout
-from tvq_t5x.data import cutting, datasets, streaming
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.data import cutting, datasets, streaming, vocabularies
 from tvq_t5x.data.datasets import FeatureConverterFactory
+from tvq_t5x.gin_support import origins
 
 
 def get_dataset(
@@ -33,13 +36,17 @@ def get_dataset(
     model_dir: folder of the run.
     update_len: tokens of each sequence that an update sees; None means all.
     carry_state: whether rows go on in the next batch, for a model with this setting.
+
+  Raises:
+    ConfigError: if the run's newest checkpoint is of other data or of another vocabulary.
   """
   if carry_state:
     dataset = streaming.training_dataset(cfg, shard_id, num_shards)
   else:
     dataset = datasets.training_dataset(cfg, feature_converter_cls, shard_id, num_shards)
   length = cfg.task_feature_lengths['targets']
-  return TrainingIterator(dataset, model_dir, length // (update_len or length))
+  identity = datasets.identity(cfg, carry_state)
+  return TrainingIterator(dataset, model_dir, length // (update_len or length), identity)
 
 
 def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
@@ -75,18 +82,35 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
   a run that starts from a checkpoint of another, it goes on in that one's data.
   """
 
-  def __init__(self, dataset: tf.data.Dataset, model_dir: str, updates: int):
+  def __init__(
+    self, dataset: tf.data.Dataset, model_dir: str, updates: int, identity: dict[str, Any]
+  ):
     """Starts at the first batch.
 
     Args:
       dataset: batches.
       model_dir: of the run; checkpoints in other folders are other runs'.
       updates: steps that a batch gives.
+      identity: of the batches, see `datasets.identity`.
+
+    Raises:
+      ConfigError: if the run's newest checkpoint has a position in other batches.
     """
     super().__init__(dataset, checkpoint=True)
     datasets.stop_with(self, self.iterator, dataset)
     self._model_dir, self._updates = epath.Path(model_dir).resolve(), updates
     self._batches, self._first_step = 0, 0
+    self._identity = identity
+    for step in layout.steps_in(self._model_dir)[-1:]:
+      self._check(layout.folder(self._model_dir, step))
+
+  @origins.added_to_errors()
+  def _check(self, checkpoint: epath.Path) -> None:
+    if different := datasets.differences(layout.data_identity(checkpoint), self._identity):
+      raise ConfigError(
+        f'{checkpoint} is of another run: {"; ".join(different)}. Give another MODEL_DIR, or the '
+        'settings of that run.'
+      )
 
   def __next__(self) -> Any:
     batch = super().__next__()
@@ -102,6 +126,7 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
     else:
       super().save(path)
     (path.parent / layout.BATCHES).write_text(str(batches))
+    (path.parent / datasets.IDENTITY).write_text(datasets.identity_text(self._identity))
 
   def restore(self, filename: Any) -> None:
     """Goes to a position of this run; at one of another run, stays at the first batch.
@@ -113,6 +138,10 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
     checkpoint = _checkpoint(path)
     if checkpoint.parent.resolve() != self._model_dir:
       self._first_step = layout.step_of(checkpoint)
+      old, new = layout.data_identity(checkpoint).get('vocabulary'), self._identity['vocabulary']
+      if old not in (None, new):
+        other = vocabularies.difference(old, new)
+        logging.warning('%s was trained with another vocabulary: %s.', checkpoint, other)
       return
     batches = layout.batches_before(checkpoint, self._updates)
     if path.with_name(f'{path.name}.index').exists():

@@ -37,6 +37,9 @@ class InteractiveModel(interactive_model.InteractiveModel):
       output_dir: where T5X writes.
       dtype: of the parameters; None means as saved.
       **kwargs: as T5X's.
+
+    Raises:
+      ConfigError: if the checkpoint is of another vocabulary.
     """
     if model.optimizer_wrapper is None:
       model = copy.copy(model)
@@ -57,6 +60,7 @@ class InteractiveModel(interactive_model.InteractiveModel):
     cfg, found = utils.get_first_valid_restore_config_and_paths([cfg])
     if not found:
       raise FileNotFoundError(f'There is no checkpoint in {checkpoint_path}.')
+    paths.trained(str(found[0]), model)
     self._train_state, _ = utils.create_checkpoint_manager_and_restore(
       self._train_state_initializer, self._partitioner, cfg, found[0], None, use_orbax=True
     )

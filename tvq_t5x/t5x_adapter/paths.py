@@ -2,7 +2,13 @@
 
 import os
 
+from etils import epath
+
+from tvq_t5x.checkpoints import layout
 from tvq_t5x.common import files
+from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.gin_support import origins
+from tvq_t5x.training.models import TransformerVQModel
 
 
 def absolute(path: str) -> str:
@@ -14,3 +20,23 @@ def absolute(path: str) -> str:
   full = path if '://' in path else os.path.abspath(path)
   files.check_name(full, f'{path!r}')
   return full
+
+
+@origins.added_to_errors()
+def trained(path: str, model: TransformerVQModel) -> str:
+  """The absolute path of a checkpoint, whose parameters are to be used and not trained.
+
+  Args:
+    path: of its folder.
+    model: that it is of.
+
+  Raises:
+    ConfigError: if the checkpoint says that it was trained with another vocabulary.
+  """
+  found = absolute(path)
+  if other := layout.other_vocabulary(epath.Path(found), model.output_vocabulary):
+    raise ConfigError(
+      f'{found} was trained with another vocabulary: {other}. Give the one that it was trained '
+      'with.'
+    )
+  return found

@@ -14,7 +14,7 @@ from t5x import optimizers as t5x_optimizers
 from t5x import partitioning as t5x_partitioning
 from t5x import trainer as t5x_trainer
 
-from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.errors import ConfigError, is_seed
 from tvq_t5x.gin_support import origins
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import eval_step, partitioning
@@ -37,6 +37,7 @@ class CheckedTrainer(TrainingSettings):
     partitioner: T5X's.
     relative_steps: parameter updates after the checkpoint, in place of total_steps.
     log_period: steps between training metrics; None means as T5X does.
+    random_seed: that T5X is given for parameters and dropout; None means that it chooses one.
     ...: those of `TrainingSettings`.
 
   Raises:
@@ -46,6 +47,7 @@ class CheckedTrainer(TrainingSettings):
   partitioner: t5x_partitioning.PjitPartitioner
   relative_steps: int | None = None
   log_period: int | None = None
+  random_seed: int | None = None
 
   def __post_init__(self):
     with origins.added_to_errors():
@@ -59,6 +61,13 @@ class CheckedTrainer(TrainingSettings):
   def check(self) -> None:
     """Refuses settings that do not fit together."""
     super().check()
+    seed = self.random_seed
+    if seed is not None and not (is_seed(seed) and 0 <= seed < 2**32):
+      raise ConfigError(
+        'train.random_seed',
+        seed,
+        f'a whole number from 0 to {2**32 - 1}, as T5X takes any other for one of these, or None',
+      )
     if self.partitioner.get_data_layout().num_shards < jax.process_count():
       raise ConfigError(
         'PjitPartitioner.num_partitions spreads the model over several hosts, of which T5X would '

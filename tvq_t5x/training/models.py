@@ -89,6 +89,7 @@ class TransformerVQModel:
     self.input_vocabulary = self.output_vocabulary = vocabulary
     self.optimizer = optimizers.with_codebook_ema(optimizer, module.config.ema_decay)
     self.bytes_per_token = vocabularies.bytes_per_token(vocabulary, module.config.vocab_size)
+    self.sampled_ids = vocabularies.sampled_ids(vocabulary, module.config.vocab_size)
     self.optimizer_wrapper = optimizer_wrapper
 
   @property
@@ -260,6 +261,8 @@ class TransformerVQModel:
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """Continues each row's target tokens, up to their first padding, to T tokens.
 
+    Ids that stand for nothing are never chosen, see `vocabularies.sampled_ids`.
+
     Args:
       params: of the module.
       batch: prompts as `decoder_target_tokens` [B, T], 0 where to generate.
@@ -287,7 +290,7 @@ class TransformerVQModel:
     )
     rng = jax.random.key(0) if rng is None else rng
     tokens, scores = decoding.complete(
-      self.module, params, state, prompts, rng, settings, num_decodes
+      self.module, params, state, prompts, rng, settings, num_decodes, self.sampled_ids
     )
     if return_all_decodes:
       return tokens, {'scores': scores}
