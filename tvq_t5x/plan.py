@@ -40,6 +40,7 @@ def run(
   with command_line.quiet_imports():
     import jax
 
+    from tvq_t5x.common import jax_modes
     from tvq_t5x.gin_support import parsing
     from tvq_t5x.planning import program as program_lib
     from tvq_t5x.planning import report, topologies
@@ -51,10 +52,12 @@ def run(
     # Nothing is written, so a run without a folder is complete.
     parsing.parse_gin(gin_files, ["MODEL_DIR = ''", *gin_bindings], search_paths)
     devices = topologies.devices_of(topology)
-    program = program_lib.configured_program(devices)
+    with jax_modes.usual():
+      program = program_lib.configured_program(devices)
     logging.info('Compiling; the large models take minutes.')
     try:
-      compiled = program_lib.compile_program(program)
+      with jax_modes.usual():
+        compiled = program_lib.compile_program(program)
       estimate = report.estimate(program, topology, chip, compiled)
     except jax.errors.JaxRuntimeError as e:
       estimate = report.refused(program, topology, chip, e)

@@ -47,6 +47,7 @@ def run(
   with command_line.quiet_imports():
     import tensorflow as tf
 
+    from tvq_t5x.common import jax_modes
     from tvq_t5x.data import locations
     from tvq_t5x.gin_support import parsing
     from tvq_t5x.standalone import configuration, runner
@@ -61,7 +62,8 @@ def run(
       raise ConfigError(
         f"{', '.join(gin_files)}: nothing says what to train; add `include 'gin/runs/pretrain.gin'`"
       )
-    runner.run(configuration.run_settings(), dry_run)
+    with jax_modes.usual():
+      runner.run(configuration.run_settings(), dry_run)
   except ConfigError as e:
     return command_line.fail(parsing.message(e), 2)
   except (CheckpointError, TrainingDiverged) as e:

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import seqio
@@ -139,6 +140,17 @@ def test_batch_size_and_mesh_change_nothing(call, tiny_run, recorded, bindings):
   args = [f'--gin_bindings={binding}' for binding in bindings]
   found = _json(call, tiny_run, *args, mesh=contextlib.nullcontext)
   assert found['tokens'] == _SIZE + 1
+  for name in ('bits_per_byte', 'cross_entropy', 'accuracy'):
+    np.testing.assert_allclose(found[name], recorded[name], rtol=1e-5)
+
+
+def test_modes_of_jax_change_nothing(call, tiny_run, recorded):
+  with (
+    jax.enable_x64(True),
+    jax.numpy_rank_promotion('raise'),
+    jax.numpy_dtype_promotion('strict'),
+  ):
+    found = _json(call, tiny_run)
   for name in ('bits_per_byte', 'cross_entropy', 'accuracy'):
     np.testing.assert_allclose(found[name], recorded[name], rtol=1e-5)
 

@@ -118,6 +118,23 @@ def test_greedy_choice_is_the_likeliest_token_of_the_forward_pass(lm):
   np.testing.assert_allclose(log_likelihoods[0], expected.max(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_modes_of_jax_change_nothing(tiny_run, lm):
+  state, nats = lm.read(lm.start(2), [_TEXT, 'a'])
+  written = lm.generate(state, 18, seed=5, sampling=SamplingConfig(top_p=0.9))
+  with (
+    one_device(),
+    jax.enable_x64(True),
+    jax.numpy_rank_promotion('raise'),
+    jax.numpy_dtype_promotion('strict'),
+  ):
+    other = load(str(tiny_run))
+    state, other_nats = other.read(other.start(2), [_TEXT, 'a'])
+    found = other.generate(state, 18, seed=5, sampling=SamplingConfig(top_p=0.9))
+    other.repeat(state, 2)
+  jax.tree.map(np.testing.assert_array_equal, (found, other_nats), (written, nats))
+  assert {x.dtype for x in jax.tree.leaves(found)} == {x.dtype for x in jax.tree.leaves(written)}
+
+
 def test_each_seed_of_64_bits_has_its_own_texts(lm):
   seeds = [0, 1, 2**32, 2**32 + 1, -1, 2**32 - 1, 2**63 - 1, -(2**63)]
   found = {tuple(lm.generate(lm.start(), 18, seed=seed).tokens[0].tolist()) for seed in seeds}
@@ -238,7 +255,6 @@ def test_what_is_no_state_is_refused(lm, tmp_path):
     {'settings': []},
     {'settings': {}},
     {'parameters': None},
-    {'checkpoint': None},
     {'vocabulary': 3},
   ],
 )

@@ -1,5 +1,6 @@
 """A configuration that lies beside a checkpoint runs nothing but what a run needs."""
 
+import pathlib
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from util import one_device
 from tvq_t5x import evaluate
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.generation import language_model
-from tvq_t5x.gin_support import found
+from tvq_t5x.gin_support import found, parsing
 
 _DYNAMIC = 'from __gin__ import dynamic_registration\n'
 _ACCEPTED = (
@@ -54,6 +55,14 @@ _REFUSED = {
 
 def test_what_a_run_needs_is_accepted():
   found.check(_ACCEPTED, 'config.gin')
+
+
+@pytest.mark.parametrize(
+  'path', sorted(pathlib.Path(parsing.gin_root()).glob('*.gin')), ids=lambda path: path.stem
+)
+def test_what_a_run_leaves_is_accepted(path, cleared_gin):
+  parsing.parse_gin([str(path)], ["MODEL_DIR = 'run'"])
+  found.check(parsing.config_str(), 'config.gin')
 
 
 @pytest.mark.parametrize('text', _REFUSED)

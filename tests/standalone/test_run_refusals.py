@@ -164,6 +164,24 @@ def test_the_model_dir_of_another_optimizer_is_refused(whole, capsys):
   assert 'opt_state' in message and 'another optimizer' in message
 
 
+def test_modes_of_jax_change_nothing(whole, tmp_path):
+  """Nor are they refused: they are for other programs."""
+  with (
+    jax.enable_x64(True),
+    jax.numpy_rank_promotion('raise'),
+    jax.numpy_dtype_promotion('strict'),
+  ):
+    assert _run(tmp_path / 'run') == 0
+  found, expected = (
+    layout.read_metadata(layout.folder(folder, 8))['checksums']
+    for folder in (tmp_path / 'run', whole)
+  )
+  assert found == expected
+  samples = [sorted(folder.glob('samples/*')) for folder in (tmp_path / 'run', whole)]
+  assert samples[0]
+  assert [x.read_bytes() for x in samples[0]] == [x.read_bytes() for x in samples[1]]
+
+
 def test_speed_settings_may_change(copied, caplog):
   bindings = ["TransformerConfig.reduction = 'serial'", "TransformerConfig.remat = 'none'"]
   assert _run(copied, *bindings) == 0

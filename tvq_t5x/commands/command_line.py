@@ -220,10 +220,12 @@ def exit_code(command: Callable[[], None]) -> int:
   Returns:
     0, 1 for a checkpoint that can't be read, 2 for a wrong setting, 130 after Ctrl-C.
   """
+  from tvq_t5x.common import jax_modes
   from tvq_t5x.gin_support import parsing
 
   try:
-    command()
+    with jax_modes.usual():
+      command()
     sys.stdout.flush()
   except ConfigError as e:
     return fail(parsing.message(e), 2)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from tvq_t5x.checkpoints.restore import Loaded
+from tvq_t5x.common import jax_modes
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.generation import state_files
 from tvq_t5x.network import decoding
@@ -75,6 +76,7 @@ class Score(NamedTuple):
     return self.total_nats / _NATS_PER_BIT / self.num_bytes if self.num_bytes else None
 
 
+@jax_modes.usual()
 def load(
   checkpoint: str,
   gin_file: str | None = None,
@@ -119,6 +121,7 @@ class LanguageModel:
     self.vocabulary = loaded.model.output_vocabulary
     self._programs: dict[Any, Callable[..., Any]] = {}
 
+  @jax_modes.usual()
   def start(self, batch_size: int = 1) -> GenerationState:
     """The state of B sequences without tokens: a document begins.
 
@@ -128,6 +131,7 @@ class LanguageModel:
     shardings = self._state_shardings(batch_size)
     return self._program(('start', batch_size), batch_size, init, (), shardings)()
 
+  @jax_modes.usual()
   def read(
     self, state: GenerationState, texts: Sequence[Text]
   ) -> tuple[GenerationState, list[np.ndarray]]:
@@ -177,6 +181,7 @@ class LanguageModel:
     )
     return program(self.loaded.params, state, tokens, lengths)
 
+  @jax_modes.usual()
   def generate(
     self,
     state: GenerationState,
@@ -276,6 +281,7 @@ class LanguageModel:
     table = self.loaded.model.bytes_per_token
     return None if table is None else int(np.sum(table[tokens], dtype=np.int64))
 
+  @jax_modes.usual()
   def repeat(self, state: GenerationState, times: int) -> GenerationState:
     """Each sequence of a state, `times` times in a row."""
     repeat = functools.partial(decoding.repeat, self._module, times=times)
@@ -299,6 +305,7 @@ class LanguageModel:
     """
     state_files.save(path, state, self.loaded, undecoded)
 
+  @jax_modes.usual()
   def load_state(self, path: str | os.PathLike[str]) -> GenerationState:
     """Reads a state that `save_state` wrote, on these devices or others.
 
