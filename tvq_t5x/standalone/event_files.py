@@ -41,7 +41,7 @@ def _records(path: pathlib.Path) -> Iterator[bytes | None]:
   """The events of a file; None at the end if they are not all of it."""
   try:
     for record in tf.data.TFRecordDataset(str(path)):
-      yield record.numpy()
+      yield bytes(record.numpy())
   except tf.errors.DataLossError:
     yield None
 
