@@ -65,6 +65,7 @@ def run(
   Returns:
     Exit code: 0, 1 for a checkpoint that can't be read, 2 for a wrong setting.
   """
+  command_line.log_if_nobody_does()
   # Slow to import: --help should not wait for it.
   with command_line.quiet_imports():
     import tensorflow as tf

@@ -43,6 +43,7 @@ def run(
     Exit code: 0 when the run is finished, 1 for one that failed, 2 for a wrong setting, 128 and the
     number of the signal for one that was stopped with a checkpoint.
   """
+  command_line.log_if_nobody_does()
   # Slow to import: --help should not wait for it.
   with command_line.quiet_imports():
     import tensorflow as tf

@@ -184,13 +184,17 @@ def _flip_bits(path):
     ('state/ocdbt.process_0/d/*', _flip_bits),
   ],
 )
-def test_a_damaged_checkpoint_is_one_error(copied, pattern, damage):
+def test_a_damaged_checkpoint_is_one_error_or_the_one_before_is_taken(
+  copied, caplog, pattern, damage
+):
   paths = list((copied / 'checkpoint_16').glob(pattern))
   assert paths
   for path in paths:
     damage(path)
   with pytest.raises(CheckpointError) as error:
-    load(str(copied))
+    load(str(copied / 'checkpoint_16'))
   message = str(error.value)
   assert message.startswith(f'The checkpoint {copied / "checkpoint_16"} can not be read: ')
   assert '\n' not in message
+  assert load(str(copied)).step == 8
+  assert 'checkpoint_8 is taken instead' in caplog.text and message in caplog.text

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tvq_t5x.commands import command_line
+
 _PRINTED = """\
 WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
 I0000 00:00:1795655232.868908   22445 cudart_stub.cc:31] Could not find cuda drivers.
@@ -158,3 +160,27 @@ def test_no_folder_for_temporary_files_is_needed(tmp_path):
 def test_what_a_library_asks_for_is_a_line(tmp_path):
   done = _in_shell(_command(tmp_path, 'raise OSError("set MPLCONFIGDIR")'), '')
   assert (done.returncode, done.stderr) == (1, 'error: set MPLCONFIGDIR\n')
+
+
+@pytest.mark.parametrize(
+  ('before', 'shown'),
+  [
+    ('pass', True),
+    ('logging.set_verbosity(logging.ERROR)', False),
+    ('import logging as std; std.basicConfig()', False),
+  ],
+)
+def test_the_log_is_shown_from_python_unless_it_is_set_up(before, shown):
+  lines = [
+    'from absl import logging',
+    'from tvq_t5x.commands import command_line',
+    before,
+    'command_line.log_if_nobody_does()',
+    'command_line.log_if_nobody_does()',
+    # The log shows INFO of this package's files only.
+    f'exec(compile("logging.info(1234567)", {command_line.__file__!r}, "exec"))',
+  ]
+  done = subprocess.run(
+    [sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True, check=True
+  )
+  assert done.stderr.count('1234567') == shown

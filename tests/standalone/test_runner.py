@@ -256,7 +256,9 @@ def killed(tmp_path_factory, kept_programs, whole):
         process.wait(120)
       process.kill()
   for name, process in started.items():
-    assert process.returncode == -signal.SIGKILL, (name, process.stderr.read())
+    log = process.stderr.read().decode()
+    assert process.returncode == -signal.SIGKILL, (name, log)
+    assert 'step 4/40' in log  # From Python, too.
   return paths
 
 

@@ -7,6 +7,7 @@ pytest.importorskip('t5x.eval', reason='T5X is not installed: its refusals')
 import t5x_runs
 
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.t5x_adapter import paths
 
 _MESH = 'gin/mesh/v3_8.gin'
 # By program: its function, files, and settings that it requires, in the folder to be written.
@@ -45,3 +46,10 @@ def test_mistakes_are_refused(tmp_path, compiled, program, setting, parts):
   for part in parts:
     assert part in str(error.value)
   assert not compiled and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('path', ['runs/a[1]', '/runs/b*', 'gs://bucket/what?'])
+def test_folders_that_t5x_takes_for_patterns_are_refused(path):
+  with pytest.raises(ConfigError, match='could not be read again'):
+    paths.absolute(path)
+  assert paths.absolute('/runs/{a}$b') == '/runs/{a}$b'

@@ -184,6 +184,21 @@ def prepare(args: Sequence[str]) -> None:
   """
   if len(args) > 1:
     raise app.UsageError(f'Not a flag: {args[1]}')
+  _show_log()
+
+
+def log_if_nobody_does() -> None:
+  """Shows the log of a command that is called from Python, where nothing says what to do with it.
+
+  Without it, training from a notebook would not say a word.
+  """
+  if logging.get_verbosity() == logging.WARNING and not std_logging.getLogger().handlers:
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    _show_log()
+
+
+def _show_log() -> None:
   handler = logging.get_absl_handler()
   handler.setFormatter(std_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   if logging.get_verbosity() <= logging.INFO:
