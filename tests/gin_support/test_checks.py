@@ -9,6 +9,8 @@ import pytest
 
 from tvq_t5x.common.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 _BASE = """
 import dataclasses
 
@@ -113,8 +115,6 @@ _RUN = """
 from __gin__ import dynamic_registration
 
 import checks_library as lib
-
-pytestmark = pytest.mark.quick
 
 MIXTURE_OR_TASK_NAME = %gin.REQUIRED
 TASK_FEATURE_LENGTHS = %gin.REQUIRED

@@ -115,6 +115,7 @@ def test_our_files_are_found_from_any_folder(home):
 
 
 def test_folders_are_searched_in_order(home, tmp_path):
+  (tmp_path / 'extra').mkdir()
   last = home / 'gin' / 'x.gin'
   extra = tmp_path / 'extra' / 'gin' / 'x.gin'
   work = tmp_path / 'work' / 'gin' / 'x.gin'
@@ -187,6 +188,7 @@ def test_config_str_can_be_parsed_again(home, tmp_path):
 
 
 def test_a_missing_file_is_named_with_the_flag_and_the_folders(home, tmp_path):
+  (tmp_path / 'extra').mkdir()
   problem = _problem(['gin/rnu.gin'], (), [str(tmp_path / 'extra')])
   assert '--gin_file=gin/rnu.gin' in problem and 'did you mean gin/run.gin?' in problem
   for folder in [home / 'gin' / 'standalone', tmp_path / 'work', tmp_path / 'extra', home]:
