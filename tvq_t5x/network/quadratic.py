@@ -57,7 +57,7 @@ class QuadraticAttention(Attention):
       return *token_attention(*args, self.config), {}
     if state is None:
       out = quadratic_attention(queries, keys, values, distances)
-      state = self.init_state(len(keys))
+      state = self.init_state(keys.shape[0])
     else:
       all_keys = jnp.concatenate([state.keys, keys], axis=1)
       all_values = jnp.concatenate([state.values, values], axis=1)

@@ -33,7 +33,7 @@ class VQAttention(Attention):
       assert call.step is not None
       out, new_state = token_attention(*args, state, call.step % c.window_len, c)
     else:
-      state = self.init_state(len(keys)) if state is None else state
+      state = self.init_state(keys.shape[0]) if state is None else state
       out, new_state = vq_attention(*args, state, call.position, c, call.lengths)
     return out, new_state, aux
 
