@@ -32,7 +32,7 @@ def _start(program, folder, *settings):
   ('setting', 'parts'),
   [
     ('BATCH_SZIE = 8', ['BATCH_SZIE', 'did you mean BATCH_SIZE']),
-    ('chekpoint/paths.absolute.path = "x"', ['chekpoint', 'did you mean checkpoint']),
+    ('chekpoint/paths.trained.path = "x"', ['chekpoint', 'did you mean checkpoint']),
     ("VOCAB_SIZE = '264'", ['TransformerConfig.vocab_size', 'VOCAB_SIZE', 'accepts int']),
     ('CHECKPOINT_PATH = %gin.REQUIRED', ['CHECKPOINT_PATH', '--gin.CHECKPOINT_PATH=']),
     ('CHECKPOINT_PATH = %PATH', ['%PATH is used by CHECKPOINT_PATH', '--gin.PATH=']),

@@ -98,7 +98,7 @@ def attend(
     return *token_attention(*args, config), {}
   if state is None:
     out = quadratic_attention(queries, keys, values, distances)
-    state = init_key_value_state(config, len(keys))
+    state = init_key_value_state(config, keys.shape[0])
   else:
     all_keys = jnp.concatenate([state.keys, keys], axis=1)
     all_values = jnp.concatenate([state.values, values], axis=1)

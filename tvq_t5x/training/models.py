@@ -283,7 +283,7 @@ class TransformerVQModel:
     if num_decodes < 1:
       raise ConfigError(f'predict_batch_with_aux.num_decodes = {num_decodes}: give at least 1.')
     prompts = batch['decoder_target_tokens'].astype(jnp.int32)
-    state = decoding.start(self.module, len(prompts))
+    state = decoding.start(self.module, prompts.shape[0])
     state = state._replace(token=batch['decoder_input_tokens'][:, 0].astype(jnp.int32))
     settings = SamplingConfig(
       temperature=0 if rng is None else temperature, top_p=top_p, top_k=top_k

@@ -72,8 +72,10 @@ class SSM(nn.Module):
     if self.bidirectional:
       if state is not None:
         raise ValueError('A bidirectional layer has no state.')
-      return self._both_ways(u, modes), jnp.zeros([len(u), num_channels, 0, 2])
-    before = jnp.zeros((len(u), *modes.a.shape), jnp.complex64) if state is None else _join(state)
+      return self._both_ways(u, modes), jnp.zeros([u.shape[0], num_channels, 0, 2])
+    before = (
+      jnp.zeros((u.shape[0], *modes.a.shape), jnp.complex64) if state is None else _join(state)
+    )
     y, after = filter_chunks(u, before, modes, self.chunk_len)
     if lengths is not None:
       after = state_after(u, before, modes, lengths)
@@ -183,9 +185,9 @@ def filter_chunks(
   x, parts = before, []
   if num_chunks > 1:
     whole = u[:, : (num_chunks - 1) * chunk_len]
-    whole = jnp.moveaxis(whole.reshape(len(u), -1, chunk_len, u.shape[-1]), 1, 0)
+    whole = jnp.moveaxis(whole.reshape(u.shape[0], -1, chunk_len, u.shape[-1]), 1, 0)
     x, y = jax.lax.scan(lambda x, chunk: step(x, chunk, chunk_len), x, whole)
-    parts.append(jnp.moveaxis(y, 0, 1).reshape(len(u), -1, u.shape[-1]))
+    parts.append(jnp.moveaxis(y, 0, 1).reshape(u.shape[0], -1, u.shape[-1]))
   last = jnp.pad(u[:, length - rest :], [(0, 0), (0, chunk_len - rest), (0, 0)])
   x, y = step(x, last, rest)
   return jnp.concatenate([*parts, y[:, :rest]], axis=1), x

@@ -42,7 +42,7 @@ def bidirectional_attention(
 
   def to_blocks(x: jax.Array) -> jax.Array:  # [B, T, ...] to [B, R, L, ...]
     x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-    return x.reshape(len(x), -1, block_len, *x.shape[2:])
+    return x.reshape(x.shape[0], -1, block_len, *x.shape[2:])
 
   is_key = to_blocks(mask > 0)
   codes, values = to_blocks(keys.codes), to_blocks(keys.values)
@@ -68,7 +68,7 @@ def bidirectional_attention(
   total = total + jnp.einsum('BRNGLS,BRNSV->BRLNGV', far, far_means)
   mass = jnp.sum(near, axis=-1) + jnp.sum(far, axis=-1)  # [B, R, N, G, L]
   out = total / jnp.moveaxis(mass, 4, 2)[..., None]
-  return out.reshape(len(out), -1, *out.shape[3:])[:, :length].astype(dtype)
+  return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length].astype(dtype)
 
 
 def _shifted(x: jax.Array, by: int) -> jax.Array:

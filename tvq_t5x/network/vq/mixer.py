@@ -62,6 +62,6 @@ def attend(
     assert call.step is not None
     out, new_state = token_attention(*args, state, call.step % c.window_len, c)
   else:
-    state = cache.init_attention_state(c, len(keys)) if state is None else state
+    state = cache.init_attention_state(c, keys.shape[0]) if state is None else state
     out, new_state = vq_attention(*args, state, call.position, c, call.lengths)
   return out, new_state, aux
