@@ -8,6 +8,9 @@ import gin
 import pytest
 
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.gin_support import checks  # noqa: F401, it makes gin.finalize check.
+
+pytestmark = pytest.mark.quick
 
 _BASE = """
 import dataclasses
@@ -113,8 +116,6 @@ _RUN = """
 from __gin__ import dynamic_registration
 
 import checks_library as lib
-
-pytestmark = pytest.mark.quick
 
 MIXTURE_OR_TASK_NAME = %gin.REQUIRED
 TASK_FEATURE_LENGTHS = %gin.REQUIRED
