@@ -8,6 +8,9 @@ import gin
 import pytest
 
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.gin_support import checks  # noqa: F401, it makes gin.finalize check.
+
+pytestmark = pytest.mark.quick
 
 pytestmark = pytest.mark.quick
 

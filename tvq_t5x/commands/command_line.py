@@ -47,8 +47,8 @@ def define_checkpoint_flag(flag_values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     'checkpoint',
     None,
-    'MODEL_DIR, whose newest checkpoint is taken, or one of its checkpoint_N folders. Without '
-    '--gin_file, the config.gin in MODEL_DIR says what was trained.',
+    'MODEL_DIR, whose newest checkpoint that can be read is taken, or one of its checkpoint_N '
+    'folders. Without --gin_file, the config.gin in MODEL_DIR says what was trained.',
     flag_values,
   )
   flags.DEFINE_multi_string(
