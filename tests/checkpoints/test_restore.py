@@ -194,7 +194,9 @@ def test_a_damaged_checkpoint_is_one_error_or_the_one_before_is_taken(
   with pytest.raises(CheckpointError) as error:
     load(str(copied / 'checkpoint_16'))
   message = str(error.value)
-  assert message.startswith(f'The checkpoint {copied / "checkpoint_16"} can not be read: ')
+  start = f'The checkpoint {copied / "checkpoint_16"} can not be read: '
+  assert message.startswith(start)
   assert '\n' not in message
   assert load(str(copied)).step == 8
-  assert 'checkpoint_8 is taken instead' in caplog.text and message in caplog.text
+  # Arrays are read side by side: it may be another one that is found first.
+  assert 'checkpoint_8 is taken instead' in caplog.text and start in caplog.text

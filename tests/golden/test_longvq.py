@@ -120,8 +120,7 @@ def assert_near(found, expected, what):
 
 
 @needs('params/Wz')
-@pytest.mark.parametrize('reduction', ['serial', 'matmul'])
-@pytest.mark.parametrize('chunk_len', [7, 1024])
+@pytest.mark.parametrize(('reduction', 'chunk_len'), [('serial', 7), ('matmul', 1024)])
 def test_values_codes_and_gradients(case, reduction, chunk_len):
   block, mlp = modules(case, chunk_len=chunk_len)
   params = params_of(case, case.tree('params/'))

@@ -51,10 +51,16 @@ def with_dropout(config):
 QUADRATIC = {'attention_type': 'quadratic', 'kv_cache_len': 12}
 
 
-@pytest.mark.parametrize('attention', [{}, QUADRATIC], ids=['vq', 'quadratic'])
-@pytest.mark.parametrize('heads', HEADS.values(), ids=HEADS)
-def test_segments_and_single_tokens_equal_the_whole(heads, attention):
-  config = small_config(absolute_positions=True, **heads, **attention)
+SEGMENTS = {
+  **HEADS,
+  'quadratic': {**HEADS['gated_multi'], **QUADRATIC},
+  'quadratic_mqa': {**HEADS['mqa'], **QUADRATIC},
+}
+
+
+@pytest.mark.parametrize('fields', SEGMENTS.values(), ids=SEGMENTS)
+def test_segments_and_single_tokens_equal_the_whole(fields):
+  config = small_config(absolute_positions=True, **fields)
   params, tokens = random_params(config), random_tokens(config, 2, 12)
   apply = forward(config)
   logits, state, _ = apply(params, tokens)

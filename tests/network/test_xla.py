@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from util import assert_close, random_batch, random_params, small_model
+from util import LIGHT, assert_close, random_batch, random_params, small_model
 
 from tvq_t5x.network import xla
 
@@ -64,7 +64,7 @@ def test_what_is_read_before_a_write_hides_no_bad_number(bad):
 @pytest.fixture(scope='module')
 def loss():
   """The loss of a model by its parameters."""
-  model = small_model(scan_layers=False, num_heads=2)
+  model = small_model(**LIGHT, num_heads=2)
   batch = random_batch(model.config, 2, 8)
 
   def loss(params):

@@ -16,10 +16,10 @@ from tvq_t5x.training.train_state import init_train_state
 from tvq_t5x.training.train_step import train_on_sequences
 
 _MODELS = {
-  'gated_scanned': {'absolute_positions': True, 'num_layers': 1},
   'hybrid_bfloat16': {
     'sublayers': ('quadratic', 'vq', 'mlp'),
     'kv_cache_len': 40,
+    'absolute_positions': True,
     'num_layers': 1,
     'scan_layers': False,
     'dtype': 'bfloat16',
