@@ -46,7 +46,7 @@ class GatedAverage(Mixer):
     d, axes = self.config.emb_dim, ('embed', 'mlp')
     y = RMSNorm(name='norm')(x)
     gate, value = (Einsum('BTD,DF->BTF', (d, d), axes, name=name)(y) for name in ('gate', 'value'))
-    state = self.init_state(len(x)) if state is None else state
+    state = jnp.zeros([len(x), d]) if state is None else state
 
     def step(mean, inputs):
       i, value = inputs
@@ -189,6 +189,29 @@ def test_devices_and_microbatches_share_it():
   assert_same_numbers(numbers, trained(1, 1, 1)[0])
   # [layers, B, D]: the batch is on one axis of the mesh, the width on the other.
   assert shards['layers/0'] == (2, 4 // 2, 32 // 2)
+
+
+class Narrow(GatedAverage):
+  def __call__(self, x, state, call):
+    return x[:, :1, :3], (), {}
+
+
+class Forgetful(GatedAverage):
+  def init_state(self, batch_size):
+    return ()
+
+
+class Nameless(GatedAverage):
+  def state_axes(self):
+    return ()
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize('mixer', [Narrow, Forgetful, Nameless])
+def test_a_mixer_that_breaks_its_promise_is_named(mixer, scan_layers):
+  module = Transformer(small_config(sublayers=[mixer], scan_layers=scan_layers))
+  with pytest.raises(ConfigError, match=f'sublayers: {mixer.__name__} returns a'):
+    jax.eval_shape(module.init, jax.random.key(0), jnp.ones([2, 4], jnp.int32))
 
 
 @pytest.mark.parametrize('sublayers', [['vqq'], [], 'vq', [3], [dict]])

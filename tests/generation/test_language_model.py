@@ -275,6 +275,17 @@ def test_a_state_that_says_something_else_of_itself_is_refused(lm, tmp_path, cha
 # Refusals
 
 
+def test_one_text_is_no_list_of_them(lm):
+  with pytest.raises(ConfigError, match='give a list of texts'):
+    lm.read(lm.start(2), 'ab')
+
+
+@pytest.mark.parametrize('batch_size', [0, -1, 1.5, True])
+def test_there_is_at_least_one_sequence(lm, batch_size):
+  with pytest.raises(ConfigError, match='give a whole number of at least 1'):
+    lm.start(batch_size)
+
+
 def test_tokens_that_are_none_are_refused(lm):
   for tokens in ([264], [-1], [1.5], [[3]]):
     with pytest.raises(ConfigError, match='whole numbers from 0 to 263'):

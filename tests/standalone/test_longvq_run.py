@@ -21,7 +21,7 @@ SETTINGS = {
   'EVAL_PERIOD': 8,
   'SAMPLE_PERIOD': 8,
   'CARRY_STATE': True,
-  'SSM_STATE_SIZE': 4,
+  'longvq.LongVQ.state_size': 4,
   'optimizers.warmup_cosine.total_steps': 8,
   'longvq.LongVQ.chunk_len': 12,
 }

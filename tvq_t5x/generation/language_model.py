@@ -20,7 +20,7 @@ import numpy as np
 
 from tvq_t5x.checkpoints.restore import Loaded
 from tvq_t5x.common import jax_modes
-from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.errors import ConfigError, is_count
 from tvq_t5x.generation import state_files
 from tvq_t5x.network import decoding
 from tvq_t5x.network.decoding import GenerationState
@@ -126,7 +126,12 @@ class LanguageModel:
     """The state of B sequences without tokens: a document begins.
 
     Its leaves are arrays whose sizes depend on B and the model only.
+
+    Raises:
+      ConfigError: for less than one sequence.
     """
+    if not is_count(batch_size):
+      raise ConfigError(f'batch_size = {batch_size!r}: give a whole number of at least 1.')
     init = functools.partial(decoding.start, self._module, batch_size)
     shardings = self._state_shardings(batch_size)
     return self._program(('start', batch_size), batch_size, init, (), shardings)()
@@ -148,6 +153,8 @@ class LanguageModel:
     Raises:
       ConfigError: if a text has characters that the vocabulary lacks, or a token is none of it.
     """
+    if isinstance(texts, str):
+      raise ConfigError(f'texts = {texts!r}: give a list of texts, one for each sequence.')
     rows = list(map(self._tokens, texts))
     if len(rows) != len(state.token):
       raise ConfigError(f'{len(rows)} texts for a state of {len(state.token)} sequences.')

@@ -9,6 +9,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
 from jax.sharding import PartitionSpec
 
+from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network import sublayers
 from tvq_t5x.network.config import Remat, TransformerConfig
 from tvq_t5x.network.layers import (
@@ -21,7 +22,7 @@ from tvq_t5x.network.layers import (
   example_dropout,
   with_sharding_constraint,
 )
-from tvq_t5x.network.mixers import Aux, Call, State
+from tvq_t5x.network.mixers import Aux, Call, Mixer, State
 from tvq_t5x.network.positions import sinusoids
 
 # A state, or an aux, for each sublayer of a layer.
@@ -87,6 +88,7 @@ class Layer(nn.Module):
         run = nn_partitioning.remat(_run, policy=SAVE_MARKED, prevent_cse=not c.scan_layers)
       sublayer = make(config=c, deterministic=self.deterministic, name=name)
       branch, new_state, mixer_aux = run(sublayer, x, state and state[i], call)
+      _check_result(mixer, x, branch, new_state, call)
       x = self._add(x, branch, call)
       states.append(new_state)
       aux.append(mixer_aux)
@@ -102,6 +104,29 @@ class Layer(nn.Module):
       rng = self.make_rng(SEQUENCE_DROPOUT)
       branch = example_dropout(rng, branch, c.layer_drop_rate, call.example_ids, per_example=True)
     return with_sharding_constraint(x + branch, ('batch', 'length', 'embed'))
+
+
+def _check_result(mixer: Mixer, x: jax.Array, branch: jax.Array, state: State, call: Call) -> None:
+  """Refuses what a mixer returned, if it is not what `Mixer` promises.
+
+  Raises:
+    ConfigError: naming the mixer.
+  """
+  name = type(mixer).__name__
+  if branch.shape != x.shape:
+    raise ConfigError(
+      f'TransformerConfig.sublayers: {name} returns a branch of shape {branch.shape} for an input '
+      f'of shape {x.shape}; they are to be the same.'
+    )
+  if call.step is not None:
+    return
+  initial = jax.eval_shape(lambda: mixer.init_state(x.shape[0]))
+  trees = [jax.tree.structure(tree) for tree in (state, initial, mixer.state_axes())]
+  if trees[0] != trees[1] or trees[1] != trees[2]:
+    raise ConfigError(
+      f'TransformerConfig.sublayers: {name} returns a state of another structure than its '
+      'init_state and state_axes give; they are to be the same tree.'
+    )
 
 
 def _run(mixer: nn.Module, *args: Any) -> Any:
