@@ -19,7 +19,7 @@ from tvq_t5x.network.layers import (
   Embedding,
   Logits,
   RMSNorm,
-  example_dropout,
+  dropout,
   with_sharding_constraint,
 )
 from tvq_t5x.network.mixers import Aux, Call, Mixer, State
@@ -99,10 +99,10 @@ class Layer(nn.Module):
     c = self.config
     if not self.deterministic and c.residual_dropout_rate:
       rng = self.make_rng(DROPOUT)
-      branch = example_dropout(rng, branch, c.residual_dropout_rate, call.example_ids)
+      branch = dropout(rng, branch, c.residual_dropout_rate, call.example_ids, call.position)
     if not self.deterministic and c.layer_drop_rate:
       rng = self.make_rng(SEQUENCE_DROPOUT)
-      branch = example_dropout(rng, branch, c.layer_drop_rate, call.example_ids, per_example=True)
+      branch = dropout(rng, branch, c.layer_drop_rate, call.example_ids)
     return with_sharding_constraint(x + branch, ('batch', 'length', 'embed'))
 
 

@@ -23,6 +23,7 @@ class Program(NamedTuple):
   length: int  # Tokens of a sequence.
   update_len: int
   num_microbatches: int
+  segment_len: int | None  # Tokens of a sequence that are held at once; None means update_len.
 
   @property
   def num_updates(self) -> int:
@@ -51,9 +52,19 @@ def configured_program(devices: Sequence[jax.Device]) -> Program:
   data = configuration.setting('train_dataset_cfg')
   length, update_len = data.task_feature_lengths['targets'], configuration.setting('update_len')
   updates = run_limits.updates_in_batch(length, module.config, update_len)
+  segment_len = configuration.setting('segment_len')
+  run_limits.check_segment_len(segment_len, length // updates, module.config)
   num_microbatches = configuration.setting('num_microbatches')
   placement.validate(partitioner, module.config, data.batch_size, num_microbatches)
-  return Program(model, partitioner, data.batch_size, length, length // updates, num_microbatches)
+  return Program(
+    model,
+    partitioner,
+    data.batch_size,
+    length,
+    length // updates,
+    num_microbatches,
+    segment_len,
+  )
 
 
 def compile_program(program: Program) -> jax.stages.Compiled:

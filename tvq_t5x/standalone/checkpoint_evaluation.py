@@ -43,7 +43,9 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     datasets.validate(cfg, model.FEATURE_CONVERTER_CLS)
   run_limits.check_vocabulary(cfg, model)
   length = cfg.task_feature_lengths['targets']
-  segments = run_limits.updates_in_batch(length, model.config, configuration.setting('update_len'))
+  updates = run_limits.updates_in_batch(length, model.config, configuration.setting('update_len'))
+  segment_len = configuration.setting('segment_len')
+  run_limits.check_segment_len(segment_len, length // updates, model.config)
   if not carry_state:
     placement.validate(partitioner, model.config, cfg.batch_size)
   else:
@@ -59,7 +61,7 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     # There may be fewer stretches than devices.
     partitioner = partitioner.for_batch(cfg.batch_size)
   evaluator = Evaluator(
-    model, partitioner, loaded.params_shardings, length // segments, carry_state
+    model, partitioner, loaded.params_shardings, segment_len or length // updates, carry_state
   )
   start = time.monotonic()
   sums = evaluator.sums(loaded.params, _reported(batches))

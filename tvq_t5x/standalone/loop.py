@@ -128,8 +128,9 @@ class TrainingLoop:
       settings.partitioner,
       settings.batch_size,
       settings.length,
-      settings.segment_len,
+      settings.update_tokens,
       settings.num_microbatches,
+      settings.segment_len,
     )
     train_step = lowered.compile()
     logging.info('Compiled in %s.', words.duration(time.monotonic() - began))
@@ -178,7 +179,7 @@ class TrainingLoop:
     self._window_tokens, self._window_seconds = 0, 0.0
 
   def _tokens(self, step: int) -> int:
-    return step * self._settings.batch_size * self._settings.segment_len
+    return step * self._settings.batch_size * self._settings.update_tokens
 
   def _diverge(self, step: int, values: Mapping[str, float]) -> None:
     if not self._log.record(TRAIN, step):
@@ -262,7 +263,7 @@ def _evaluator_and_sampler(
   """Compile nothing yet; without a `sample_cfg` there is no sampler."""
   of = settings.model, settings.partitioner, params_shardings
   sampler = settings.sample_cfg and Sampler(*of, settings.sample_cfg, settings.key)
-  return Evaluator(*of, settings.segment_len), sampler
+  return Evaluator(*of, settings.tokens_at_once), sampler
 
 
 @jax.jit

@@ -20,6 +20,7 @@ def lower_train_step(
   length: int,
   update_len: int,
   num_microbatches: int = 1,
+  segment_len: int | None = None,
 ) -> jax.stages.Lowered:
   """Lowers `train_on_sequences` for a batch, compiling nothing.
 
@@ -30,6 +31,7 @@ def lower_train_step(
     length: T, tokens of a sequence.
     update_len: tokens of each sequence that an update sees.
     num_microbatches: parts of a batch that are computed one after the other.
+    segment_len: tokens of each sequence that are held at once; None means update_len.
 
   Returns:
     The function of the train state, whose memory the new one takes, of the batch and of the key.
@@ -44,7 +46,9 @@ def lower_train_step(
   }
 
   def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> Any:
-    return train_on_sequences(model, state, batch, rng, update_len, num_microbatches)
+    return train_on_sequences(
+      model, state, batch, rng, update_len, num_microbatches, segment_len=segment_len
+    )
 
   jitted = partitioner.jit(
     train_step,

@@ -1,9 +1,13 @@
 """What is wrong with the settings of a run, in either engine, said before anything is compiled."""
 
+import jax
+
 from tvq_t5x.common.errors import ConfigError, is_count
 from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.quadratic import KeyValueState
+from tvq_t5x.network.transformer import init_decoder_state
 from tvq_t5x.training.models import TransformerVQModel
 
 _UPDATE_LEN, _LENGTHS = 'train.update_len', 'DatasetConfig.task_feature_lengths'
@@ -47,9 +51,7 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
       problem='is not a whole number of blocks',
     )
   if length % segment:
-    accepted = [
-      n for n in range(1, length + 1) if length % n == 0 and (n % block == 0 or n < block)
-    ]
+    accepted = [n for n in _parts(length) if n % block == 0 or n < block]
     raise ConfigError(
       _UPDATE_LEN,
       segment,
@@ -57,6 +59,51 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
       problem=f'does not divide {_LENGTHS} = {lengths}',
     )
   return length // segment
+
+
+def check_segment_len(
+  segment_len: int | None, update_tokens: int, config: TransformerConfig
+) -> None:
+  """Refuses segments that an update's part of a sequence is no multiple of.
+
+  Args:
+    segment_len: tokens of each sequence that are held at once; None means all that an update sees.
+    update_tokens: those.
+    config: of the model.
+
+  Raises:
+    ConfigError: naming the setting, and what it accepts.
+  """
+  accepted = [n for n in _parts(update_tokens) if n == update_tokens or n % config.block_len == 0]
+  if segment_len is not None and not (is_count(segment_len) and segment_len in accepted):
+    raise ConfigError(
+      'train.segment_len',
+      segment_len,
+      f'one of {", ".join(map(str, accepted))}, whole blocks (TransformerConfig.block_len = '
+      f'{config.block_len}) that share out the {update_tokens} tokens of an update evenly; or None '
+      'for all of these at once',
+    )
+  needed = update_tokens - (segment_len or update_tokens)
+  if config.kv_cache_len < needed and _keeps_keys(config):
+    raise ConfigError(
+      'TransformerConfig.kv_cache_len',
+      config.kv_cache_len,
+      f'at least {needed} with train.segment_len = {segment_len}',
+      problem=f"would hide from quadratic attention what is older in an update's {update_tokens} "
+      'tokens',
+    )
+
+
+def _keeps_keys(config: TransformerConfig) -> bool:
+  """Whether a sublayer remembers single positions, as many as `kv_cache_len`."""
+  state = jax.eval_shape(lambda: init_decoder_state(config, 1))
+  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KeyValueState))
+  return any(isinstance(x, KeyValueState) for x in nodes)
+
+
+def _parts(length: int) -> list[int]:
+  """The lengths of equal parts."""
+  return [n for n in range(1, length + 1) if length % n == 0]
 
 
 def check_steps(updates: int, total_steps: int, **periods: int | None) -> None:

@@ -14,6 +14,7 @@ from tvq_t5x.network.transformer import DecoderState, batch_axes
 from tvq_t5x.training import metrics as metrics_lib
 from tvq_t5x.training.models import Batch, DropoutRngs, TransformerVQModel
 from tvq_t5x.training.optimizers import codebook_labels
+from tvq_t5x.training.segments import sequence_loss
 from tvq_t5x.training.train_state import TrainState
 
 
@@ -25,6 +26,7 @@ def train_on_sequences(
   update_len: int,
   num_microbatches: int = 1,
   num_shards: int = 1,
+  segment_len: int | None = None,
 ) -> tuple[TrainState, metrics_lib.Metrics]:
   """Trains on B sequences in T / update_len updates (truncated backpropagation).
 
@@ -42,6 +44,7 @@ def train_on_sequences(
       B and changes no number.
     num_shards: readers of the data that took turns: the rows of the batch are those of the first,
       then those of the second, ... It changes which mask a row gets: that of its turn.
+    segment_len: see `segments.sequence_loss`; divides update_len.
 
   Returns:
     The new state, and the metrics of each update, [T / update_len] each.
@@ -70,6 +73,7 @@ def train_on_sequences(
       states,
       example_ids,
       DropoutRngs(update=update_rng, sequence=sequence_rng),
+      segment_len,
     )
     return (apply_gradients(model, train_state, gradients), states), metrics
 
@@ -127,6 +131,7 @@ def accumulate_gradients(
   states: DecoderState | None,
   example_ids: jax.Array,
   rngs: DropoutRngs,
+  segment_len: int | None = None,
 ) -> tuple[Any, metrics_lib.Metrics, DecoderState]:
   """Gradients of one update, summed over microbatches.
 
@@ -138,6 +143,7 @@ def accumulate_gradients(
       sequences.
     example_ids: [microbatches, B / microbatches] int32.
     rngs: of dropout.
+    segment_len: see `segments.sequence_loss`.
 
   Returns:
     The gradients (minus the statistics, for codebooks), the metrics and the states after the
@@ -147,9 +153,9 @@ def accumulate_gradients(
 
   def microbatch(inputs):
     batch, state, ids = inputs
-    loss_fn = jax.value_and_grad(model.segment_loss, has_aux=True)
+    loss_fn = functools.partial(sequence_loss, model, segment_len=segment_len)
     with xla.training_gradients():
-      (loss, (after, metrics)), gradients = loss_fn(
+      (loss, (after, metrics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
         params, batch, state, rngs, normalizing_factor, ids
       )
     # A token, as the cross entropy is: padding, which the gradient counts as zero, is in neither.
