@@ -8,7 +8,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tvq_t5x.data.indexed import IndexedTask
+from tvq_t5x.data.indexed import TaskByIndex
 
 
 def cut(
@@ -26,10 +26,13 @@ def cut(
       text; a buffer of sequences then holds the text of each.
 
   Returns:
-    It, or the one that takes its place, of the same name. An `IndexedTask` has sequences already.
+    It, or the one that takes its place, of the same name. A `TaskByIndex` has sequences already,
+    and tasks without targets, as those of classification, have none to cut.
   """
   if not isinstance(provider, seqio.Mixture):
-    return provider if isinstance(provider, IndexedTask) else _cut_task(provider, other_features)
+    if isinstance(provider, TaskByIndex) or 'targets' not in provider.output_features:
+      return provider
+    return _cut_task(provider, other_features)
   tasks = [cut(task, other_features) for task in provider.tasks]
   if tasks == provider.tasks:
     return provider
