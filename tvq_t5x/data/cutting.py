@@ -8,6 +8,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from tvq_t5x.data.feature_converters import LOSS_WEIGHTS
 from tvq_t5x.data.indexed import TaskByIndex
 
 
@@ -68,8 +69,12 @@ def _cut_examples(
     return dataset
 
   def pieces(example: dict[str, tf.Tensor]) -> tf.data.Dataset:
-    targets, others = example['targets'], example if other_features else {}
-    starts = tf.data.Dataset.range(0, tf.maximum(tf.size(targets, tf.int64), 1), length)
-    return starts.map(lambda start: {**others, 'targets': targets[start : start + length]})
+    others = example if other_features else {}
+    laid = {name: example[name] for name in ('targets', LOSS_WEIGHTS) if name in example}
+    size = tf.size(laid['targets'], tf.int64)
+    starts = tf.data.Dataset.range(0, tf.maximum(size, 1), length)
+    return starts.map(
+      lambda start: {**others, **{name: x[start : start + length] for name, x in laid.items()}}
+    )
 
   return dataset.flat_map(pieces)

@@ -8,6 +8,9 @@ import tensorflow as tf
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.common.tokens import EOS
 
+# A feature that a task may have beside its targets, [N] float32.
+LOSS_WEIGHTS = 'loss_weights'
+
 
 class TransformerVQFeatureConverter(seqio.LMFeatureConverter):
   """Turns sequences of tokens into the features of the model.
@@ -18,6 +21,12 @@ class TransformerVQFeatureConverter(seqio.LMFeatureConverter):
       decoder_target_tokens = [3, 9, 1, 4, 0]
       decoder_input_tokens  = [1, 3, 9, 1, 4]
       decoder_loss_weights  = [1, 1, 1, 1, 0]
+
+  A task whose targets are not all to be learned gives each of them a weight, in a feature
+  `loss_weights` of its own that is as long, and 0 or more:
+
+      loss_weights          = [0, 0, 1, 1]
+      decoder_loss_weights  = [0, 0, 1, 1, 0]
 
   The tasks of this package lay documents end to end (`indexed.IndexedTask`), so there is
   nothing left to pack, and the model does not mask attention between documents. `pack`, which
@@ -39,10 +48,20 @@ class TransformerVQFeatureConverter(seqio.LMFeatureConverter):
     del pack, use_custom_packing_ops
     super().__init__(pack=False, apply_length_check=apply_length_check, bos_id=bos_id)
 
+  def _convert_features(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    lengths = dict(task_feature_lengths)
+    if LOSS_WEIGHTS in ds.element_spec:
+      lengths[LOSS_WEIGHTS] = lengths['targets']
+    return super()._convert_features(ds, lengths)
+
   def _convert_example(self, features: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
     example = dict(super()._convert_example(features))
-    example['decoder_loss_weights'] = tf.cast(example['decoder_loss_weights'], tf.float32)
-    return example
+    weights = tf.cast(example['decoder_loss_weights'], tf.float32)
+    if LOSS_WEIGHTS in features:
+      weights *= tf.cast(features[LOSS_WEIGHTS], tf.float32)
+    return {**example, 'decoder_loss_weights': weights}
 
 
 class ClassificationFeatureConverter(seqio.FeatureConverter):

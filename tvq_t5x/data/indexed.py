@@ -91,7 +91,7 @@ class TaskByIndex(seqio.Task):
         'DatasetConfig.task_feature_lengths',
         {self.LENGTH_FEATURE: length},
         f'{{{self.LENGTH_FEATURE!r}: {self.sequence_len}}}',
-        problem=f'is not one image, as a sequence of {self.name} is',
+        problem=f'is not the length of the sequences of {self.name}',
       )
 
   def get_dataset(

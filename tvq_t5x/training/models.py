@@ -15,6 +15,7 @@ from flax import serialization, traverse_util
 from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.tokens import PAD
 from tvq_t5x.network import decoding
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import DROPOUT, SEQUENCE_DROPOUT
@@ -52,7 +53,8 @@ class TransformerVQModel:
   """Decoder-only language model over batches of a `TransformerVQFeatureConverter`.
 
   Batches have `decoder_input_tokens` and `decoder_target_tokens` [B, T] int32, and
-  `decoder_loss_weights` [B, T], 0 on padding.
+  `decoder_loss_weights` [B, T], 0 on padding and on other targets that are not to be learned. Keys
+  of these, unlike those of padding, have a commitment loss and belong to the codebooks' statistics.
   """
 
   def __init__(
@@ -178,18 +180,19 @@ class TransformerVQModel:
     """
     targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
     weights = weights.astype(jnp.float32)
+    mask = (targets != PAD).astype(jnp.float32)
     logits, state, aux = self._apply(
       params,
       batch['decoder_input_tokens'],
       state,
-      loss_mask=weights,
+      loss_mask=mask,
       example_ids=example_ids,
       deterministic=rngs is None,
       rngs=rngs.collections() if rngs else None,
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     metrics = metrics_lib.token_metrics(logits, nats, targets, weights, self.bytes_per_token)
-    metrics |= metrics_lib.sublayer_metrics(aux, jnp.sum(weights))
+    metrics |= metrics_lib.sublayer_metrics(aux, jnp.sum(mask))
     total, statistics = jnp.sum(weights * nats), 0.0
     for said in itertools.chain.from_iterable(x.values() for x in aux):
       if isinstance(said, Loss):
@@ -235,7 +238,7 @@ class TransformerVQModel:
     (logits, _, _), intermediates = self.module.apply(
       {'params': params},
       batch['decoder_input_tokens'],
-      loss_mask=weights,
+      loss_mask=targets != PAD,
       mutable=['intermediates'] if return_intermediates else [],
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
