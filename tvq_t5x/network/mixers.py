@@ -67,6 +67,9 @@ class Mixer(nn.Module):
   KIND: ClassVar[str] = 'mixer'
   # Whether it marks with `save_for_backward` what `Remat.ATTENTION` should keep.
   SAVES_MARKED: ClassVar[bool] = False
+  # Whether it obeys `TransformerConfig.bidirectional`, without which it can't be in an encoder:
+  # each position sees all of a sequence that have a loss_mask, and the state is ().
+  ENCODES: ClassVar[bool] = False
 
   def __call__(self, x: jax.Array, state: State | None, call: Call) -> tuple[jax.Array, State, Aux]:
     """Mixes the positions of a segment.
