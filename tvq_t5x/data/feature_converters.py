@@ -1,6 +1,7 @@
 """The SeqIO feature converters: of language models, and of classifiers."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -52,7 +53,8 @@ class TransformerVQFeatureConverter(seqio.LMFeatureConverter):
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
     lengths = dict(task_feature_lengths)
-    if LOSS_WEIGHTS in ds.element_spec:
+    spec: Any = ds.element_spec
+    if LOSS_WEIGHTS in spec:
       lengths[LOSS_WEIGHTS] = lengths['targets']
     return super()._convert_features(ds, lengths)
 
