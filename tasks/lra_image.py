@@ -7,7 +7,6 @@ from the top left. Nothing is augmented.
 """
 
 import functools
-from typing import Any
 
 import numpy as np
 
@@ -57,14 +56,15 @@ class _Images:
 def examples(split: str) -> _Images:
   """The images of a split."""
   found = corpus()
-  return _read(found, split, str(found.identity(split)))
+  return _read(found.data_dir, found.splits[split], found.identity(split)['record'])
 
 
 @functools.lru_cache(maxsize=3)
-def _read(found: Any, split: str, identity: str) -> _Images:
-  del identity  # Another dataset at the same place is another entry of the cache.
+def _read(data_dir: str | None, which: str, record: str) -> _Images:
+  del record  # Another dataset at the same place is another entry of the cache.
+  found = corpora.TfdsCorpus(_NAME, 'image', {which: which}, data_dir, _MACRO)
   pixels, labels = [], []
-  for example in documents.examples(found.examples(split)):
+  for example in documents.examples(found.examples(which)):
     if example['image'].shape != _SHAPE:
       raise ConfigError(
         f'{_NAME} in {found.folder} has an image of shape {example["image"].shape}, not {_SHAPE}.'

@@ -9,7 +9,6 @@ has seen. Here the last 2,500 reviews of the training split validate, and are no
 """
 
 import functools
-from typing import Any
 
 import seqio
 
@@ -47,15 +46,16 @@ def corpus(path: str | None = None, held_out: int = 2500) -> corpora.TfdsCorpus:
 def examples(split: str) -> list[classification.Example]:
   """The reviews of a split."""
   found = corpus()
-  return _read(found, split, str(found.identity(split)))
+  return _read(found.data_dir, found.splits[split], found.identity(split)['record'])
 
 
 @functools.lru_cache(maxsize=3)
-def _read(found: Any, split: str, identity: str) -> list[classification.Example]:
-  del identity  # Another dataset at the same place is another entry of the cache.
+def _read(data_dir: str | None, which: str, record: str) -> list[classification.Example]:
+  del record  # Another dataset at the same place is another entry of the cache.
+  found = corpora.TfdsCorpus(_NAME, 'text', {which: which}, data_dir, _MACRO)
   return [
     classification.Example(example['text'], int(example['label']))
-    for example in documents.examples(found.examples(split))
+    for example in documents.examples(found.examples(which))
   ]
 
 
