@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.common.tokens import FIRST_BYTE
-from tvq_t5x.data import indexed, vocabularies
+from tvq_t5x.data import indexed, registered, vocabularies
 
 INPUTS, INPUTS2, LABEL = 'inputs', 'inputs2', 'label'
 
@@ -204,6 +204,37 @@ def _format_of_task(task: seqio.Task) -> Format:
   elif isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
     vocabulary = vocabulary.bound()  # A model keeps it, whatever is configured later.
   return Format(vocabulary, features[LABEL].vocabulary.vocab_size, INPUTS2 in features)
+
+
+def task_format(
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture, module: str | None = None
+) -> Format:
+  """`format_of` a task or mixture, by name.
+
+  Args:
+    mixture_or_task_name: as in `DatasetConfig`.
+    module: as in `DatasetConfig`.
+
+  Raises:
+    ConfigError: likewise, and if no task has this name.
+  """
+  return format_of(registered.task_or_mixture(mixture_or_task_name, module))
+
+
+def vocab_size(
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture, module: str | None = None
+) -> int:
+  """Ids of a classification task's vocabulary, made a multiple of 8; 8 for real numbers.
+
+  Args:
+    mixture_or_task_name: as in `DatasetConfig`.
+    module: as in `DatasetConfig`.
+
+  Raises:
+    ConfigError: if it is no classification task.
+  """
+  vocabulary = task_format(mixture_or_task_name, module).vocabulary
+  return 8 if vocabulary is None else -(-vocabulary.vocab_size // 8) * 8
 
 
 def num_cut(provider: seqio.Task | seqio.Mixture, split: str, length: int) -> int | None:

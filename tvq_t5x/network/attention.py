@@ -73,7 +73,7 @@ class Attention(Mixer):
     state: State | None,
     call: Call,
   ) -> tuple[jax.Array, State, Aux]:
-    """Attends from every position of a segment to all positions up to it, or, in an encoder, to all.
+    """Attends from every position of a segment to all up to it; in an encoder, to all.
 
     Args:
       queries: of the segment, [B, T, N, G, K].

@@ -57,8 +57,8 @@ class Classifier(nn.Module):
       if not sublayer.mixer.ENCODES:
         raise ConfigError(
           f'TransformerConfig.sublayers: {type(sublayer.mixer).__name__} can be in no encoder, as '
-          'its positions see no later ones; a mixer that obeys TransformerConfig.bidirectional says '
-          'so with ENCODES = True.'
+          'its positions see no later ones; one that obeys TransformerConfig.bidirectional says so '
+          'with ENCODES = True.'
         )
 
   @property
@@ -135,7 +135,7 @@ class Classifier(nn.Module):
 
 
 class NumberEmbedding(nn.Module):
-  """Real numbers as `x * w + b`, both N(0, 1): a norm of the sum tells numbers of any size apart."""
+  """Real numbers as `x * w + b`, both N(0, 1): with b, a norm of it still tells x."""
 
   config: TransformerConfig
 
