@@ -16,8 +16,14 @@ from t5x_runs import assert_same_arrays
 from tvq_t5x.data import datasets
 from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.t5x_adapter import data, evaluation
-from tvq_t5x.tasks import lra_image, lra_listops, lra_pathfinder, lra_retrieval  # noqa: F401
-from tvq_t5x.tasks import lra_text, recall  # noqa: F401
+from tvq_t5x.tasks import (  # noqa: F401
+  lra_image,
+  lra_listops,
+  lra_pathfinder,
+  lra_retrieval,
+  lra_text,
+  recall,
+)
 
 STEPS = 2
 RECALL = 'recall_128_4'
