@@ -25,7 +25,7 @@ SCRIPT = [t5x_train.__file__]
 class Hosts:
   """Processes of one run, each with one device; a context that leaves none of them behind."""
 
-  def __init__(self, program, count, folder, environment, **macros):
+  def __init__(self, program, count, folder, environment, gin_file=t5x_runs.TINY, **macros):
     with socket.socket() as s:
       s.bind(('localhost', 0))
       address = f'localhost:{s.getsockname()[1]}'
@@ -40,7 +40,7 @@ class Hosts:
     self._command = [
       sys.executable,
       *program,
-      f'--gin_file={t5x_runs.TINY}',
+      f'--gin_file={gin_file}',
       *(f'--gin.{name}={value!r}' for name, value in macros.items()),
       '--multiprocess_gpu',
       f'--coordinator_address={address}',
