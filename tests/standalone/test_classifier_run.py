@@ -90,6 +90,7 @@ def test_it_writes_nothing(whole, capsys):
   ('settings', 'message'),
   [
     ({'UPDATE_LEN': 11}, 'update_len = 11 (macro UPDATE_LEN) is not accepted: give None'),
+    ({'CARRY_STATE': True}, 'give False: an encoder has no state'),
     ({'TASK_FEATURE_LENGTHS': {'targets': 22}}, "such as {'inputs': 512}"),
     (
       {'MIXTURE_OR_TASK_NAME': 'tiny_bytes', 'MIXTURE_OR_TASK_MODULE': 'tiny_task'},
