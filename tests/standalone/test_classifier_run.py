@@ -10,6 +10,7 @@ from util import one_device
 
 from tvq_t5x import evaluate, sample, train
 from tvq_t5x.checkpoints import layout
+from tvq_t5x.commands.sampling_options import Options
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.generation import language_model
 
@@ -76,7 +77,7 @@ def test_a_dry_run_says_what_is_cut(tmp_path, capsys):
 
 def test_it_writes_nothing(whole, capsys):
   with one_device():
-    assert sample.run([], checkpoint=str(whole), modules=['tiny_classes']) == 2
+    assert sample.run([], [], [], str(whole), Options(), ['tiny_classes']) == 2
     assert 'ClassifierModel, an encoder' in capsys.readouterr().err
     with pytest.raises(ConfigError, match='neither writes nor scores'):
       language_model.load(str(whole), modules=['tiny_classes'])
@@ -88,7 +89,8 @@ def test_it_writes_nothing(whole, capsys):
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    ({'UPDATE_LEN': 11}, 'UPDATE_LEN = 11'),
+    ({'UPDATE_LEN': 11}, 'update_len = 11 (macro UPDATE_LEN) is not accepted: give None'),
+    ({'CARRY_STATE': True}, 'give False: an encoder has no state'),
     ({'TASK_FEATURE_LENGTHS': {'targets': 22}}, "such as {'inputs': 512}"),
     (
       {'MIXTURE_OR_TASK_NAME': 'tiny_bytes', 'MIXTURE_OR_TASK_MODULE': 'tiny_task'},

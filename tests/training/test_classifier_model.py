@@ -45,11 +45,11 @@ def test_metrics_are_of_the_rows_that_are_examples(evaluated):
 
 def test_the_loss_is_a_mean_over_examples_with_that_of_the_sublayers_over_tokens(evaluated):
   model, batch, scores, _, loss, metrics = evaluated
-  lengths = [np.sum(x) for name, x in batch.items() if name.startswith('encoder_lengths')]
+  lengths = [int(np.sum(x)) for name, x in batch.items() if name.startswith('encoder_lengths')]
   commit = model.config.commit_weight * metrics['commit_loss'] * sum(lengths)
   commit /= len(lengths) * LENGTH
   nats = -np.sum(scores * np.asarray(batch['label_weights']))
-  assert loss == pytest.approx((nats + commit) / BATCH_SIZE, rel=1e-5)
+  assert float(loss) == pytest.approx((nats + commit) / BATCH_SIZE, rel=1e-5)
 
 
 def test_classes(evaluated):
