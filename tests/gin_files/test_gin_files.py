@@ -31,9 +31,9 @@ _FILES = sorted(str(path.relative_to(_ROOT)) for path in _ROOT.rglob('*.gin'))
 _RUNS = [name.removesuffix('.gin') for name in _FILES if '/' not in name]
 _LRA = ('lra_listops', 'lra_text', 'lra_retrieval', 'lra_image', 'lra_pathfinder', 'lra_pathx')
 # Those of small widths.
-_SMALL = ('listops_small', *_LRA)
+_SMALL = ('digits_longvq', 'listops_small', *_LRA)
 # Those with fewer sequences in a batch than a pod has cores.
-_QUICK = ('kjv_tiny', 'photos64_tiny', 'digits_longvq', *_SMALL)
+_QUICK = ('kjv_tiny', 'photos64_tiny', *_SMALL)
 _OF_T5X = 'runs/pretrain.gin'
 _OF_RUNNER = 'standalone/gin/runs/pretrain.gin'
 # What tasks have in common.
