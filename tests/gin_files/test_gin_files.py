@@ -30,6 +30,7 @@ _FILES = sorted(str(path.relative_to(_ROOT)) for path in _ROOT.rglob('*.gin'))
 _RUNS = [name.removesuffix('.gin') for name in _FILES if '/' not in name]
 # Those with fewer sequences in a batch than a pod has cores.
 _QUICK = ('kjv_tiny', 'photos64_tiny', 'digits_longvq')
+_TOO_SMALL = (('digits_longvq', 'v3_128'),)
 _OF_T5X = 'runs/pretrain.gin'
 _OF_RUNNER = 'standalone/gin/runs/pretrain.gin'
 # What tasks have in common.
@@ -209,6 +210,8 @@ def test_both_pretrain_files_set_the_same_macros():
 @pytest.mark.parametrize('mesh', _MESHES)
 @pytest.mark.parametrize('run', _RUNS)
 def test_every_array_of_every_run_divides_on_every_mesh(run, mesh):
+  if (run, mesh) in _TOO_SMALL:
+    pytest.skip('Its width can not be shared out over so many devices.')
   program = _program(run, mesh)
   assert program.partitioner.mesh.size == _MESHES[mesh]
   info = placement.describe(
@@ -336,6 +339,8 @@ def _parse_as(name, monkeypatch, files, *bindings, folder=_ROOT.parent):
 @pytest.mark.parametrize('mesh', _MESHES)
 @pytest.mark.parametrize('run', _RUNS)
 def test_t5x_places_the_arrays_of_every_run_like_the_runner(run, mesh, monkeypatch):
+  if (run, mesh) in _TOO_SMALL:
+    pytest.skip('Its width can not be shared out over so many devices.')
   program = _program(run, mesh)
   files = [f'gin/{run}.gin', f'gin/mesh/{mesh}.gin']
   _parse_as('train', monkeypatch, files, "MODEL_DIR = 'runs/x'")
