@@ -31,7 +31,7 @@ class Example(NamedTuple):
 
 
 class Examples(Protocol):
-  """The examples of a split in order; one is read when it is asked for."""
+  """The examples of a split in order; one is read when it is asked for, by several threads."""
 
   def __len__(self) -> int: ...
 
