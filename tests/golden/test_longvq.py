@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_golden import needs
+from util import call_of
 
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.longvq.longvq import LongVQ
-from tvq_t5x.network.mixers import Call
 from tvq_t5x.network.mlp import Mlp
 
 # The names in the files of parameters [D, H * width] or [H * width], and ours.
@@ -87,17 +87,6 @@ def modules(case, **overrides):
   c, r = config_of(case), case.reference
   fields = {'bidirectional': r['bidirectional'], 'state_size': r['N'], **overrides}
   return LongVQ(c, **fields), Mlp(c)
-
-
-def call_of(mask, position=0, lengths=None, step=None):
-  batch_size = len(mask)
-  return Call(
-    position=jnp.full([batch_size], position, jnp.int32),
-    loss_mask=jnp.asarray(mask, jnp.float32),
-    example_ids=jnp.arange(batch_size),
-    lengths=lengths,
-    step=step,
-  )
 
 
 def run(case, block, mlp, params, x, state=None, mask=None, **call):

@@ -39,6 +39,8 @@ pytestmark = pytest.mark.quick
     ('residual_dropout_rate', -0.1, ['[0, 1)']),
     ('layer_drop_rate', 30, ['[0, 1)']),
     ('ema_decay', 1.0, ['[0, 1)']),
+    ('replace_below', 0.51, ['[0, 0.5]']),
+    ('replace_below', -0.1, ['[0, 0.5]']),
   ],
 )
 def test_refusals_name_the_field_and_what_is_accepted(field, value, accepted):

@@ -24,6 +24,8 @@ SETTINGS = {
   'longvq.LongVQ.state_size': 4,
   'optimizers.warmup_cosine.total_steps': 8,
   'longvq.LongVQ.chunk_len': 12,
+  'config.TransformerConfig.codes_from_keys': True,
+  'config.TransformerConfig.replace_below': 0.5,
 }
 pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
 

@@ -33,12 +33,17 @@ pytestmark = pytest.mark.skipif(
   len(jax.devices('cpu')) < 8, reason='XLA_FLAGS is set in the environment, without 8 CPU devices'
 )
 
+# Codes start from keys and are replaced by keys: those of the same places in the global batch.
+_LIVING = {'codes_from_keys': True, 'replace_below': 0.5}
 _CASES = {
   'shga': ({'num_layers': 1, 'scan_layers': False}, 'adamw'),
   # Wide enough for factored moments.
-  'mha': ({'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128}, 'adafactor'),
+  'mha': (
+    {'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128, **_LIVING},
+    'adafactor',
+  ),
   'carried': ({'num_layers': 2, 'key_dim': 8}, 'adamw'),
-  'longvq': ({'num_layers': 2, 'sublayers': ('longvq', 'mlp')}, 'sgd'),
+  'longvq': ({'num_layers': 2, 'sublayers': ('longvq', 'mlp'), **_LIVING}, 'sgd'),
 }
 
 
@@ -185,5 +190,11 @@ def test_the_runs_exercise_what_they_are_to_prove():
     before, after = start[f'params/{layer}/{name}'], numbers[f'state/params/{layer}/{name}']
     assert np.max(np.abs(after - before)) > 100 * TOLERANCE
     assert np.any(numbers[f'state/opt_state/gradients/{layer}/{name}'])
+  for case, name in (('mha', 'attention_0'), ('longvq', 'longvq_0')):
+    counts = train(case, 1, 1, 1).numbers[
+      f'state/opt_state/gradients/layers/{name}/quantizer/c_count'
+    ]
+    # Of codes that are replaced, not as many as keys.
+    assert np.any(counts % 1)
   clipped = [x for name, x in numbers.items() if name.endswith('gradient_norm')]
   assert np.min(clipped) > 0.1

@@ -13,12 +13,14 @@ _FREE = frozenset({'reduction', 'remat'})
 _TRAINING = frozenset(
   {
     'block_len',  # Keys older than the window of a query's block have no gradient.
+    'codes_from_keys',
     'commit_weight',
     'dtype',
     'ema_decay',
     'grad_through_cache',
     'kv_cache_len',
     'layer_drop_rate',
+    'replace_below',
     'residual_dropout_rate',
     'sinusoid_dropout_rate',
   }

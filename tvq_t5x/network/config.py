@@ -81,6 +81,8 @@ _POSITIVE = (
   'window_len',
   'kv_cache_len',
 )
+# A replaced code counts as used twice as much as the share below which it was replaced.
+MOST_REPLACED = 0.5
 _RATES = ('sinusoid_dropout_rate', 'residual_dropout_rate', 'layer_drop_rate')
 
 
@@ -121,6 +123,10 @@ class TransformerConfig:
     logit_scale: multiplies the logits, bias included (`e_scale`).
     commit_weight: beta, weight of the commitment loss.
     ema_decay: gamma, decay of the codebook statistics per parameter update.
+    codes_from_keys: whether the codebook starts from keys of the first update, in place of normal
+      random numbers. Changes nothing of a codebook that has started.
+    replace_below: codes used less than this share of their fair part are set to keys of the update;
+      0 means never.
     scan_layers: compile one layer and scan it (parameters are stacked on a `layers` axis).
     remat: see `Remat`.
     dtype: of activations. Parameters, logits and softmax statistics are float32.
@@ -154,6 +160,8 @@ class TransformerConfig:
   logit_scale: float = 1.0
   commit_weight: float = 1e-4
   ema_decay: float = 0.99
+  codes_from_keys: bool = False
+  replace_below: float = 0.0
   scan_layers: bool = True
   remat: Remat = Remat.ATTENTION
   dtype: Any = jnp.float32
@@ -182,6 +190,8 @@ class TransformerConfig:
         raise _error(name, getattr(self, name), 'a rate in [0, 1)')
     if not 0.0 <= self.ema_decay < 1.0:
       raise _error('ema_decay', self.ema_decay, 'a decay in [0, 1)')
+    if not 0.0 <= self.replace_below <= MOST_REPLACED:
+      raise _error('replace_below', self.replace_below, f'a share in [0, {MOST_REPLACED}]')
     if self.emb_dim % 2:
       raise _error('emb_dim', self.emb_dim, 'an even width, for the sinusoids')
 

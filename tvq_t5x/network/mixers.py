@@ -24,6 +24,7 @@ class Call(NamedTuple):
   example_ids: jax.Array  # [B] int32, place in the global batch: selects dropout masks
   lengths: jax.Array | None  # [B] int32, how many tokens the state takes in; None means all
   step: jax.Array | None  # [] int32, tokens since `for_tokens`; None elsewhere
+  num_examples: jax.Array | None = None  # [] int32, of the global batch; None means B
 
 
 class Loss(NamedTuple):

@@ -159,6 +159,7 @@ class Transformer(nn.Module):
     *,
     loss_mask: jax.Array | None = None,
     example_ids: jax.Array | None = None,
+    num_examples: int | None = None,
     lengths: jax.Array | None = None,
     step: jax.Array | None = None,
     deterministic: bool = True,
@@ -170,6 +171,7 @@ class Transformer(nn.Module):
       state: of the tokens before the segment; None at the start of the sequences.
       loss_mask: [B, T]; positions with 0 enter attention but no loss and no statistic.
       example_ids: [B] int32, place of each example in the global batch; None means 0 to B - 1.
+      num_examples: of the global batch; None means B.
       lengths: [B] int32, how many tokens of each row the state after the segment is of; the rest is
         padding. None means all T.
       step: [] int32, tokens since `decoding.for_tokens` made the state, which takes one token of
@@ -192,6 +194,7 @@ class Transformer(nn.Module):
       example_ids=jnp.arange(batch_size) if example_ids is None else example_ids,
       lengths=lengths,
       step=step,
+      num_examples=None if num_examples is None else jnp.int32(num_examples),
     )
     embedding = Embedding(c, name='token_embedder')
     x = embedding(tokens)

@@ -159,6 +159,7 @@ class TransformerVQModel:
     rngs: DropoutRngs | None,
     normalizing_factor: float,
     example_ids: jax.Array | None = None,
+    num_examples: int | None = None,
   ) -> tuple[jax.Array, tuple[DecoderState, metrics_lib.Metrics]]:
     """Loss of a segment that continues the sequences of `state`.
 
@@ -170,6 +171,7 @@ class TransformerVQModel:
       normalizing_factor: what the summed losses are divided by. Gradients of parts of a batch that
         share it add up to those of the whole.
       example_ids: [B] int32, place of each example in the global batch.
+      num_examples: of the global batch; None means B.
 
     Returns:
       `(cross entropy + losses of the sublayers) / factor`, for VQ beta times the commitment, plus a
@@ -184,6 +186,7 @@ class TransformerVQModel:
       state,
       loss_mask=weights,
       example_ids=example_ids,
+      num_examples=num_examples,
       deterministic=rngs is None,
       rngs=rngs.collections() if rngs else None,
     )

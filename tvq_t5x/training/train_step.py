@@ -150,7 +150,7 @@ def accumulate_gradients(
     loss_fn = jax.value_and_grad(model.segment_loss, has_aux=True)
     with xla.training_gradients():
       (loss, (after, metrics)), gradients = loss_fn(
-        params, batch, state, rngs, normalizing_factor, ids
+        params, batch, state, rngs, normalizing_factor, ids, example_ids.size
       )
     # A token, as the cross entropy is: padding, which the gradient counts as zero, is in neither.
     num_tokens = metrics['cross_entropy'].count

@@ -170,7 +170,7 @@ class LongVQ(Mixer):
     c = self.config
     if self.attention == AttentionKind.QUADRATIC:
       raise ConfigError("LongVQ.attention = 'quadratic' is not there for bidirectional blocks.")
-    quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call.loss_mask)
+    quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call)
     self.sow('intermediates', 'codes', codes)
     out = bidirectional_attention(
       queries,

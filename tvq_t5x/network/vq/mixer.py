@@ -54,7 +54,7 @@ def attend(
 ) -> tuple[jax.Array, AttentionState | RingState, Aux]:
   """`Attention.attend` over quantized keys; the codebook is a part of `module`, which is called."""
   c = module.config
-  quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call.loss_mask)
+  quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call)
   module.sow('intermediates', 'keys', keys)
   module.sow('intermediates', 'codes', codes)
   args = queries, Keys(quantized, codes, values), distances, codebook
