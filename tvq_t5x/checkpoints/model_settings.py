@@ -9,6 +9,7 @@ from tvq_t5x.network.config import TransformerConfig, standard_sublayers
 
 # They change speed and memory only.
 _FREE = frozenset({'reduction', 'remat'})
+_OF_EVERY_MIXER = frozenset({'config', 'deterministic', 'name', 'parent'})
 # They change how a model is trained, not what it is: a run may go on with others.
 _TRAINING = frozenset(
   {
@@ -38,13 +39,16 @@ def settings_of(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _settings_of_sublayer(sublayer: sublayers.NamedMixer) -> Any:
-  """The name of a mixer; with its own settings, where these are not the defaults."""
+  """The name of a mixer; with its own settings, where these are not the defaults.
+
+  Less those that change speed and memory only.
+  """
   cls = type(sublayer.mixer)
   name = sublayers.name_of(cls) or f'{cls.__module__}.{cls.__qualname__}'
   changed = {}
   for f in dataclasses.fields(cls):
     value = getattr(sublayer.mixer, f.name)
-    if f.name not in ('config', 'deterministic', 'name', 'parent') and value != f.default:
+    if f.name not in _OF_EVERY_MIXER | cls.SPEED_ONLY and value != f.default:
       changed[f.name] = value if isinstance(value, str | int | float | None) else repr(value)
   return {name: changed} if changed else name
 

@@ -68,6 +68,8 @@ class Mixer(nn.Module):
   KIND: ClassVar[str] = 'mixer'
   # Whether it marks with `save_for_backward` what `Remat.ATTENTION` should keep.
   SAVES_MARKED: ClassVar[bool] = False
+  # Attributes that change speed and memory only: a checkpoint goes on with others.
+  SPEED_ONLY: ClassVar[frozenset[str]] = frozenset()
 
   def __call__(self, x: jax.Array, state: State | None, call: Call) -> tuple[jax.Array, State, Aux]:
     """Mixes the positions of a segment.

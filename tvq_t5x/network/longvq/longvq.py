@@ -82,6 +82,7 @@ class LongVQ(Mixer):
 
   KIND: ClassVar[str] = 'longvq'
   SAVES_MARKED: ClassVar[bool] = True
+  SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({'chunk_len'})
 
   def __post_init__(self):
     self._check()
@@ -116,11 +117,11 @@ class LongVQ(Mixer):
     if self.bidirectional:
       normed = normed * call.loss_mask[..., None].astype(normed.dtype)
     g, after_ssm = self._filter(normed, state, call)
-    h = self._project(g, 'candidate', self.config.emb_dim)
+    h = self._project(g, 'candidate')
     out, after_attention, aux = self._attend(normed, g, state, call)
     if out is not None:
       h = h + out
-    u = jax.nn.sigmoid(self._project(g, 'update', self.config.emb_dim))
+    u = jax.nn.sigmoid(self._project(g, 'update'))
     branch = u * (jax.nn.silu(h) - x)
     return branch.astype(x.dtype), LongVQState(after_ssm, after_attention), aux
 
@@ -220,10 +221,10 @@ class LongVQ(Mixer):
     einsum = Einsum('BTD,DHK->BTHK', shape, axes, dtype=c.dtype, use_bias=True, name=name)
     return save_for_backward(einsum(x))
 
-  def _project(self, x: jax.Array, name: str, width: int) -> jax.Array:
-    """[B, T, D] to [B, T, width]."""
+  def _project(self, x: jax.Array, name: str) -> jax.Array:
+    """[B, T, D] to [B, T, D]."""
     c = self.config
-    shape, axes = (c.emb_dim, width), ('mlp', 'embed')
+    shape, axes = (c.emb_dim, c.emb_dim), ('mlp', 'embed')
     einsum = Einsum('BTD,DF->BTF', shape, axes, dtype=c.dtype, use_bias=True, name=name)
     return save_for_backward(einsum(x))
 
