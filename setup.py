@@ -73,6 +73,7 @@ setuptools.setup(
       'tensorflow-serving-api>=2.21',  # Of t5x/export.py.
     ],
     'photos': ['scikit-image==0.26.0'],  # The photographs of the task photos64.
+    'digits': ['scikit-learn==1.8.0'],  # The images of the task digits.
     'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
     'test': [
       'hypothesis>=6.170',
@@ -83,6 +84,7 @@ setuptools.setup(
       'PyYAML>=6',
       'ruff>=0.14',
       'scikit-image==0.26.0',
+      'scikit-learn==1.8.0',
     ],
   },
 )

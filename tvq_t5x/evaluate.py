@@ -21,6 +21,8 @@ _SHOWN = (
   'perplexity',
   'word_perplexity',
   'accuracy',
+  'examples',
+  'examples_cut',
   'tokens',
   'bytes',
   'dimensions',

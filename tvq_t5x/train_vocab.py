@@ -157,10 +157,10 @@ def _blocks_of_task(name: str, module: str | None) -> Iterator[bytes]:
     import seqio
 
     from tvq_t5x import tasks  # pyright: ignore[reportAttributeAccessIssue]
-    from tvq_t5x.data import datasets, documents
+    from tvq_t5x.data import documents, registered
 
     if module:
-      datasets.import_tasks(module, '--module')
+      registered.import_tasks(module, '--module')
     else:
       for ours in pkgutil.iter_modules(tasks.__path__):
         importlib.import_module(f'{tasks.__name__}.{ours.name}')

@@ -31,6 +31,7 @@ def config_of(case, **overrides):
     'window_len': r['M'],
     'mlp_dim': 2 * r['D'],
     'mlp_activation': 'silu',
+    'bidirectional': r['bidirectional'],
   }
   return TransformerConfig(**{**fields, **overrides})
 
@@ -85,7 +86,7 @@ def params_of(case, arrays):
 
 def modules(case, **overrides):
   c, r = config_of(case), case.reference
-  fields = {'bidirectional': r['bidirectional'], 'state_size': r['N'], **overrides}
+  fields = {'state_size': r['N'], **overrides}
   return LongVQ(c, **fields), Mlp(c)
 
 

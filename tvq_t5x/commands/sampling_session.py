@@ -19,7 +19,12 @@ from tvq_t5x.common import files, images
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import likelihood, text_streams, vocabularies
 from tvq_t5x.generation import state_files
-from tvq_t5x.generation.language_model import Generated, LanguageModel, Score
+from tvq_t5x.generation.language_model import (
+  Generated,
+  LanguageModel,
+  Score,
+  language_model_of,
+)
 from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.standalone import configuration
@@ -49,7 +54,7 @@ def run(configured: Configured, options: Options) -> None:
     ConfigError: for what can't be; nothing is compiled before.
     CheckpointError: if the checkpoint can't be read.
   """
-  vocabulary = configured.model.output_vocabulary
+  vocabulary = language_model_of(configured.model).output_vocabulary
   prompts = _Prompts(options, vocabulary)
   if isinstance(vocabulary, vocabularies.ImageVocabulary):
     _check_for_images(options, vocabulary)

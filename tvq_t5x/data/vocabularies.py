@@ -286,7 +286,10 @@ def identity(vocabulary: seqio.Vocabulary) -> str:
 def difference(old: str, new: str) -> str:
   """What to say where two `identity` differ: of a model, of the present configuration."""
   hint = ' (the file is that of SENTENCEPIECE_MODEL)' if new.startswith('SentencePiece ') else ''
-  return f'TransformerVQModel.vocabulary is {new}{hint}, there {old}'
+  setting = 'TransformerVQModel.vocabulary'
+  if new.endswith(' classes'):
+    setting = 'ClassifierModel.task_format'
+  return f'{setting} is {new}{hint}, there {old}'
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,6 +27,8 @@ from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.training import placement, random_keys
+from tvq_t5x.training.base_model import Model
+from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.partitioning import Partitioner
 
 # Tokens of a row that one call of the compiled `decoding.read` gets, about.
@@ -104,6 +106,20 @@ def load(
   return LanguageModel(configuration.load(checkpoint, files, gin_bindings, search_paths, modules))
 
 
+def language_model_of(model: Model) -> TransformerVQModel:
+  """The model of a checkpoint, if it can read and write.
+
+  Raises:
+    ConfigError: if it is a classifier.
+  """
+  if not isinstance(model, TransformerVQModel):
+    raise ConfigError(
+      f'--checkpoint is of a {type(model).__name__}, an encoder, which neither writes nor scores '
+      'texts: give one of a language model, or try python -m tvq_t5x.evaluate.'
+    )
+  return model
+
+
 class LanguageModel:
   """A model with the parameters of a checkpoint, that reads and writes.
 
@@ -118,7 +134,7 @@ class LanguageModel:
   def __init__(self, loaded: Loaded):
     """Compiles nothing yet."""
     self.loaded = loaded
-    self.vocabulary = loaded.model.output_vocabulary
+    self.vocabulary = language_model_of(loaded.model).output_vocabulary
     self._programs: dict[Any, Callable[..., Any]] = {}
 
   @jax_modes.usual()

@@ -16,6 +16,7 @@ from tvq_t5x.common.errors import ConfigError, reason
 _ALLOWED: dict[str, frozenset[str]] = {
   module: frozenset(names)
   for module, names in {
+    'tvq_t5x.data.classification': ('task_format', 'vocab_size'),
     'tvq_t5x.data.datasets': ('DatasetConfig', 'vocab_size', 'vocabulary'),
     'tvq_t5x.data.token_cache': ('directory',),
     'tvq_t5x.data.vocabularies': ('sentencepiece_model', 'vocab_size'),
@@ -24,6 +25,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     'tvq_t5x.network.transformer': ('Transformer',),
     'tvq_t5x.standalone.runner': ('train',),
     'tvq_t5x.standalone.samples': ('SampleConfig',),
+    'tvq_t5x.training.classifier': ('ClassifierModel',),
     'tvq_t5x.training.models': ('TransformerVQModel', 'TransformerVQModel.predict_batch_with_aux'),
     'tvq_t5x.training.optimizers': ('adafactor', 'adamw', 'lion', 'warmup_cosine'),
     'tvq_t5x.training.partitioning': ('Partitioner', 'standard_logical_axis_rules'),
@@ -33,8 +35,9 @@ _ALLOWED: dict[str, frozenset[str]] = {
 _NEVER_CALLED = frozenset({'train', 'TransformerVQModel.predict_batch_with_aux'})
 _TASKS = 'tvq_t5x.tasks.'
 _OF_TASKS = frozenset({'corpus'})
-# The parameter of this module's functions that names a module, which is then imported.
-_IMPORTS, _MODULE_PARAMETER = 'tvq_t5x.data.datasets', 'module'
+# The parameter of these modules' functions that names a module, which is then imported.
+_IMPORTS = frozenset({'tvq_t5x.data.classification', 'tvq_t5x.data.datasets'})
+_MODULE_PARAMETER = 'module'
 
 
 class _Reference(NamedTuple):
@@ -97,7 +100,7 @@ def check(text: str, source: str, modules: Sequence[str] = ()) -> None:
     _check_name(reference.name, imported, source, modules, called=True)
   for binding in bindings:
     owner = imported.get(binding.selector.partition('.')[0])
-    if owner == _IMPORTS and binding.arg_name == _MODULE_PARAMETER:
+    if owner in _IMPORTS and binding.arg_name == _MODULE_PARAMETER:
       _check_module(_resolve(binding.value, macros), source, modules)
 
 

@@ -108,6 +108,9 @@ class TransformerConfig:
     sublayers: those of a layer in order, each a name of `Sublayer` or a `mixers.Mixer` class (in
       gin, '@my_module.MyMixer'). None means those of head_type and attention_type: two of
       attention_type where it is gated, else one and an MLP.
+    bidirectional: whether all positions of a sequence attend to all, as in an encoder. Keys have
+      the position term up to M positions before and after a query, as far as they are in its block
+      or one beside it: L should be at least M.
     kv_cache_len: C, positions before a segment whose keys and values 'quadratic' attention
       remembers; it attends to no others.
     reduction: see `Reduction`. Changes speed and memory, never values.
@@ -144,6 +147,7 @@ class TransformerConfig:
   head_type: HeadType = HeadType.GATED
   attention_type: AttentionType = AttentionType.VQ
   sublayers: tuple[str | Callable[..., Any], ...] | None = None
+  bidirectional: bool = False
   kv_cache_len: int = 2048
   mlp_dim: int | None = None
   mlp_activation: Activation = Activation.SQUARED_RELU
@@ -192,6 +196,9 @@ class TransformerConfig:
       raise _error('ema_decay', self.ema_decay, 'a decay in [0, 1)')
     if not 0.0 <= self.replace_below <= MOST_REPLACED:
       raise _error('replace_below', self.replace_below, f'a share in [0, {MOST_REPLACED}]')
+    for name in ('compressed_cache', 'grad_through_cache') if self.bidirectional else ():
+      if not getattr(self, name):
+        raise _error(name, False, 'True, as an encoder (bidirectional = True) has no other')
     if self.emb_dim % 2:
       raise _error('emb_dim', self.emb_dim, 'an even width, for the sinusoids')
 

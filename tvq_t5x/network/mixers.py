@@ -70,6 +70,9 @@ class Mixer(nn.Module):
   SAVES_MARKED: ClassVar[bool] = False
   # Attributes that change speed and memory only: a checkpoint goes on with others.
   SPEED_ONLY: ClassVar[frozenset[str]] = frozenset()
+  # Whether it obeys `TransformerConfig.bidirectional`, without which it can't be in an encoder:
+  # each position sees all of a sequence that have a loss_mask, and the state is ().
+  ENCODES: ClassVar[bool] = False
 
   def __call__(self, x: jax.Array, state: State | None, call: Call) -> tuple[jax.Array, State, Aux]:
     """Mixes the positions of a segment.

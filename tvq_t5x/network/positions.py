@@ -86,6 +86,22 @@ def key_nearness(queries: jax.Array, distances: jax.Array, num_keys: int) -> jax
   return jnp.pad(nearness, [(0, 0)] * 4 + [(max(excess, 0), 0)])[..., max(-excess, 0) :]
 
 
+def nearness_both_ways(queries: jax.Array, distances: jax.Array) -> jax.Array:
+  """What the distances of keys, before and after, add to their scores.
+
+  Args:
+    queries: [B, T, N, G, K].
+    distances: [2M + 1, N, K], or scores [2M + 1, N]; row `i - j + M` is of query i and key j.
+
+  Returns:
+    [B, N, G, T, T] float32, or 1 for B and G; zero for keys at a distance over M.
+  """
+  length, reach = queries.shape[1], len(distances) // 2
+  # Rows count back from M after the query, in a sequence with M keys more on either side.
+  nearness = key_nearness(queries, distances, length + 2 * reach)
+  return nearness[..., reach : reach + length]
+
+
 def last_positions(x: jax.Array, number: int, lengths: jax.Array | None) -> jax.Array:
   """The last positions that count of those before a segment and in it.
 

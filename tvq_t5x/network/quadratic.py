@@ -12,7 +12,7 @@ from tvq_t5x.network.attention import MASKED, Attention, Queries, token_distance
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import with_sharding_constraint
 from tvq_t5x.network.mixers import Aux, Call
-from tvq_t5x.network.positions import key_nearness, last_positions
+from tvq_t5x.network.positions import key_nearness, last_positions, nearness_both_ways
 
 X = TypeVar('X')
 
@@ -39,7 +39,10 @@ class KeyValueRing(NamedTuple):
 
 
 class QuadraticAttention(Attention):
-  """Softmax attention to all positions of the segment and to the C before it."""
+  """Softmax attention to all positions up to a query's, of the segment and of the C before it.
+
+  In an encoder, to all of the sequence.
+  """
 
   def attend(
     self,
@@ -49,17 +52,19 @@ class QuadraticAttention(Attention):
     distances: jax.Array,
     state: KeyValueState | KeyValueRing | None,
     call: Call,
-  ) -> tuple[jax.Array, KeyValueState | KeyValueRing, Aux]:
+  ) -> tuple[jax.Array, KeyValueState | KeyValueRing | tuple[()], Aux]:
     """See `Attention`."""
     return attend(queries, keys, values, distances, state, call, self.config)
 
-  def init_state(self, batch_size: int) -> KeyValueState:
-    """No positions."""
-    return init_key_value_state(self.config, batch_size)
+  def init_state(self, batch_size: int) -> KeyValueState | tuple[()]:
+    """No positions; () in an encoder."""
+    return () if self.config.bidirectional else init_key_value_state(self.config, batch_size)
 
-  def state_axes(self) -> KeyValueState[PartitionSpec]:
+  def state_axes(self) -> KeyValueState[PartitionSpec] | tuple[()]:
     """See `Mixer`."""
     c = self.config
+    if c.bidirectional:
+      return ()
     heads = c.heads_axis(c.num_kv_heads)
     return KeyValueState(
       *(PartitionSpec('batch', None, heads, width) for width in ('kv', c.value_axis))
@@ -90,8 +95,10 @@ def attend(
   state: KeyValueState | KeyValueRing | None,
   call: Call,
   config: TransformerConfig,
-) -> tuple[jax.Array, KeyValueState | KeyValueRing, Aux]:
+) -> tuple[jax.Array, KeyValueState | KeyValueRing | tuple[()], Aux]:
   """`Attention.attend` over keys as they are."""
+  if config.bidirectional:
+    return all_pairs_attention(queries, keys, values, distances, call.loss_mask), (), {}
   if isinstance(state, KeyValueRing):
     assert call.step is not None
     args = queries, keys, values, distances, state, call.position, call.step
@@ -141,6 +148,30 @@ def quadratic_attention(
   if num_empty is not None:
     visible = visible & (key >= num_empty[:, None, None, None, None])
   weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(values.dtype)
+  return jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32).astype(values.dtype)
+
+
+def all_pairs_attention(
+  queries: Queries, keys: jax.Array, values: jax.Array, distances: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Softmax attention of every position of a sequence to all that are tokens.
+
+  Args:
+    queries: [B, T, N, G, K].
+    keys: [B, T, N, K].
+    values: [B, T, N, V].
+    distances: [2M + 1, N, K], or scores [2M + 1, N]; row `i - j + M` adds to the score of query i
+      and key j, keys further away get none.
+    mask: [B, T], 0 on padding, whose keys nobody attends to.
+
+  Returns:
+    [B, T, N, G, V] in the dtype of the values; without meaning for a sequence without tokens.
+  """
+  f32 = {'preferred_element_type': jnp.float32}
+  scores = jnp.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, **f32)
+  scores = scores + nearness_both_ways(queries.position, distances)
+  scores = jnp.where(mask[:, None, None, None] > 0, scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   return jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32).astype(values.dtype)
 
 

@@ -143,8 +143,18 @@ class Transformer(nn.Module):
   config: TransformerConfig
 
   def __post_init__(self):
+    if self.config is not None and self.config.bidirectional:
+      raise ConfigError(
+        'TransformerConfig.bidirectional',
+        True,
+        'False for a language model, whose positions see no later ones; `Classifier` is an encoder',
+      )
     sublayers.of_layer(self.config)
     super().__post_init__()
+
+  def example_inputs(self, batch_size: int) -> tuple[jax.Array]:
+    """What to initialize the parameters with, which depend on no shape: tokens [B, 1]."""
+    return (jnp.zeros([batch_size, 1], jnp.int32),)
 
   @property
   def scan_layers(self) -> bool:
@@ -197,16 +207,9 @@ class Transformer(nn.Module):
       num_examples=None if num_examples is None else jnp.int32(num_examples),
     )
     embedding = Embedding(c, name='token_embedder')
-    x = embedding(tokens)
-    if c.absolute_positions:
-      scale = nn_partitioning.param_with_axes(
-        'position_scale', initializers.zeros, (), jnp.float32, axes=()
-      )
-      positions = position[:, None] + jnp.arange(length)
-      x = x + (scale * sinusoids(positions, c.emb_dim, c.max_wavelength)).astype(c.dtype)
-    x = with_sharding_constraint(x, ('batch', 'length', 'embed'))
+    x = embed_positions(c, embedding(tokens), position)
     layers = None if state is None else state.layers
-    x, layers, aux = self._layers(x, layers, call, deterministic)
+    x, layers, aux = run_layers(c, x, layers, call, deterministic)
     if c.final_norm:
       x = RMSNorm(name='final_norm')(x)
     logits = Logits(c, name='logits')(x, embedding if c.tied_embeddings else None)
@@ -214,29 +217,64 @@ class Transformer(nn.Module):
     position = position + (length if lengths is None else lengths)
     return logits, DecoderState(position, layers), aux
 
-  def _layers(
-    self, x: jax.Array, states: Any, call: Call, deterministic: bool
-  ) -> tuple[jax.Array, Any, LayerAux]:
-    c = self.config
-    layer_cls = Layer
-    if c.remat == Remat.LAYER:
-      layer_cls = nn_partitioning.remat(Layer, prevent_cse=not c.scan_layers)
-    if c.scan_layers:
-      layers = nn_partitioning.scan_with_axes(
-        layer_cls,
-        variable_axes={'params': 0, 'intermediates': 0},
-        split_rngs={'params': True, DROPOUT: True, SEQUENCE_DROPOUT: True},
-        in_axes=(0, nn.broadcast),
-        out_axes=0,
-        length=c.num_layers,
-        axis_name='layers',
-      )
-      x, (states, aux) = layers(c, deterministic, name='layers')(x, states, call)
-      return x, states, aux
-    new_states, aux = [], []
-    for i in range(c.num_layers):
-      layer = layer_cls(c, deterministic, name=f'layers_{i}')
-      x, (new_state, layer_aux) = layer(x, states and states[i], call)
-      new_states.append(new_state)
-      aux.append(layer_aux)
-    return x, tuple(new_states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
+
+def embed_positions(config: TransformerConfig, x: jax.Array, position: jax.Array) -> jax.Array:
+  """Adds scaled sinusoids to embeddings where `absolute_positions` says so; within a module.
+
+  Args:
+    config: of the network.
+    x: [B, T, D], embeddings.
+    position: [B] int32, of the first of them.
+
+  Returns:
+    [B, T, D], laid out as the layers take it.
+  """
+  if config.absolute_positions:
+    scale = nn_partitioning.param_with_axes(
+      'position_scale', initializers.zeros, (), jnp.float32, axes=()
+    )
+    positions = position[:, None] + jnp.arange(x.shape[1])
+    added = scale * sinusoids(positions, config.emb_dim, config.max_wavelength)
+    x = x + added.astype(config.dtype)
+  return with_sharding_constraint(x, ('batch', 'length', 'embed'))
+
+
+def run_layers(
+  config: TransformerConfig, x: jax.Array, states: Any, call: Call, deterministic: bool
+) -> tuple[jax.Array, Any, LayerAux]:
+  """Runs the layers of a network, as parts of the module that calls this.
+
+  Args:
+    config: of the network.
+    x: [B, T, D], the residual stream.
+    states: of the layers, as `DecoderState.layers`; None at the start of the sequences.
+    call: what the sublayers are told.
+    deterministic: whether there is no dropout.
+
+  Returns:
+    [B, T, D], the states after the segment, and for each sublayer of a layer its losses and
+    metrics, every leaf [layers].
+  """
+  c = config
+  layer_cls = Layer
+  if c.remat == Remat.LAYER:
+    layer_cls = nn_partitioning.remat(Layer, prevent_cse=not c.scan_layers)
+  if c.scan_layers:
+    layers = nn_partitioning.scan_with_axes(
+      layer_cls,
+      variable_axes={'params': 0, 'intermediates': 0},
+      split_rngs={'params': True, DROPOUT: True, SEQUENCE_DROPOUT: True},
+      in_axes=(0, nn.broadcast),
+      out_axes=0,
+      length=c.num_layers,
+      axis_name='layers',
+    )
+    x, (states, aux) = layers(c, deterministic, name='layers')(x, states, call)
+    return x, states, aux
+  new_states, aux = [], []
+  for i in range(c.num_layers):
+    layer = layer_cls(c, deterministic, name=f'layers_{i}')
+    x, (new_state, layer_aux) = layer(x, states and states[i], call)
+    new_states.append(new_state)
+    aux.append(layer_aux)
+  return x, tuple(new_states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)

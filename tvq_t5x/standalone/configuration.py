@@ -16,7 +16,7 @@ from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.gin_support import found, parsing
 from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.training import placement
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 from tvq_t5x.training.partitioning import DATA, Partitioner
 
 _OF_T5X = re.compile(r'^(?:from t5x |import t5x|import __main__)', re.MULTILINE)
@@ -27,7 +27,7 @@ class Configured(NamedTuple):
 
   given: str  # What was given for it, as to `configure`.
   checkpoint: pathlib.Path  # Absolute path of its folder.
-  model: TransformerVQModel
+  model: Model
   partitioner: Partitioner
 
   def restore(self) -> Loaded:
@@ -97,7 +97,7 @@ def configure(
     gin_files = [_config_beside(path)]
     found.check(parsing.read(gin_files[0]), gin_files[0], modules)
   parsing.parse_gin(gin_files, bindings, search_paths)
-  model: TransformerVQModel = setting('model')
+  model: Model = setting('model')
   partitioner: Partitioner = setting('partitioner')
   placement.validate(partitioner, model.config, partitioner.mesh.shape[DATA])
   return Configured(checkpoint, path, model, partitioner)

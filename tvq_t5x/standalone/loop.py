@@ -24,6 +24,7 @@ from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.standalone.samples import Sampler
 from tvq_t5x.standalone.signals import StopSignals
 from tvq_t5x.training import compilation, placement
+from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.train_state import TrainState
 
 # What tells first that a run has diverged.
@@ -230,7 +231,8 @@ class TrainingLoop:
 
   def _draw(self) -> None:
     directory = self._plan.directory
-    reports.write_curve(directory / 'curve.png', self._log.records(), directory.name)
+    unit = self._settings.model.UNIT
+    reports.write_curve(directory / 'curve.png', self._log.records(), directory.name, unit)
 
   def _finish(self) -> None:
     settings, step = self._settings, self._step
@@ -259,10 +261,11 @@ class TrainingLoop:
 def _evaluator_and_sampler(
   settings: RunSettings, params_shardings: Any
 ) -> tuple[Evaluator, Sampler | None]:
-  """Compile nothing yet; without a `sample_cfg` there is no sampler."""
-  of = settings.model, settings.partitioner, params_shardings
-  sampler = settings.sample_cfg and Sampler(*of, settings.sample_cfg, settings.key)
-  return Evaluator(*of, settings.segment_len), sampler
+  """Compile nothing yet; without a `sample_cfg`, or for a model that writes nothing, no sampler."""
+  model, of, sampler = settings.model, (settings.partitioner, params_shardings), None
+  if settings.sample_cfg and isinstance(model, TransformerVQModel):
+    sampler = Sampler(model, *of, settings.sample_cfg, settings.key)
+  return Evaluator(model, *of, settings.segment_len), sampler
 
 
 @jax.jit

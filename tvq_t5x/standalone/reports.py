@@ -12,8 +12,17 @@ from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, Record
 from tvq_t5x.training.placement import StateInfo
 
 
-def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> None:
-  """Draws training, validation and test loss over tokens; replaces the file at once."""
+def write_curve(
+  path: pathlib.Path, records: Sequence[Record], title: str, unit_of_loss: str = 'token'
+) -> None:
+  """Draws training, validation and test loss over tokens; replaces the file at once.
+
+  Args:
+    path: of the picture.
+    records: of the run.
+    title: of the picture.
+    unit_of_loss: what the cross entropy is of, `Model.UNIT`.
+  """
   try:
     # Not at import: a dry run draws nothing, and matplotlib takes its time.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,7 +32,7 @@ def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> No
     return
 
   bits = any('bits_per_byte' in record for record in records)
-  metric, unit = ('bits_per_byte', 'bits per byte') if bits else (LOSS, 'nats per token')
+  metric, unit = ('bits_per_byte', 'bits per byte') if bits else (LOSS, f'nats per {unit_of_loss}')
   figure = Figure(figsize=(7, 4.5), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()

@@ -9,6 +9,7 @@ from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.standalone.run_log import TEST, VALIDATION
 from tvq_t5x.standalone.samples import SampleConfig
 from tvq_t5x.training import random_keys
+from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.settings import TrainingSettings
 
 
@@ -26,7 +27,7 @@ class RunSettings(TrainingSettings):
     sample_period: steps between samples; None means none but at the end.
     keep_checkpoints: how many of the latest to keep, besides that of the lowest validation loss;
       None keeps all.
-    sample_cfg: which samples; None means none at all.
+    sample_cfg: which samples; None means none at all. Models that write nothing have none.
     initial_checkpoint: of another run, whose parameters, optimizer state and step a new run starts
       from, at its own first batch: a checkpoint's folder, or that of the run. None means scratch.
     ...: those of `TrainingSettings`.
@@ -74,5 +75,5 @@ class RunSettings(TrainingSettings):
         'a whole number of at least 1, or None to keep all',
       )
     self.check_placement(self.partitioner)
-    if self.sample_cfg:
+    if self.sample_cfg and isinstance(self.model, TransformerVQModel):
       self.sample_cfg.encoded_prompt(self.model.output_vocabulary)

@@ -11,7 +11,7 @@ from t5x import utils
 
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.data import cutting, datasets, streaming, vocabularies
+from tvq_t5x.data import cutting, datasets, registered, streaming, vocabularies
 from tvq_t5x.data.datasets import FeatureConverterFactory
 from tvq_t5x.gin_support import origins
 
@@ -44,9 +44,9 @@ def get_dataset(
     dataset = streaming.training_dataset(cfg, shard_id, num_shards)
   else:
     dataset = datasets.training_dataset(cfg, feature_converter_cls, shard_id, num_shards)
-  length = cfg.task_feature_lengths['targets']
   identity = datasets.identity(cfg, carry_state)
-  return TrainingIterator(dataset, model_dir, length // (update_len or length), identity)
+  updates = cfg.task_feature_lengths['targets'] // update_len if update_len else 1
+  return TrainingIterator(dataset, model_dir, updates, identity)
 
 
 def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
@@ -63,7 +63,7 @@ def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> s
   Raises:
     ConfigError: if there is no such module, or none has this name.
   """
-  provider = datasets.task_or_mixture(mixture_or_task_name, module)
+  provider = registered.task_or_mixture(mixture_or_task_name, module)
   found = cutting.cut(provider, other_features=True)
   if found is provider:
     return provider.name

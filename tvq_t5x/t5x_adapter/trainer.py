@@ -162,7 +162,7 @@ class Trainer(t5x_trainer.Trainer):
       )
 
   def _updates(self, batch: Mapping[str, jax.Array]) -> int:
-    length = batch['decoder_target_tokens'].shape[1]
+    length = self._model.batch_shape(batch)[1]
     return length // (self._update_len or length)
 
   @functools.cached_property
@@ -170,7 +170,7 @@ class Trainer(t5x_trainer.Trainer):
     state_axes, batch_axes = self._train_state_axes, self._partitioner.data_partition_spec
 
     def train_step(train_state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Metrics]:
-      num_sequences, length = batch['decoder_target_tokens'].shape
+      num_sequences, length = self._model.batch_shape(batch)
       state, metrics = train_on_sequences(
         self._model,
         TrainState(
@@ -212,7 +212,7 @@ class Trainer(t5x_trainer.Trainer):
   def _partitioned_eval_step(self) -> Any:
     def step(train_state: Any, batch: Mapping[str, jax.Array]) -> Metrics:
       # As in training, a part at a time: whole sequences would need more memory than training.
-      length = batch['decoder_target_tokens'].shape[1]
+      length = self._model.batch_shape(batch)[1]
       segment_len = self._update_len or length
       return eval_step.batch_metrics(self._model, train_state.params, batch, segment_len)
 

@@ -4,17 +4,16 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tvq_t5x.training import placement
-from tvq_t5x.training.models import Batch, TransformerVQModel
+from tvq_t5x.training.base_model import Batch, Model
 from tvq_t5x.training.partitioning import Partitioner
 from tvq_t5x.training.train_state import TrainState, init_train_state
 from tvq_t5x.training.train_step import train_on_sequences
 
 
 def lower_train_step(
-  model: TransformerVQModel,
+  model: Model,
   partitioner: Partitioner,
   batch_size: int,
   length: int,
@@ -37,11 +36,7 @@ def lower_train_step(
   shardings = placement.train_state_shardings(partitioner, model)
   init = functools.partial(init_train_state, model, batch_size=batch_size)
   state = jax.eval_shape(init, jax.random.key(0))
-  batch = {
-    'decoder_input_tokens': jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
-    'decoder_target_tokens': jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
-    'decoder_loss_weights': jax.ShapeDtypeStruct((batch_size, length), jnp.float32),
-  }
+  batch = model.batch_spec(batch_size, length)
 
   def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> Any:
     return train_on_sequences(model, state, batch, rng, update_len, num_microbatches)

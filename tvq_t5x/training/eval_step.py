@@ -5,11 +5,11 @@ import jax.numpy as jnp
 
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import metrics as metrics_lib
-from tvq_t5x.training.models import Batch, Params, TransformerVQModel
+from tvq_t5x.training.base_model import Batch, Model, Params
 
 
 def batch_metrics(
-  model: TransformerVQModel, params: Params, batch: Batch, segment_len: int
+  model: Model, params: Params, batch: Batch, segment_len: int
 ) -> metrics_lib.Metrics:
   """Metrics of a batch of whole sequences, summed over segments with carried state.
 
@@ -23,7 +23,7 @@ def batch_metrics(
 
 
 def continued_metrics(
-  model: TransformerVQModel,
+  model: Model,
   params: Params,
   state: DecoderState | None,
   batch: Batch,
@@ -41,7 +41,7 @@ def continued_metrics(
   Returns:
     The state after them, and the metrics.
   """
-  num_sequences, length = batch['decoder_target_tokens'].shape
+  num_sequences, length = model.batch_shape(batch)
 
   def segment(state: DecoderState | None, part: Batch) -> tuple[DecoderState, metrics_lib.Metrics]:
     _, (after, metrics) = model.segment_loss(params, part, state, None, 1.0)

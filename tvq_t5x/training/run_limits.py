@@ -1,22 +1,16 @@
 """What is wrong with the settings of a run, in either engine, said before anything is compiled."""
 
 from tvq_t5x.common.errors import ConfigError, is_count
-from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.network.config import TransformerConfig
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 
 _UPDATE_LEN, _LENGTHS = 'train.update_len', 'DatasetConfig.task_feature_lengths'
 
 
-def check_vocabulary(cfg: DatasetConfig, model: TransformerVQModel) -> None:
-  """Refuses a task with another vocabulary than the model's."""
-  vocabulary = datasets.vocabulary(cfg.mixture_or_task_name, cfg.module)
-  if vocabulary != model.output_vocabulary:
-    raise ConfigError(
-      f'TransformerVQModel.vocabulary = {model.output_vocabulary} is not the one of '
-      f'DatasetConfig.mixture_or_task_name = {cfg.mixture_or_task_name!r}: give {vocabulary}.'
-    )
+def check_vocabulary(cfg: DatasetConfig, model: Model) -> None:
+  """Refuses a task that is not of the model's kind, with its vocabulary or classes."""
+  model.check_task(cfg.mixture_or_task_name, cfg.module)
 
 
 def updates_in_batch(length: int, config: TransformerConfig, update_len: int | None) -> int:
@@ -34,6 +28,12 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
     raise ConfigError(
       _UPDATE_LEN, update_len, 'a whole number of tokens, or None for whole sequences'
     )
+  if config.bidirectional:
+    if update_len not in (None, length):
+      raise ConfigError(
+        _UPDATE_LEN, update_len, 'None, as an encoder sees a sequence as a whole or not at all'
+      )
+    return 1
   lengths = {'targets': length}
   segment = length if update_len is None else update_len
   block = config.block_len

@@ -6,7 +6,7 @@ import optax
 
 from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.training import placement, run_limits
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 from tvq_t5x.training.partitioning import Partitioner
 
 
@@ -31,7 +31,7 @@ class TrainingSettings:
     checkpoint_period: steps between checkpoints.
   """
 
-  model: TransformerVQModel
+  model: Model
   train_dataset_cfg: DatasetConfig
   eval_dataset_cfg: DatasetConfig
   partitioner: Partitioner
@@ -46,7 +46,7 @@ class TrainingSettings:
   @property
   def length(self) -> int:
     """T, tokens of a training sequence."""
-    return self.train_dataset_cfg.task_feature_lengths['targets']
+    return self.train_dataset_cfg.task_feature_lengths[self.model.LENGTH_FEATURE]
 
   @property
   def batch_size(self) -> int:
@@ -82,7 +82,7 @@ class TrainingSettings:
     """
     for cfg in self.dataset_cfgs:
       run_limits.check_vocabulary(cfg, self.model)
-      length = cfg.task_feature_lengths['targets']
+      length = cfg.task_feature_lengths[self.model.LENGTH_FEATURE]
       run_limits.updates_in_batch(length, self.model.config, self.update_len)
     run_limits.check_steps(self.updates, self.total_steps, **self.periods)
 
