@@ -21,7 +21,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of each model.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 1600, 'Updates, of 1,024 tokens each.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 1600, 'Updates, of 1,024 tokens each.', lower_bound=8)
 _OUT = flags.DEFINE_string('out', 'runs/quality', 'Folder of the runs.')
 _DOCS = flags.DEFINE_string(
   'docs', str(runs.ROOT / 'docs'), 'Folder of quality.md and quality.png.'
@@ -46,13 +46,13 @@ def _run(model: Model, seed: int) -> Run:
   settings = {
     'RANDOM_SEED': seed,
     'WARMUP_STEPS': min(100, steps // 8),
-    'EVAL_PERIOD': max(1, steps // 4),
+    'EVAL_PERIOD': max(4, steps // 16 * 4),
     'SAMPLE_PERIOD': steps,
-    'CHECKPOINT_PERIOD': max(1, steps // 8),
+    'CHECKPOINT_PERIOD': max(4, steps // 32 * 4),
     'samples.SampleConfig.length': 1,
   }
   folder = pathlib.Path(_OUT.value).absolute() / name
-  return Run(model, folder, steps, 'gin/kjv_tiny.gin', settings)
+  return Run(model, folder, steps, ('gin/kjv_tiny.gin',), settings)
 
 
 def _table(found: dict[str, list[Run]]) -> str:

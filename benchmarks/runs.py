@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """What is compared: gin files after the run's own, and settings."""
+  """What is compared: gin files after those of the run, and settings."""
 
   name: str
   files: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Run:
   model: Model
   folder: pathlib.Path
   steps: int
-  file: str
+  files: tuple[str, ...]
   settings: Mapping[str, Any]
 
   def records(self, split: str) -> list[dict[str, Any]]:
@@ -88,8 +88,8 @@ class Run:
     """
     settings = {'MODEL_DIR': str(self.folder), 'TRAIN_STEPS': self.steps}
     settings |= {**self.settings, **self.model.settings}
-    command = [sys.executable, '-m', 'tvq_t5x.train', f'--gin_file={self.file}']
-    command += [f'--gin_file={file}' for file in self.model.files]
+    command = [sys.executable, '-m', 'tvq_t5x.train']
+    command += [f'--gin_file={file}' for file in (*self.files, *self.model.files)]
     command += [f'--gin.{name}={value!r}' for name, value in settings.items()]
     self.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f'{self.folder}.log', 'a', encoding='utf-8') as log:
