@@ -126,6 +126,7 @@ def test_a_host_dies_and_all_are_started_again(trained, environment, tmp_path):
   assert_same_metrics(folder, trained)
 
 
+@pytest.mark.slow
 def test_longvq_whose_codes_are_replaced_trains_on_two_hosts_as_on_one(environment, tmp_path):
   """The keys that codes are set to are those of the same places in the global batch."""
   steps = 12
