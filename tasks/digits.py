@@ -1,4 +1,4 @@
-"""`digits`: handwritten digits of 8 x 8 pixels, pixel by pixel: Long Range Arena's setting in small.
+"""`digits`: handwritten digits of 8 x 8 pixels, pixel by pixel.
 
 The 1,797 digits come with the Python package `scikit-learn`; nothing is downloaded when training.
 They are the test set of UCI's "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak,

@@ -1,12 +1,17 @@
 """Small data sets of the Long Range Arena, in the files in which they are published."""
 
+import functools
 import io
 import pathlib
 
 import numpy as np
 import PIL.Image
+import seqio
 import tensorflow_datasets as tfds
 from data_util import store_as_tfds
+
+from tvq_t5x.data import classification
+from tvq_t5x.data.feature_converters import ClassificationFeatureConverter
 
 LISTOPS = {
   'train': [('( ( ( [MAX 2 ) 9 ) ] )', 9), ('5', 5), ('( ( ( [SM 9 ) 4 ) ] )', 3)],
@@ -95,3 +100,28 @@ def pathfinder(folder: pathlib.Path, side: int = 32) -> None:
       (where / 'imgs' / k / f'sample_{i}.png').write_bytes(png(path_image(i, side)))
       lines.append(f'imgs/{k} sample_{i}.png {i} {i % 3 % 2} 1.0 2 3 4\n')
     (where / 'metadata' / f'{k}.npy').write_text(''.join(lines))
+
+
+# By task: what writes its files, its setting, and T.
+TASKS = {
+  'lra_listops': (listops, 'LISTOPS_PATH', 2000),
+  'lra_text': (text, 'IMDB_PATH', 4096),
+  'lra_retrieval': (retrieval, 'AAN_PATH', 4000),
+  'lra_image': (image, 'CIFAR10_PATH', 1024),
+  'lra_pathfinder': (pathfinder, 'PATHFINDER_PATH', 1024),
+  'lra_pathx': (functools.partial(pathfinder, side=128), 'PATHFINDER_PATH', 16384),
+}
+
+
+def write(folder: pathlib.Path) -> None:
+  """Writes all of them into one folder."""
+  for write_task, _, _ in TASKS.values():
+    write_task(folder)
+
+
+def converter(task: str) -> functools.partial[ClassificationFeatureConverter]:
+  """What makes the feature converter of a task that is registered."""
+  found = classification.format_of(seqio.get_mixture_or_task(task))
+  return functools.partial(
+    ClassificationFeatureConverter, real_inputs=found.vocabulary is None, pair=found.pair
+  )

@@ -1,6 +1,5 @@
 """The Long Range Arena from files in their published formats into batches, and what is refused."""
 
-import functools
 import shutil
 
 import gin
@@ -8,22 +7,13 @@ import lra_data
 import numpy as np
 import pytest
 import seqio
+from lra_data import TASKS, converter
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import classification, datasets
-from tvq_t5x.data.feature_converters import ClassificationFeatureConverter
 from tvq_t5x.gin_support import parsing
 from tvq_t5x.tasks import lra_image, lra_listops, lra_pathfinder, lra_retrieval, lra_text  # noqa: F401
 
-# By task: what writes its files, its setting, and T.
-TASKS = {
-  'lra_listops': (lra_data.listops, 'LISTOPS_PATH', 2000),
-  'lra_text': (lra_data.text, 'IMDB_PATH', 4096),
-  'lra_retrieval': (lra_data.retrieval, 'AAN_PATH', 4000),
-  'lra_image': (lra_data.image, 'CIFAR10_PATH', 1024),
-  'lra_pathfinder': (lra_data.pathfinder, 'PATHFINDER_PATH', 1024),
-  'lra_pathx': (functools.partial(lra_data.pathfinder, side=128), 'PATHFINDER_PATH', 16384),
-}
 SPLITS = list(zip(('train', 'validation', 'test'), lra_data.LISTOPS, strict=True))
 AAN_SPLITS = list(zip(('train', 'validation', 'test'), lra_data.PAIRS, strict=True))
 TOKENS, LENGTHS = 'encoder_input_tokens', 'encoder_lengths'
@@ -33,8 +23,7 @@ TOKENS, LENGTHS = 'encoder_input_tokens', 'encoder_lengths'
 def data_dir(tmp_path_factory):
   """All of them in one folder."""
   folder = tmp_path_factory.mktemp('lra')
-  for write, _, _ in TASKS.values():
-    write(folder)
+  lra_data.write(folder)
   return folder
 
 
@@ -50,13 +39,6 @@ def _settings(data_dir, monkeypatch):
   gin.bind_parameter('tvq_t5x.tasks.lra_text.corpus.held_out', 3)
   yield
   gin.clear_config()
-
-
-def converter(task):
-  found = classification.format_of(seqio.get_mixture_or_task(task))
-  return functools.partial(
-    ClassificationFeatureConverter, real_inputs=found.vocabulary is None, pair=found.pair
-  )
 
 
 def config(task, split='test', **changes):

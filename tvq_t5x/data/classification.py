@@ -239,10 +239,12 @@ def vocab_size(
 
 def num_cut(provider: seqio.Task | seqio.Mixture, split: str, length: int) -> int | None:
   """How many examples of a split lose their tail; None where that is not known beforehand."""
-  tasks = [task for task in seqio.get_subtasks(provider) if split in task.splits]
-  if not all(isinstance(task, ClassificationTask) for task in tasks):
-    return None
-  return sum(task.num_cut(split, length) for task in tasks)
+  total = 0
+  for task in seqio.get_subtasks(provider):
+    if not isinstance(task, ClassificationTask):
+      return None
+    total += task.num_cut(split, length) if split in task.splits else 0
+  return total
 
 
 def class_metrics(

@@ -128,13 +128,15 @@ class LanguageModel:
 
   Attributes:
     loaded: the model, its parameters, and where they come from.
+    model: that one.
     vocabulary: of the tokens.
   """
 
   def __init__(self, loaded: Loaded):
     """Compiles nothing yet."""
     self.loaded = loaded
-    self.vocabulary = language_model_of(loaded.model).output_vocabulary
+    self.model = language_model_of(loaded.model)
+    self.vocabulary = self.model.output_vocabulary
     self._programs: dict[Any, Callable[..., Any]] = {}
 
   @jax_modes.usual()
@@ -175,7 +177,7 @@ class LanguageModel:
     if len(rows) != len(state.token):
       raise ConfigError(f'{len(rows)} texts for a state of {len(state.token)} sequences.')
     nats: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] for _ in rows]
-    block = self.loaded.model.config.block_len
+    block = self.model.config.block_len
     size = max(_READ // block, 1) * block
     for first in range(0, max(map(len, rows)), size):
       parts = [row[first : first + size] for row in rows]
@@ -231,7 +233,7 @@ class LanguageModel:
     batch_size, rng = len(state.token), random_keys.key_of(seed, 'seed')
 
     def generate(params, state, rng):
-      allowed = self.loaded.model.sampled_ids
+      allowed = self.model.sampled_ids
       return decoding.generate(
         self._module, params, state, num_tokens, rng, sampling, allowed=allowed
       )
@@ -301,7 +303,7 @@ class LanguageModel:
 
   def num_bytes(self, tokens: np.ndarray) -> int | None:
     """Bytes of text that tokens stand for; None if the vocabulary does not say."""
-    table = self.loaded.model.bytes_per_token
+    table = self.model.bytes_per_token
     return None if table is None else int(np.sum(table[tokens], dtype=np.int64))
 
   @jax_modes.usual()
@@ -341,7 +343,7 @@ class LanguageModel:
   def _tokens(self, text: Text) -> np.ndarray:
     """The tokens [n] int32 of a text, which may be given as such."""
     tokens = np.asarray(self.encode(text) if isinstance(text, str) else text)
-    size = self.loaded.model.config.vocab_size
+    size = self.model.config.vocab_size
     numbers = tokens.ndim == 1 and tokens.dtype.kind in 'iu'
     if tokens.size and not (numbers and 0 <= tokens.min() <= tokens.max() < size):
       raise ConfigError(f'the tokens of a text are whole numbers from 0 to {size - 1}.')
@@ -349,7 +351,7 @@ class LanguageModel:
 
   @property
   def _module(self) -> Transformer:
-    return self.loaded.model.module
+    return self.model.module
 
   @functools.cached_property
   def _params(self) -> Any:
@@ -360,7 +362,7 @@ class LanguageModel:
 
   def _state_shardings(self, batch_size: int) -> GenerationState:
     partitioner = self._partitioner(batch_size)
-    decoder = placement.decoder_state_shardings(partitioner, self.loaded.model.config)
+    decoder = placement.decoder_state_shardings(partitioner, self.model.config)
     return GenerationState(decoder, partitioner.batch_sharding())
 
   def _program(

@@ -14,6 +14,7 @@ from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import cutting, datasets, registered, streaming, vocabularies
 from tvq_t5x.data.datasets import FeatureConverterFactory
 from tvq_t5x.gin_support import origins
+from tvq_t5x.training.base_model import Model
 
 
 def get_dataset(
@@ -72,6 +73,16 @@ def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> s
   registry.remove(name)  # Of an earlier call.
   registry.add_provider(name, found)
   return name
+
+
+@origins.added_to_errors()
+def check_task(cfg: utils.DatasetConfig, model: Model) -> None:
+  """T5X's `verify_matching_vocabs_fn`; its own knows nothing of classes, nor of real numbers.
+
+  Raises:
+    ConfigError: if the task is not what the model is for.
+  """
+  model.check_task(cfg.mixture_or_task_name, cfg.module)
 
 
 class TrainingIterator(dataset_iterator.TfDatasetIterator):

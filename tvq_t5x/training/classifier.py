@@ -37,6 +37,7 @@ class ClassifierModel(Model):
     config: TransformerConfig,
     task_format: 'Format',
     optimizer: optax.GradientTransformation,
+    carry_state: bool = False,
     optimizer_wrapper: Callable[[optax.GradientTransformation], Any] | None = None,
   ):
     """Creates the model.
@@ -45,12 +46,17 @@ class ClassifierModel(Model):
       config: of the encoder, with `bidirectional`.
       task_format: what is to be classified, see `classification.task_format`.
       optimizer: of all parameters but the codebooks.
+      carry_state: False, as there is no state to carry on to the next batch.
       optimizer_wrapper: as `Model`'s.
 
     Raises:
       ConfigError: if the vocabulary has more ids than the network, or for a setting that an encoder
         can't have.
     """
+    if carry_state:
+      raise ConfigError(
+        'ClassifierModel.carry_state', carry_state, 'False: an encoder has no state'
+      )
     vocabulary, num_classes, pair = task_format
     if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
       raise ConfigError(

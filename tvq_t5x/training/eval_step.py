@@ -28,7 +28,7 @@ def continued_metrics(
   state: DecoderState | None,
   batch: Batch,
   segment_len: int,
-) -> tuple[DecoderState, metrics_lib.Metrics]:
+) -> tuple[DecoderState | None, metrics_lib.Metrics]:
   """Metrics of a batch of sequences that continue others, summed over segments.
 
   Args:
@@ -43,7 +43,9 @@ def continued_metrics(
   """
   num_sequences, length = model.batch_shape(batch)
 
-  def segment(state: DecoderState | None, part: Batch) -> tuple[DecoderState, metrics_lib.Metrics]:
+  def segment(
+    state: DecoderState | None, part: Batch
+  ) -> tuple[DecoderState | None, metrics_lib.Metrics]:
     _, (after, metrics) = model.segment_loss(params, part, state, None, 1.0)
     return after, metrics
 
