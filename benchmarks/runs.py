@@ -7,6 +7,7 @@ run, which saves itself first.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import platform
 import re
@@ -93,7 +94,8 @@ class Run:
     command += [f'--gin.{name}={value!r}' for name, value in settings.items()]
     self.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f'{self.folder}.log', 'a', encoding='utf-8') as log:
-      process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+      # In a session of its own, so that a signal comes once: from here.
+      process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
       handlers = {
         s: signal.signal(s, lambda number, _: process.send_signal(number))
         for s in (signal.SIGTERM, signal.SIGINT)
@@ -139,8 +141,9 @@ def machine() -> str:
   if device.platform == 'cpu' and path.exists():
     found = re.search(r'model name\s*: (.*)', path.read_text(encoding='utf-8'))
     processor = found[1] if found else processor
-  name = processor if device.platform == 'cpu' else device.device_kind
-  return f'{name} ({len(jax.devices())} x {device.platform}), JAX {jax.__version__}'
+  cpu = f'{os.cpu_count()} cores of {processor}'
+  name = cpu if device.platform == 'cpu' else f'{len(jax.devices())} x {device.device_kind}'
+  return f'{name}, JAX {jax.__version__}'
 
 
 def write_part(path: pathlib.Path, name: str, text: str) -> None:
