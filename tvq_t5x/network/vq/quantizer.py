@@ -39,8 +39,8 @@ def nearest_codes(keys: jax.Array, codes: jax.Array) -> jax.Array:
 
 def usage_perplexity(counts: jax.Array) -> jax.Array:
   """exp(entropy) of the distribution over codes, mean over heads; counts are [N, S]."""
-  # Codes that have not started have no counts at all.
-  shares = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), MIN_COUNT)
+  total = jnp.sum(counts, axis=-1, keepdims=True)
+  shares = counts / jnp.where(total > 0, total, 1.0)  # Codes that have not started have no counts.
   return jnp.mean(jnp.exp(jnp.sum(jax.scipy.special.entr(shares), axis=-1)))
 
 
