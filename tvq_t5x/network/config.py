@@ -49,8 +49,9 @@ class Activation(enum.StrEnum):
 class Reduction(enum.StrEnum):
   """How the compressed cache of every block is computed from the blocks before it."""
 
+  AUTO = 'auto'  # Serial on CPU, matmul elsewhere.
   SERIAL = 'serial'  # One scan over blocks, attention included: least memory.
-  # A scan over groups of up to 8 blocks that are computed at once, with all their caches.
+  # A scan over groups of up to 64 blocks (on CPU 8) that are computed at once, with their caches.
   MATMUL = 'matmul'  # Product with a triangular matrix of blocks by blocks.
   ASSOCIATIVE = 'associative'  # Parallel prefix in logarithmically many steps.
 
@@ -141,7 +142,7 @@ class TransformerConfig:
   kv_cache_len: int = 2048
   mlp_dim: int | None = None
   mlp_activation: Activation = Activation.SQUARED_RELU
-  reduction: Reduction = Reduction.MATMUL
+  reduction: Reduction = Reduction.AUTO
   compressed_cache: bool = True
   grad_through_cache: bool = True
   absolute_positions: bool = False
