@@ -1,5 +1,6 @@
 """Building blocks with logical axis names: projections, normalization, dropout, embeddings."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,22 @@ class RMSNorm(nn.Module):
     return xla.scale_and_shift(rms_normalize(x), scale.astype(x.dtype), bias.astype(x.dtype))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
+  """The whole kernel on devices that share the batch and, by its 'embed' axis, the parameters.
+
+  Said here, it is one collective a kernel, of the dtype of the product; some compilers would else
+  pass the parts around step by step within each product. The gradient is shared out again.
+  """
+  return with_sharding_constraint(kernel, tuple(None if x == 'embed' else x for x in axes))
+
+
+_gather.defvjp(
+  lambda axes, kernel: (_gather(axes, kernel), None),
+  lambda axes, _, g: (with_sharding_constraint(g, axes),),
+)
+
+
 class Einsum(nn.Module):
   """A projection: `einsum(equation, x, kernel)`, and a bias where asked for.
 
@@ -82,7 +99,10 @@ class Einsum(nn.Module):
     kernel = nn_partitioning.param_with_axes(
       'kernel', kernel_init, tuple(self.shape), jnp.float32, axes=tuple(self.axes)
     )
-    y = xla.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+    kernel = kernel.astype(self.dtype)
+    if xla.in_training():
+      kernel = _gather(tuple(self.axes), kernel)
+    y = xla.einsum(self.equation, x.astype(self.dtype), kernel)
     if not self.use_bias:
       return y
     bias = nn_partitioning.param_with_axes(
