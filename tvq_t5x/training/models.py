@@ -187,10 +187,11 @@ class TransformerVQModel:
       deterministic=rngs is None,
       rngs=rngs.collections() if rngs else None,
     )
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    metrics = metrics_lib.token_metrics(logits, nats, targets, weights, self.bytes_per_token)
+    with jax.named_scope('loss'):
+      nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+      metrics = metrics_lib.token_metrics(logits, nats, targets, weights, self.bytes_per_token)
+      total, statistics = jnp.sum(weights * nats), 0.0
     metrics |= metrics_lib.sublayer_metrics(aux, jnp.sum(weights))
-    total, statistics = jnp.sum(weights * nats), 0.0
     for said in itertools.chain.from_iterable(x.values() for x in aux):
       if isinstance(said, Loss):
         total = total + jnp.sum(said.weight * said.total)

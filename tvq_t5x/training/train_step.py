@@ -175,6 +175,7 @@ def accumulate_gradients(
   return gradients, metrics, after
 
 
+@jax.named_scope('optimizer')
 def apply_gradients(
   model: TransformerVQModel, train_state: TrainState, gradients: Any
 ) -> TrainState:
@@ -184,6 +185,7 @@ def apply_gradients(
   return train_state._replace(step=train_state.step + 1, params=params, opt_state=opt_state)
 
 
+@jax.named_scope('optimizer')
 def _main_norm(gradients: Any) -> jax.Array:
   """Global norm of the gradients of all parameters but the codebooks."""
   labels = codebook_labels(gradients)
