@@ -333,9 +333,9 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
   assert 'pip install libtpu' in capsys.readouterr().err
 
 
-def _command(flags):
+def _command(flags, *args):
   return subprocess.run(
-    [sys.executable, '-m', 'tvq_t5x.plan', f'--gin_file={_TINY}', '--topology=v3:2x2'],
+    [sys.executable, '-m', 'tvq_t5x.plan', f'--gin_file={_TINY}', '--topology=v3:2x2', *args],
     env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(pathlib.Path(_TINY).parent)},
     capture_output=True,
     text=True,
@@ -344,11 +344,18 @@ def _command(flags):
 
 
 @needs_libtpu
-def test_the_command_compiles_for_tpus():
-  done = _command(flags='')
+def test_the_command_compiles_for_tpus(tmp_path):
+  path = tmp_path / 'parts.png'
+  longvq = 'gin/models/longvq.gin'
+  done = _command('', f'--compare={longvq} NUM_PARTITIONS=2', f'--png={path}')
   assert done.returncode == 0, done.stderr
-  assert '| devices | 8 (TPU v3 cores), data 8 x model 1 |' in done.stdout
-  assert '| so, estimated, tokens/s | ' in done.stdout
+  devices = '8 (TPU v3 cores), data'
+  assert f'| devices | {devices} 8 x model 1 | {devices} 4 x model 2 |' in done.stdout
+  rows = {line.split(' | ')[0].strip('| ') for line in done.stdout.splitlines()}
+  assert rows > {'so, estimated, tokens/s', 'collectives', 'utilization of the peak, 61.5 TFLOP/s'}
+  assert rows > {'projections', 'quantizer', 'optimizer', 'logits and loss', 'state-space layer'}
+  assert 'Assumed: chips 2 x 2, links of 82 GB/s each way' in done.stdout
+  assert matplotlib_image.imread(path).shape[0] > 100
   (log,) = done.stderr.splitlines()
   assert log.endswith('Compiling; the large models take minutes.')
 

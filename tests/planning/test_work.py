@@ -92,7 +92,8 @@ def test_a_slice_that_is_copied_meanwhile_moves_no_more_either():
     '%start = ((f32[24,100]), f32[1,100], s32[]) slice-start(%all), slice={[3:4], [0:100]}',
     'ROOT %done = f32[1,100] slice-done(%start)',
   )
-  assert _work(text).num_bytes == 400 + 400
+  work = _work(text)
+  assert (work.num_bytes, work.bytes_without_estimate) == (400 + 400, 0)
 
 
 def test_a_slice_inside_an_inner_fusion_moves_no_more_either():
@@ -127,11 +128,15 @@ def test_a_copy_that_is_made_meanwhile_is_read_and_written_once():
     '%start = (f32[24,100], f32[24,100], u32[]) copy-start(%x)',
     'ROOT %done = f32[24,100] copy-done(%start)',
   )
-  assert _work(text).num_bytes == 2 * 9600
+  work = _work(text)
+  assert (work.num_bytes, work.bytes_without_estimate) == (2 * 9600, 0)
 
 
-def test_memory_that_is_only_set_aside_is_not_moved():
-  text = program_text('ROOT %x = f32[24,100] custom-call(), custom_call_target="AllocateBuffer"')
+def test_memory_that_is_only_set_aside_or_named_anew_is_not_moved():
+  text = program_text(
+    '%x = f32[12,100] custom-call(), custom_call_target="AllocateBuffer"',
+    'ROOT %y = f32[24,100] custom-call(%x, %x), custom_call_target="ConcatBitcast"',
+  )
   assert _work(text).num_bytes == 0
 
 

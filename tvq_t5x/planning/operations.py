@@ -18,6 +18,8 @@ _FREE = frozenset(
   'after-all bitcast call conditional constant get-tuple-element iota opt-barrier parameter '
   'partition-id replica-id tuple while'.split()
 )
+# Memory that is not written yet, and neighbors in memory that become one array.
+_FREE_TARGETS = frozenset({'AllocateBuffer', 'ConcatBitcast'})
 _SLICES = frozenset({'dynamic-slice', 'gather', 'slice'})
 # They move elements and compute nothing with them.
 _MOVES = frozenset(
@@ -116,8 +118,8 @@ def num_bytes(instruction: Instruction, module: Module) -> int:
   opcode = instruction.opcode
   if opcode in _FREE or opcode.endswith('-done') or opcode.startswith('async-'):
     return 0
-  if instruction.custom_call_target == 'AllocateBuffer':
-    return 0  # Of memory that is not written yet.
+  if instruction.custom_call_target in _FREE_TARGETS:
+    return 0
   if opcode in _SLICES:
     return 2 * size_of(instruction.shape)
   if opcode == 'dynamic-update-slice':

@@ -125,9 +125,10 @@ def _assumptions(x: Estimate) -> str:
   return (
     f'Assumed: chips {" x ".join(sizes)}, links of {network.link_bytes_per_s / 1e9:.3g} GB/s each '
     f'way, all of those of its axes for a collective, at least {network.hop_seconds * 1e6:.3g} us '
-    f'a chip on its way; what has no estimate moves at {chip.hbm_bytes_per_s / 1e9:.4g} GB/s. The '
-    'lower of two figures is for collectives that nothing hides, the higher one for asynchronous '
-    'ones that are hidden as far as they can be. Nothing was measured.'
+    f'a chip on its way; what has no estimate moves at {chip.hbm_bytes_per_s / 1e9:.4g} GB/s, and '
+    'copies made meanwhile take no time. The lower of two figures is for collectives that nothing '
+    'hides, the higher one for asynchronous ones that are hidden as far as they can be. Nothing '
+    'was measured.'
   )
 
 

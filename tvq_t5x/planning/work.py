@@ -20,7 +20,8 @@ class Work:
     flops: of matrix products and convolutions, a multiplication and an addition each.
     num_bytes: that its instructions read and write, in any memory.
     cycles: the compiler's own estimate; 0 where the compiler writes none (CPU).
-    bytes_without_estimate: of `num_bytes`, those of instructions that have no cycles.
+    bytes_without_estimate: of `num_bytes`, those of instructions that have no cycles; without
+      collectives, and without copies that are made while other instructions run.
     parts: the cycles by the parts of the model, see `parts`, the most first.
     traffic: between devices, by kind and axes of the mesh.
     unknown_loops: loops whose length the program does not say; they count once.
@@ -58,7 +59,7 @@ def work_of(program: hlo.ProgramProto, layout: Layout, sublayers: Collection[str
       num_bytes += run.times * moved
       if cycles:
         by_part[_part(x, module, sublayers)] += run.times * cycles
-      elif collectives.kind_of(x) is None:
+      elif not (run.asynchronous or x.opcode == 'copy-start' or collectives.kind_of(x)):
         without += run.times * moved
   return Work(
     flops=flops,
