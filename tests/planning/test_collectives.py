@@ -7,8 +7,9 @@ import pytest
 from programs import EIGHT_CORES, SQUARE, parse, program_text
 
 from tvq_t5x.planning import collectives, hlo
-from tvq_t5x.planning.collectives import Layout
+from tvq_t5x.planning.collectives import Layout, Traffic
 from tvq_t5x.planning.network import Network
+from tvq_t5x.planning.work import work_of
 
 pytestmark = pytest.mark.quick
 
@@ -54,6 +55,61 @@ def test_a_collective_has_the_bytes_of_the_whole_array(shape, start, num_bytes):
   assert key[0] == kind and found[:2] == (1, num_bytes)
   # Whether it has a start and an end of its own.
   assert found.asynchronous_seconds == (found.seconds if '-start' in start else 0.0)
+
+
+def test_a_collective_that_goes_on_in_other_fusions_counts_once():
+  def gather(number, flag):
+    flags = f'"flag_start":"{flag}","flag_end":"{flag}"'
+    return (
+      f'%gather.{number} = f32[800] all-gather(%x.{number}), channel_id=1, dimensions={{0}}, '
+      'replica_groups={{0,1,2,3,4,5,6,7}}, use_global_device_ids=true, '
+      f'backend_config={{"async_collective_fusion_config":{{{flags}}}}}'
+    )
+
+  fusions = textwrap.dedent(f"""\
+    %begin (x.1: f32[100]) -> (f32[100], f32[800]) {{
+      %x.1 = f32[100] parameter(0)
+      {gather(1, -1)}
+      ROOT %start = (f32[100], f32[800]) custom-call(%gather.1), \
+    custom_call_target="AsyncCollectiveStart"
+    }}
+
+    %beside (x.2: f32[100], all.2: f32[800], y: f32[10]) -> (f32[100], f32[800], f32[10]) {{
+      %x.2 = f32[100] parameter(0)
+      %all.2 = f32[800] parameter(1)
+      {gather(2, 2)}
+      %y = f32[10] parameter(2)
+      %minus = f32[10] negate(%y)
+      ROOT %out = (f32[100], f32[800], f32[10]) tuple(%x.2, %gather.2, %minus)
+    }}
+
+    %end (x.3: f32[100], all.3: f32[800]) -> f32[800] {{
+      %x.3 = f32[100] parameter(0)
+      %all.3 = f32[800] parameter(1)
+      {gather(3, 2)}
+      ROOT %done = f32[800] custom-call(%gather.3, %all.3), \
+    custom_call_target="AsyncCollectiveDone"
+    }}
+
+    """)
+  text = program_text(
+    '%x = f32[100] parameter(0)',
+    '%y.1 = f32[10] parameter(1)',
+    '%a = (f32[100], f32[800]) fusion(%x), kind=kCustom, calls=%begin',
+    '%x.a = f32[100] get-tuple-element(%a), index=0',
+    '%all.a = f32[800] get-tuple-element(%a), index=1',
+    '%b = (f32[100], f32[800], f32[10]) fusion(%x.a, %all.a, %y.1), kind=kLoop, calls=%beside',
+    '%x.b = f32[100] get-tuple-element(%b), index=0',
+    '%all.b = f32[800] get-tuple-element(%b), index=1',
+    'ROOT %c = f32[800] fusion(%x.b, %all.b), kind=kCustom, calls=%end',
+    before=fusions,
+  )
+  work = work_of(parse(text), EIGHT_CORES)
+  # Three of four chips' bytes, by two links.
+  assert work.traffic == {('all-gather', 'data'): Traffic(1, 3200, 12.0, 12.0)}
+  # Read and written by the collective, and by the negation.
+  assert work.num_bytes == 400 + (400 + 3200) + 2 * 40
+  assert work.bytes_without_estimate == 2 * 40
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tvq_t5x.planning import operations
+from tvq_t5x.planning import hlo, operations
 from tvq_t5x.planning.hlo import Execution, Instruction, Module
 from tvq_t5x.planning.network import Groups, Loads, Network
 
@@ -51,7 +51,7 @@ def traffic_of(
     permutes = []
     for x in run.computation.instructions:
       kind = kind_of(x)
-      if kind is None:
+      if kind is None or hlo.goes_on(x):
         continue
       size = num_bytes(x, module)
       if kind == _PERMUTE:

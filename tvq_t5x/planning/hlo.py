@@ -47,6 +47,13 @@ class Module:
     """What an instruction calls."""
     return [self._computations[i] for i in instruction.called_computation_ids]
 
+  def runs_meanwhile(self, instruction: Instruction) -> bool:
+    """Whether it starts or ends what goes on while other instructions run."""
+    if instruction.opcode == 'fusion':
+      called = (x for c in self.called(instruction) for x in c.instructions)
+      return any(x.custom_call_target.startswith('AsyncCollective') for x in called)
+    return instruction.opcode in ('async-start', 'copy-start')
+
   def executions(self) -> Iterator[Execution]:
     """Every call of a computation."""
     stack = [Execution(self.entry, 1, fused=False, asynchronous=False)]
@@ -61,7 +68,7 @@ class Module:
         elif x.opcode in _CALLERS:
           inside = this._replace(
             fused=this.fused or x.opcode == 'fusion',
-            asynchronous=this.asynchronous or x.opcode == 'async-start',
+            asynchronous=this.asynchronous or self.runs_meanwhile(x),
           )
           stack += [inside._replace(computation=called) for called in self.called(x)]
 
@@ -117,3 +124,12 @@ def _constant(instruction: Instruction) -> list[int]:
   scalar = instruction.opcode == 'constant' and not instruction.shape.dimensions
   numbers = [*value.s32s, *value.s64s, *value.u32s, *value.u64s]
   return [n for n in numbers if n >= 0] if scalar else []
+
+
+def goes_on(instruction: Instruction) -> bool:
+  """Whether it is a piece of a collective that another fusion started, and computes beside it.
+
+  The collective stands in each of the fusions, of which the first has no flags.
+  """
+  config = notes(instruction).get('async_collective_fusion_config', {})
+  return int(config.get('flag_start', -1)) >= 0

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from tensorflow.compiler.xla import xla_data_pb2
 
-from tvq_t5x.planning.hlo import Computation, Instruction, Module, notes
+from tvq_t5x.planning.hlo import Computation, Instruction, Module, goes_on, notes
 
 # They name memory or control flow and move nothing themselves.
 _FREE = frozenset(
@@ -20,6 +20,7 @@ _FREE = frozenset(
 )
 # Memory that is not written yet, and neighbors in memory that become one array.
 _FREE_TARGETS = frozenset({'AllocateBuffer', 'ConcatBitcast'})
+_DONE = 'AsyncCollectiveDone'
 _SLICES = frozenset({'dynamic-slice', 'gather', 'slice'})
 # They move elements and compute nothing with them.
 _MOVES = frozenset(
@@ -166,6 +167,8 @@ def _read(value: Instruction, users: _Users, module: Module) -> int:
       total += size_of(user.shape)
     elif user.opcode == 'dynamic-update-slice' and index == 0:
       continue  # It is written in place.
+    elif user.opcode == 'tuple' or user.custom_call_target == _DONE or goes_on(user):
+      continue  # It is handed on as it is.
     else:
       return whole
   return min(total, whole)
@@ -187,6 +190,8 @@ def _written(value: Instruction, module: Module) -> int:
   if value.opcode == 'fusion':
     (body,) = module.called(value)
     return _written(module.root(body), module)
+  if value.opcode == 'parameter' or value.custom_call_target == _DONE or goes_on(value):
+    return 0  # It was there before.
   if value.opcode == 'dynamic-update-slice':
     _, value, *_ = module.operands(value)
   return size_of(value.shape)

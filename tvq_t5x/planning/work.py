@@ -59,7 +59,7 @@ def work_of(program: hlo.ProgramProto, layout: Layout, sublayers: Collection[str
       num_bytes += run.times * moved
       if cycles:
         by_part[_part(x, module, sublayers)] += run.times * cycles
-      elif not (run.asynchronous or x.opcode == 'copy-start' or collectives.kind_of(x)):
+      elif not (run.asynchronous or module.runs_meanwhile(x) or collectives.kind_of(x)):
         without += run.times * moved
   return Work(
     flops=flops,
