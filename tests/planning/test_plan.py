@@ -343,21 +343,33 @@ def _command(flags, *args):
   )
 
 
+def _rows(text):
+  return {line.split(' | ')[0].strip('| ') for line in text.splitlines()}
+
+
 @needs_libtpu
 def test_the_command_compiles_for_tpus(tmp_path):
   path = tmp_path / 'parts.png'
-  longvq = 'gin/models/longvq.gin'
-  done = _command('', f'--compare={longvq} NUM_PARTITIONS=2', f'--png={path}')
+  done = _command('', f'--png={path}')
   assert done.returncode == 0, done.stderr
-  devices = '8 (TPU v3 cores), data'
-  assert f'| devices | {devices} 8 x model 1 | {devices} 4 x model 2 |' in done.stdout
-  rows = {line.split(' | ')[0].strip('| ') for line in done.stdout.splitlines()}
+  assert '| devices | 8 (TPU v3 cores), data 8 x model 1 |' in done.stdout
+  rows = _rows(done.stdout)
   assert rows > {'so, estimated, tokens/s', 'collectives', 'utilization of the peak, 61.5 TFLOP/s'}
-  assert rows > {'projections', 'quantizer', 'optimizer', 'logits and loss', 'state-space layer'}
+  assert rows > {'projections', 'quantizer', 'norm', 'optimizer', 'logits and loss', 'copies'}
   assert 'Assumed: chips 2 x 2, links of 82 GB/s each way' in done.stdout
   assert matplotlib_image.imread(path).shape[0] > 100
   (log,) = done.stderr.splitlines()
   assert log.endswith('Compiling; the large models take minutes.')
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_longvq_and_another_mesh_beside_a_run():
+  done = _command('', '--compare=gin/models/longvq.gin NUM_PARTITIONS=2')
+  assert done.returncode == 0, done.stderr
+  devices = '8 (TPU v3 cores), data'
+  assert f'| devices | {devices} 8 x model 1 | {devices} 4 x model 2 |' in done.stdout
+  assert _rows(done.stdout) > {'state-space layer', 'quantizer', 'attention, the rest'}
 
 
 @needs_libtpu
