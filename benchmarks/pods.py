@@ -56,6 +56,12 @@ MESHES = (
   Plan('v3_32', 'v3:4x4', 'pg19_large'),
   Plan('v3_128', 'v3:8x8', 'pg19_large'),
   Plan('v4_64', 'v4:4x4x2', 'pg19_large'),
+  Plan(
+    'v4_64',
+    'v4:4x4x2',
+    'pg19_large',
+    ('PARAMETER_PARTITIONING_DIMS=1', 'config.TransformerConfig.remat="layer"'),
+  ),
   Plan('v5e_64', 'v5e:8x8', 'pg19_large'),
   Plan('v5p_128', 'v5p:4x4x4', 'pg19_large'),
 )
