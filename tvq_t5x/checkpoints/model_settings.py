@@ -58,6 +58,15 @@ def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
   return {**missing, 'sublayers': list(map(str, standard)), **settings}
 
 
+def is_complete(settings: Any) -> bool:
+  """Whether it is what `settings_of` gives, perhaps of an earlier version: it may be damaged."""
+  try:
+    differences(settings, settings)
+  except (AttributeError, KeyError, TypeError, ValueError):
+    return False
+  return True
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
   """Compares two models' `settings_of`, less what changes speed and memory only.
 

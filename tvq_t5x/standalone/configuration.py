@@ -81,8 +81,6 @@ def configure(
       fit on this machine's devices evenly.
   """
   path = _candidates(checkpoint)[0]
-  # Nothing is written, so a run without a folder is complete.
-  bindings = ["MODEL_DIR = ''", *gin_bindings]
   if gin_files and modules:
     raise ConfigError(
       f'--module={modules[0]} is for the config.gin in MODEL_DIR, and --gin_file={gin_files[0]} is '
@@ -94,13 +92,40 @@ def configure(
         f'--gin_search_paths={",".join(search_paths)}: the config.gin in MODEL_DIR includes no '
         'files; leave it out, or give a --gin_file.'
       )
-    gin_files = [_config_beside(path)]
-    found.check(parsing.read(gin_files[0]), gin_files[0], modules)
-  parsing.parse_gin(gin_files, bindings, search_paths)
+    gin_files = [beside(path, modules)]
+  return Configured(checkpoint, path, *parse(gin_files, gin_bindings, search_paths))
+
+
+def parse(
+  gin_files: Sequence[str], gin_bindings: Sequence[str] = (), search_paths: Sequence[str] = ()
+) -> tuple[TransformerVQModel, Partitioner]:
+  """The model and the mesh that gin files describe, in place of what gin holds now.
+
+  Raises:
+    ConfigError: if a setting is wrong; also where the parameters do not fit on this machine's
+      devices evenly.
+  """
+  # Nothing is written, so a run without a folder is complete.
+  parsing.parse_gin(gin_files, ["MODEL_DIR = ''", *gin_bindings], search_paths)
   model: TransformerVQModel = setting('model')
   partitioner: Partitioner = setting('partitioner')
   placement.validate(partitioner, model.config, partitioner.mesh.shape[DATA])
-  return Configured(checkpoint, path, model, partitioner)
+  return model, partitioner
+
+
+def beside(path: pathlib.Path, modules: Sequence[str] = ()) -> str:
+  """The `config.gin` beside a file or folder, which may be someone else's, and names what it may.
+
+  Args:
+    path: of a checkpoint, or of anything else beside it.
+    modules: of the user, which it may import and call besides this package's own.
+
+  Raises:
+    ConfigError: if there is none of ours, or it names something else.
+  """
+  found_file = _config_beside(path)
+  found.check(parsing.read(found_file), found_file, modules)
+  return found_file
 
 
 def _candidates(checkpoint: str) -> list[pathlib.Path]:
