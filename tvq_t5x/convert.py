@@ -99,32 +99,20 @@ def run(
     import tensorflow as tf
 
     from tvq_t5x.interop import conversion
-    from tvq_t5x.standalone import configuration
 
   tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
 
   def command() -> None:
     source, output = options.source, conversion.check_output(options.output)
+    gin = conversion.Gin(gin_files, gin_bindings, search_paths, modules)
+    given = getattr(options, source)
     if source == 'checkpoint':
-      assert options.checkpoint
-      configured = configuration.configure(
-        options.checkpoint, gin_files, gin_bindings, search_paths, modules
-      )
       dtype = options.dtype or _DTYPES[0]
-      conversion.export(configured, output, dtype, options.evaluation)
+      conversion.export(given, gin, output, dtype, options.evaluation)
     elif source == 'folder':
-      assert options.folder
-      conversion.restore(options.folder, output, gin_files, gin_bindings, search_paths, modules)
+      conversion.restore(given, gin, output)
     else:
-      assert options.author_checkpoint
-      conversion.convert_author(
-        options.author_checkpoint,
-        options.author_settings,
-        output,
-        gin_files,
-        gin_bindings,
-        search_paths,
-      )
+      conversion.convert_author(given, options.author_settings, gin, output)
 
   return command_line.exit_code(command)
 

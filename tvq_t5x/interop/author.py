@@ -52,6 +52,16 @@ class Converted(NamedTuple):
   notes: list[str]
   given: str
 
+  @property
+  def bindings(self) -> list[str]:
+    """The settings as a gin file of this package takes them."""
+    return [
+      f'VOCAB_SIZE = {value!r}'
+      if name == 'vocab_size'
+      else f'config.TransformerConfig.{name} = {value!r}'
+      for name, value in self.settings.items()
+    ]
+
   def params_like(self, like: Any, config: TransformerConfig) -> Any:
     """The parameters as nested dicts.
 
@@ -326,13 +336,13 @@ def _attention(
 ) -> dict[str, np.ndarray]:
   d, h, n, k, v = sizes
   c_sum, c_count = _undo(x['quantizer/c_sum'], x['quantizer/c_count'], factor)
-  gates = {'gate.kernel': x['qkvg_producer/g_proj/kernel'].reshape(d, h, v)}
+  gate = x.get('qkvg_producer/g_proj/kernel')
   return {
     **_norm(d),
     'query.kernel': x['qkvg_producer/q_proj/kernel'].reshape(d, h, k),
     'key.kernel': x['qkvg_producer/k_proj/kernel'].reshape(d, n, k),
     'value.kernel': x['qkvg_producer/v_proj/kernel'].reshape(d, n, v),
-    **(gates if 'qkvg_producer/g_proj/kernel' in x else {}),
+    **({} if gate is None else {'gate.kernel': gate.reshape(d, h, v)}),
     'distance.kernel': x['xl_bias_producer/xl_r_proj/kernel'].reshape(d, n, k),
     'content_bias': x['xl_bias_producer/xl_u'].reshape(h, k),
     'position_bias': x['xl_bias_producer/xl_v'].reshape(h, k),

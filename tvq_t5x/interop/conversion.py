@@ -19,13 +19,20 @@ from tvq_t5x.gin_support import parsing
 from tvq_t5x.interop import author, author_files, card, folder
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.standalone import configuration, run_checks
-from tvq_t5x.standalone.configuration import Configured
 from tvq_t5x.training import placement
 from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.partitioning import Partitioner
 
-_SENTENCEPIECE_MACRO = 'SENTENCEPIECE_MODEL'
-_SETTING = re.compile(rf'^{_SENTENCEPIECE_MACRO} = (\\\n\s*)?.*$', re.MULTILINE)
+_MACRO = 'SENTENCEPIECE_MODEL'
+
+
+class Gin(NamedTuple):
+  """What a command was given of gin: arguments of `configuration.configure`."""
+
+  files: Sequence[str] = ()
+  bindings: Sequence[str] = ()
+  search_paths: Sequence[str] = ()
+  modules: Sequence[str] = ()
 
 
 def check_output(output: str | None) -> pathlib.Path:
@@ -45,12 +52,13 @@ def check_output(output: str | None) -> pathlib.Path:
 
 
 def export(
-  configured: Configured, output: pathlib.Path, dtype: str, evaluation: str | None
+  checkpoint: str, gin: Gin, output: pathlib.Path, dtype: str, evaluation: str | None
 ) -> None:
   """Writes the folder of a checkpoint.
 
   Args:
-    configured: from `configuration.configure`; gin is still configured in the same way.
+    checkpoint: as for `configuration.configure`.
+    gin: likewise.
     output: from `check_output`.
     dtype: of the arrays, one of `folder.DTYPES`.
     evaluation: a file that `evaluate --json` has written; None means the run's own numbers.
@@ -59,68 +67,79 @@ def export(
     ConfigError: for what can't be.
     CheckpointError: if the checkpoint can't be read. Nothing is written then.
   """
+  configured = configuration.configure(checkpoint, *gin)
   model, sampling = configured.model, configuration.setting('sample_cfg') or SamplingConfig()
   numbers = card.of_file(evaluation) if evaluation else []
   loaded = configured.restore()
-  model_dir, step = loaded.checkpoint.parent, loaded.step
-  numbers = numbers or card.of_run(model_dir, step)
-  settings = model_settings.settings_of(model.config)
-  identity = layout.data_identity(loaded.checkpoint)
+  numbers = numbers or card.of_run(loaded.checkpoint.parent, loaded.step)
+  description = folder.Description(
+    model_settings.settings_of(model.config),
+    loaded.step,
+    layout.data_identity(loaded.checkpoint),
+  )
   vocabulary, why_not = model.output_vocabulary, folder.why_not_pytorch(model.config)
-  facts = {
-    'parameters': f'{sum(x.size for x in jax.tree.leaves(loaded.params)):,}',
-    'sublayers of each layer': ', '.join(map(_sublayer_name, settings['sublayers'])),
-    'layers': model.config.num_layers,
-    'width': model.config.emb_dim,
-    'updates': f'{step:,}',
-    'vocabulary': folder.vocabulary_name(vocabulary),
-    'arrays': dtype,
-  }
+  gin_files = gin.files or [configuration.beside(loaded.checkpoint, gin.modules)]
   with folder.created(output) as path:
     folder.write_arrays(path, loaded.params, model.config, dtype)
-    description = folder.Description(settings, step, identity)
     folder.write_settings(path, model, description, dtype, sampling.top_p)
-    text = parsing.config_str()
+    page = card.text(
+      output.name,
+      {**_facts(loaded.params, description), 'vocabulary': folder.vocabulary_name(vocabulary),
+       'arrays': dtype},
+      numbers,
+      why_not is None,
+      folder.has_tokenizer(vocabulary),
+      sampling.top_p,
+    )  # fmt: skip
+    (path / folder.CARD).write_text(page, encoding='utf-8')
+    extra = []
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
       (path / folder.SENTENCEPIECE).write_bytes(vocabulary.sp_model)
-      text = _with_sentencepiece(text, folder.SENTENCEPIECE)
+      extra = _vocabulary_bindings(parsing.config_str(), folder.SENTENCEPIECE)
+    text = _run_text(gin._replace(files=gin_files), extra)
     (path / folder.RUN).write_text(text, encoding='utf-8')
-    page = card.text(
-      output.name, facts, numbers, why_not is None, folder.has_tokenizer(vocabulary), sampling.top_p
-    )
-    (path / folder.CARD).write_text(page, encoding='utf-8')
   if why_not is not None:
     logging.warning('The folder has no code for PyTorch: %s.', why_not)
   logging.info('%s is written to %s.', loaded.checkpoint, output)
 
 
-def _sublayer_name(sublayer: Any) -> str:
-  return sublayer if isinstance(sublayer, str) else next(iter(sublayer))
+def _facts(params: Any, description: folder.Description) -> dict[str, Any]:
+  settings = description.hyperparameters
+  names = (x if isinstance(x, str) else next(iter(x)) for x in settings['sublayers'])
+  return {
+    'parameters': f'{sum(x.size for x in jax.tree.leaves(params)):,}',
+    'sublayers of each layer': ', '.join(names),
+    'layers': settings['num_layers'],
+    'width': settings['emb_dim'],
+    'updates': f'{description.step:,}',
+  }
 
 
-def _with_sentencepiece(text: str, path: Any) -> str:
-  """A configuration with another path of the vocabulary."""
-  return _SETTING.sub(lambda _: f'{_SENTENCEPIECE_MACRO} = {str(path)!r}', text)
+def _vocabulary_bindings(text: str, path: Any) -> list[str]:
+  """Settings of gin that make a file the vocabulary of a run, whose configuration is given."""
+  if re.search(rf'^{_MACRO}\s*=', text, re.MULTILINE):
+    return [f'{_MACRO} = {str(path)!r}']
+  return [
+    'from __gin__ import dynamic_registration',
+    'from tvq_t5x.data import vocabularies',
+    f'vocabularies.sentencepiece_model.path = {str(path)!r}',
+  ]
 
 
-def restore(
-  source: str,
-  output: pathlib.Path,
-  gin_files: Sequence[str],
-  gin_bindings: Sequence[str],
-  search_paths: Sequence[str],
-  modules: Sequence[str],
-) -> None:
+def _run_text(gin: Gin, extra: Sequence[str] = ()) -> str:
+  """A run as one file of gin, which names no folder of its own; gin holds it afterwards."""
+  parsing.parse_gin(gin.files, ["MODEL_DIR = ''", *gin.bindings, *extra], gin.search_paths)
+  return parsing.config_str()
+
+
+def restore(source: str, gin: Gin, output: pathlib.Path) -> None:
   """Writes MODEL_DIR with the checkpoint of an exported folder.
 
   Args:
     source: the folder.
-    output: from `check_output`.
-    gin_files: of the run; none means the `config.gin` in the folder, which may name only what a run
+    gin: of the run; without files, the `config.gin` in the folder, which may name only what a run
       of this package needs.
-    gin_bindings: more settings.
-    search_paths: more folders to look for gin files in.
-    modules: of the user, which that `config.gin` may import and call, too.
+    output: from `check_output`.
 
   Raises:
     ConfigError: for what can't be.
@@ -130,12 +149,13 @@ def restore(
   if not (path / folder.SETTINGS).is_file():
     raise ConfigError(f'--folder={source}: there is no {folder.SETTINGS} in it.')
   description = folder.read_description(path)
-  own_vocabulary, bindings = path / folder.SENTENCEPIECE, list(gin_bindings)
-  if not gin_files:
-    gin_files = [configuration.beside(path / folder.ARRAYS, modules)]
-    if own_vocabulary.is_file() and _SETTING.search(parsing.read(gin_files[0])):
-      bindings.insert(0, f'{_SENTENCEPIECE_MACRO} = {str(own_vocabulary)!r}')
-  model, partitioner = configuration.parse(gin_files, bindings, search_paths)
+  vocabulary, bindings = None, []
+  if not gin.files:
+    gin = gin._replace(files=[configuration.beside(path / folder.ARRAYS, gin.modules)])
+    if (path / folder.SENTENCEPIECE).is_file():
+      vocabulary = path / folder.SENTENCEPIECE
+      bindings = _vocabulary_bindings(parsing.read(gin.files[0]), vocabulary)
+  model, partitioner = configuration.parse(gin.files, [*gin.bindings, *bindings], gin.search_paths)
   changed, _ = model_settings.differences(
     description.hyperparameters, model_settings.settings_of(model.config)
   )
@@ -146,31 +166,21 @@ def restore(
     )
   abstract = placement.abstract_params(partitioner, model)
   params = folder.read_params(path, abstract, model.config)
-  _write_checkpoint(
-    output,
-    _New(model, partitioner, params, description.step, description.data),
-    own_vocabulary if own_vocabulary.is_file() else None,
-  )
+  new = _New(model, partitioner, params, description.step, description.data)
+  _write_checkpoint(output, gin, new, vocabulary)
   logging.info('%s is written to %s, with a new optimizer.', path, output)
 
 
 def convert_author(
-  checkpoint: str,
-  settings_file: str | None,
-  output: pathlib.Path,
-  gin_files: Sequence[str],
-  gin_bindings: Sequence[str],
-  search_paths: Sequence[str],
+  checkpoint: str, settings_file: str | None, gin: Gin, output: pathlib.Path
 ) -> None:
   """Writes MODEL_DIR with a checkpoint of the paper's own code.
 
   Args:
     checkpoint: his file or folder.
     settings_file: what it was trained with, see `author_files.read_settings`.
+    gin: of the run that the model is to be one of; without files, the paper's for his data set.
     output: from `check_output`.
-    gin_files: of the run that the model is to be one of; none means the paper's for his data set.
-    gin_bindings: more settings.
-    search_paths: more folders to look for gin files in.
 
   Raises:
     ConfigError: for what can't be.
@@ -179,16 +189,17 @@ def convert_author(
   settings = author_files.read_settings(settings_file)
   saved = author_files.read(checkpoint)
   found = author.convert(saved.params, settings, f'--author_checkpoint={checkpoint}')
-  bindings = [f'config.TransformerConfig.{k} = {v!r}' for k, v in found.settings.items()]
-  if not gin_files:
-    gin_files = [author.gin_file(settings)]
+  bindings = found.bindings
+  if not gin.files:
+    gin = gin._replace(files=[author.gin_file(settings)])
     bindings += author.run_bindings(settings)
-  model, partitioner = configuration.parse(gin_files, [*bindings, *gin_bindings], search_paths)
+  gin = gin._replace(bindings=[*bindings, *gin.bindings])
+  model, partitioner = configuration.parse(*gin[:3])
   like = placement.abstract_params(partitioner, model)
   params = found.params_like(like, model.config)
   for note in found.notes:
     logging.info('%s', note)
-  _write_checkpoint(output, _New(model, partitioner, params, saved.step, {}))
+  _write_checkpoint(output, gin, _New(model, partitioner, params, saved.step, {}))
   logging.info('%s is written to %s, with a new optimizer.', saved.path, output)
 
 
@@ -215,21 +226,23 @@ class _NoPosition:
 
 
 def _write_checkpoint(
-  output: pathlib.Path, new: _New, vocabulary: pathlib.Path | None = None
+  output: pathlib.Path, gin: Gin, new: _New, vocabulary: pathlib.Path | None = None
 ) -> None:
-  """Writes MODEL_DIR with `config.gin` as gin is configured, and a vocabulary."""
+  """Writes MODEL_DIR with `config.gin`, and a vocabulary if it is to be taken from there."""
   settings = configuration.run_settings()
   info = placement.describe(new.partitioner, new.model, settings.batch_size)
   record = run_checks.record_of(settings, info)
   state = placement.init_state(new.partitioner, new.model, settings.key, settings.batch_size)
   params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new.params, state.params)
   state = state._replace(step=jnp.asarray(new.step, state.step.dtype), params=params)
-  text = parsing.config_str()
+  bindings = []
   if vocabulary:
-    text = _with_sentencepiece(text, output / folder.SENTENCEPIECE)
+    place = output / folder.SENTENCEPIECE
+    bindings = _vocabulary_bindings(parsing.config_str(), place)
+  text = _run_text(gin, bindings)
   with folder.created(output) as path:
     with manager.Checkpoints(path, None, lambda: None) as checkpoints:
       checkpoints.save(new.step, state, _NoPosition(new.data or record['data']), record)
-    (path / 'config.gin').write_text(text, encoding='utf-8')
+    (path / folder.RUN).write_text(text, encoding='utf-8')
     if vocabulary:
       shutil.copyfile(vocabulary, path / folder.SENTENCEPIECE)

@@ -146,7 +146,8 @@ def _generation(model: TransformerVQModel, top_p: float) -> dict[str, Any]:
   """Settings of `generate`: as samples of the run are drawn, without ids that stand for nothing."""
   suppressed = np.flatnonzero(~model.sampled_ids).tolist()
   special = {'bos_token_id': EOS, 'eos_token_id': EOS, 'pad_token_id': PAD}
-  return {**special, 'suppress_tokens': suppressed, 'top_k': 0, 'top_p': top_p}
+  sampling = {'do_sample': True, 'top_k': 0, 'top_p': top_p}
+  return {**special, 'suppress_tokens': suppressed, **sampling}
 
 
 def _write_tokenizer(path: pathlib.Path, vocabulary: seqio.Vocabulary) -> None:
