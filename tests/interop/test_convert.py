@@ -261,6 +261,7 @@ def test_a_folder_that_can_not_be_read_is_one_line(
     (['--folder={run}', '--output={tmp}/out', '--dtype=bfloat16'], '--dtype is for --checkpoint'),
     (['--checkpoint={run}', '--output={tmp}/out', '--evaluation={run}/none'], '--evaluation='),
     (['--author_checkpoint={run}', '--output={tmp}/out'], '--author_settings'),
+    (['--author_checkpoint={run}', '--output={tmp}/out', '--module=x'], '--module=x'),
   ],
 )
 def test_wrong_flags_are_refused(tiny_run, tmp_path, capsys, args, part):

@@ -34,6 +34,11 @@ class Gin(NamedTuple):
   search_paths: Sequence[str] = ()
   modules: Sequence[str] = ()
 
+  @property
+  def for_files(self) -> tuple[Sequence[str], ...]:
+    """The arguments of `configuration.files_of`."""
+    return self.files, self.search_paths, self.modules
+
 
 def check_output(output: str | None) -> pathlib.Path:
   """The absolute path of the folder to write, which is not there or empty.
@@ -78,7 +83,7 @@ def export(
     layout.data_identity(loaded.checkpoint),
   )
   vocabulary, why_not = model.output_vocabulary, folder.why_not_pytorch(model.config)
-  gin_files = gin.files or [configuration.beside(loaded.checkpoint, gin.modules)]
+  gin = gin._replace(files=configuration.files_of(loaded.checkpoint, *gin.for_files))
   with folder.created(output) as path:
     folder.write_arrays(path, loaded.params, model.config, dtype)
     folder.write_settings(path, model, description, dtype, sampling.top_p)
@@ -96,7 +101,7 @@ def export(
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
       (path / folder.SENTENCEPIECE).write_bytes(vocabulary.sp_model)
       extra = _vocabulary_bindings(parsing.config_str(), folder.SENTENCEPIECE)
-    text = _run_text(gin._replace(files=gin_files), extra)
+    text = _run_text(gin, extra)
     (path / folder.RUN).write_text(text, encoding='utf-8')
   if why_not is not None:
     logging.warning('The folder has no code for PyTorch: %s.', why_not)
@@ -150,11 +155,11 @@ def restore(source: str, gin: Gin, output: pathlib.Path) -> None:
     raise ConfigError(f'--folder={source}: there is no {folder.SETTINGS} in it.')
   description = folder.read_description(path)
   vocabulary, bindings = None, []
-  if not gin.files:
-    gin = gin._replace(files=[configuration.beside(path / folder.ARRAYS, gin.modules)])
-    if (path / folder.SENTENCEPIECE).is_file():
-      vocabulary = path / folder.SENTENCEPIECE
-      bindings = _vocabulary_bindings(parsing.read(gin.files[0]), vocabulary)
+  is_own = not gin.files
+  gin = gin._replace(files=configuration.files_of(path / folder.ARRAYS, *gin.for_files))
+  if is_own and (path / folder.SENTENCEPIECE).is_file():
+    vocabulary = path / folder.SENTENCEPIECE
+    bindings = _vocabulary_bindings(parsing.read(gin.files[0]), vocabulary)
   model, partitioner = configuration.parse(gin.files, [*gin.bindings, *bindings], gin.search_paths)
   changed, _ = model_settings.differences(
     description.hyperparameters, model_settings.settings_of(model.config)
@@ -186,6 +191,8 @@ def convert_author(
     ConfigError: for what can't be.
     CheckpointError: if the checkpoint can't be read. Nothing is written then.
   """
+  if gin.modules:
+    raise ConfigError(f'--module={gin.modules[0]} is for a config.gin that is found: leave it out.')
   settings = author_files.read_settings(settings_file)
   saved = author_files.read(checkpoint)
   found = author.convert(saved.params, settings, f'--author_checkpoint={checkpoint}')

@@ -53,9 +53,11 @@ class Description(NamedTuple):
 @contextlib.contextmanager
 def created(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to write to, which takes the name of `path` once all of it is written."""
-  temporary = path.with_name(f'{path.name}.incomplete')
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
+  temporary = path.with_name(f'{path.name}.incomplete-{os.getpid()}')
+  try:
+    temporary.mkdir(parents=True)
+  except OSError as e:
+    raise ConfigError(f'--output={path} can not be written: {reason(e)}') from e
   try:
     yield temporary
     if path.exists():

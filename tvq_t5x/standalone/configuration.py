@@ -81,18 +81,7 @@ def configure(
       fit on this machine's devices evenly.
   """
   path = _candidates(checkpoint)[0]
-  if gin_files and modules:
-    raise ConfigError(
-      f'--module={modules[0]} is for the config.gin in MODEL_DIR, and --gin_file={gin_files[0]} is '
-      'read in place of it: leave one of them out.'
-    )
-  if not gin_files:
-    if search_paths:
-      raise ConfigError(
-        f'--gin_search_paths={",".join(search_paths)}: the config.gin in MODEL_DIR includes no '
-        'files; leave it out, or give a --gin_file.'
-      )
-    gin_files = [beside(path, modules)]
+  gin_files = files_of(path, gin_files, search_paths, modules)
   return Configured(checkpoint, path, *parse(gin_files, gin_bindings, search_paths))
 
 
@@ -113,19 +102,39 @@ def parse(
   return model, partitioner
 
 
-def beside(path: pathlib.Path, modules: Sequence[str] = ()) -> str:
-  """The `config.gin` beside a file or folder, which may be someone else's, and names what it may.
+def files_of(
+  path: pathlib.Path,
+  gin_files: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+  modules: Sequence[str] = (),
+) -> Sequence[str]:
+  """The given gin files, or else the `config.gin` beside a path, which names only what it may.
 
   Args:
-    path: of a checkpoint, or of anything else beside it.
-    modules: of the user, which it may import and call besides this package's own.
+    path: of a checkpoint, or of anything else beside a `config.gin`, which may be someone else's.
+    gin_files: that were given.
+    search_paths: for them.
+    modules: of the user, which that `config.gin` may import and call besides this package's own.
 
   Raises:
-    ConfigError: if there is none of ours, or it names something else.
+    ConfigError: if there is none of ours, or it names something else; also for arguments that are
+      of no use.
   """
+  if gin_files and modules:
+    raise ConfigError(
+      f'--module={modules[0]} is for the config.gin in MODEL_DIR, and --gin_file={gin_files[0]} is '
+      'read in place of it: leave one of them out.'
+    )
+  if gin_files:
+    return gin_files
+  if search_paths:
+    raise ConfigError(
+      f'--gin_search_paths={",".join(search_paths)}: the config.gin in MODEL_DIR includes no '
+      'files; leave it out, or give a --gin_file.'
+    )
   found_file = _config_beside(path)
   found.check(parsing.read(found_file), found_file, modules)
-  return found_file
+  return [found_file]
 
 
 def _candidates(checkpoint: str) -> list[pathlib.Path]:
