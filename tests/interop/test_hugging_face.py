@@ -145,9 +145,11 @@ def test_nats_are_those_of_jax_and_blocks_those_of_tokens(kind, tmp_path):
   left = torch.roll(inputs[1:], length - short, dims=1)
   left_mask = torch.roll(mask[1:], length - short, dims=1)
   padded = theirs(left, attention_mask=left_mask)
-  after = [theirs(targets[:1, :1], state=x.state).logits for x in (padded,)]
-  after.append(theirs(targets[:1, :1], state=out.state.select(torch.tensor([1]))).logits)
-  np.testing.assert_allclose(after[0].numpy(), after[1].numpy(), **close)
+  alone = theirs(inputs[1:, :short])
+  states = [x.state for x in (alone, padded)] + [out.state.select(torch.tensor([1]))]
+  after, *others = (theirs(targets[:1, :1], state=x).logits.numpy() for x in states)
+  for other in others:
+    np.testing.assert_allclose(other, after, **close)
   np.testing.assert_allclose(
     padded.logits[:, length - short :].numpy(), out.logits[1:, :short].numpy(), **close
   )
