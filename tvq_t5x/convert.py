@@ -4,8 +4,7 @@ Examples:
 
   python -m tvq_t5x.convert --checkpoint=runs/kjv --output=exported/kjv
   python -m tvq_t5x.convert --folder=exported/kjv --output=runs/back
-  python -m tvq_t5x.convert --author_checkpoint=checkpoint_125000 \
-      --author_settings=settings.json --output=runs/author
+  python -m tvq_t5x.convert --author_checkpoint=state_9 --author_settings=a.json --output=runs/a
 """
 
 import dataclasses
