@@ -34,6 +34,7 @@ setuptools.setup(
   long_description=_read('README.md'),
   long_description_content_type='text/markdown',
   author='The tvq_t5x Authors',
+  keywords=['jax', 'flax', 't5x', 'transformer', 'vector quantization', 'long context'],
   license='Apache-2.0',
   license_files=['LICENSE'],
   classifiers=[f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)],
@@ -73,9 +74,13 @@ setuptools.setup(
       'tensorflow-serving-api>=2.21',  # Of t5x/export.py.
     ],
     'photos': ['scikit-image==0.26.0'],  # The photographs of the task photos64.
+    # What the task `text` reads tables and .zst with.
+    'text': ['pyarrow>=20', 'zstandard>=0.23'],
+    'wandb': ['wandb>=0.22'],  # A writer of metrics.
     'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
     'test': [
       'hypothesis>=6.170',
+      'pyarrow>=20',
       'pyright>=1.1.400',
       'pytest>=9.1',
       'pytest-cov>=7.1',
@@ -83,6 +88,7 @@ setuptools.setup(
       'PyYAML>=6',
       'ruff>=0.14',
       'scikit-image==0.26.0',
+      'zstandard>=0.23',
     ],
   },
 )

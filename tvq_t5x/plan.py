@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from tvq_t5x.commands import command_line
+from tvq_t5x.common import quiet
 from tvq_t5x.common.errors import ConfigError
 
 _EXAMPLE = 'python -m tvq_t5x.plan --gin_file=gin/pg19_large.gin --topology=v3:8x8'
@@ -37,7 +38,7 @@ def run(
   """
   # There may be libtpu, but there is no TPU.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  with command_line.quiet_imports():
+  with quiet.imports():
     import jax
 
     from tvq_t5x.common import jax_modes

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from tvq_t5x.commands import command_line
+from tvq_t5x.common import quiet
 from tvq_t5x.common.errors import CheckpointError, ConfigError, Stopped, TrainingDiverged
 
 _EXAMPLE = 'python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"'
@@ -45,7 +46,7 @@ def run(
   """
   command_line.log_if_nobody_does()
   # Slow to import: --help should not wait for it.
-  with command_line.quiet_imports():
+  with quiet.imports():
     import tensorflow as tf
 
     from tvq_t5x.common import jax_modes

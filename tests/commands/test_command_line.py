@@ -20,9 +20,9 @@ def _run(*lines, encoding='utf-8'):
   program = '\n'.join(
     (
       'import os',
-      'from tvq_t5x.commands import command_line',
+      'from tvq_t5x.common import quiet',
       f'printed = {_PRINTED!r}.encode()',
-      'with command_line.quiet_imports():',
+      'with quiet.imports():',
       *lines,
     )
   )
@@ -59,6 +59,7 @@ def _command(tmp_path, *lines):
     'import os, sys, time',
     'from absl import app, logging',
     'from tvq_t5x.commands import command_line',
+    'from tvq_t5x.common import quiet',
     'def main(args):',
     '  command_line.prepare(args)',
   ]
@@ -131,7 +132,7 @@ def test_mistakes_are(tmp_path, flag, code):
 def test_ctrl_c_ends_with_a_line(tmp_path, importing):
   lines = ['print("ready", flush=True); time.sleep(60)']
   if importing:
-    lines = ['with command_line.quiet_imports():', f'  {lines[0]}']
+    lines = ['with quiet.imports():', f'  {lines[0]}']
   command = _command(
     tmp_path, 'import signal', 'signal.signal(2, signal.default_int_handler)', *lines
   )

@@ -29,7 +29,7 @@ _ROOT = pathlib.Path(parsing.gin_root())
 _FILES = sorted(str(path.relative_to(_ROOT)) for path in _ROOT.rglob('*.gin'))
 _RUNS = [name.removesuffix('.gin') for name in _FILES if '/' not in name]
 # Those with fewer sequences in a batch than a pod has cores.
-_QUICK = ('kjv_tiny', 'photos64_tiny')
+_QUICK = ('kjv_tiny', 'photos64_tiny', 'text_tiny')
 _OF_T5X = 'runs/pretrain.gin'
 _OF_RUNNER = 'standalone/gin/runs/pretrain.gin'
 _SHARED = [name for name in _FILES if not name.startswith(('runs/', 'standalone/'))]
@@ -38,6 +38,8 @@ _SHARED = [name for name in _FILES if not name.startswith(('runs/', 'standalone/
 _MESHES = {
   'data_parallel': 8,
   'model_parallel_2': 8,
+  'gpu_8': 8,
+  'gpu_16': 16,
   'one_device': 1,
   'v3_8': 8,
   'v3_32': 32,

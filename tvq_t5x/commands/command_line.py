@@ -1,24 +1,17 @@
-"""What the package's commands share: T5X's gin flags, quiet imports, errors on one line."""
+"""What the package's commands share: T5X's gin flags, and errors on one line."""
 
 import contextlib
 import errno
 import logging as std_logging
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags, logging
 
 from tvq_t5x.common.errors import CheckpointError, ConfigError
-
-# TensorFlow logs like this before it reads TF_CPP_MIN_LOG_LEVEL; that there is no GPU is no error.
-_LOG_LINE = (
-  '^(WARNING: All log messages before absl::InitializeLog|[IW][0-9]{4} |E.*failed call to cuInit)'
-)
 
 _HELP = frozenset(f'{dashes}{name}' for dashes in ('-', '--') for name in ('help', 'helpfull', 'h'))
 
@@ -65,7 +58,7 @@ def define_data_flag(flag_values: flags.FlagValues) -> None:
   define_path_flag(
     'data_dir',
     None,
-    "Folder of the task's data, where no setting of its own says where it lies.",
+    "Folder of the task's data, or its file, where no setting of its own says where it lies.",
     flag_values,
   )
 
@@ -270,31 +263,3 @@ def fail(message: str, code: int) -> int:
     logging.flush()
     print('error: ' + message.replace('\n', '\n  '), file=sys.stderr, flush=True)
   return code
-
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-  """Leaves out what C++ libraries log while they load, errors apart; --verbosity=1 shows all.
-
-  Another process leaves it out: if this one is aborted, its last words are still seen.
-  """
-  grep = shutil.which('grep')
-  if logging.get_verbosity() > logging.INFO or not grep:
-    yield
-    return
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
-  sys.stderr.flush()
-  terminal = os.dup(2)
-  # In a session of its own it outlives Ctrl-C, and this process can still write to it.
-  command = [grep, '-vE', _LOG_LINE]
-  with subprocess.Popen(
-    command, stdin=subprocess.PIPE, stdout=terminal, start_new_session=True
-  ) as others:
-    assert others.stdin is not None
-    os.dup2(others.stdin.fileno(), 2)
-    try:
-      yield
-    finally:
-      sys.stderr.flush()
-      os.dup2(terminal, 2)
-      os.close(terminal)

@@ -63,6 +63,9 @@ class TfdsCorpus:
   def dataset(self, split: str, start: int = 0, stop: int | None = None) -> tf.data.Dataset:
     """See `Corpus`."""
     builder = self._builder()
+    if self.feature not in builder.info.features:
+      known = ', '.join(builder.info.features)
+      raise ConfigError(f'{self.name} has no feature {self.feature!r}, but {known}.')
     instruction = tfds.core.ReadInstruction.from_spec(self.splits[split])
     (whole,) = instruction.to_absolute(builder.info.splits)
     everything = range(builder.info.splits[whole.splitname].num_examples)
@@ -79,6 +82,10 @@ class TfdsCorpus:
       lambda: ({'targets': example[self.feature]} for example in found),
       output_signature={'targets': features[self.feature].get_tensor_spec()},
     )
+
+  def available_splits(self) -> list[str]:
+    """TFDS's splits that were prepared."""
+    return list(self._builder().info.splits)
 
   def num_documents(self, split: str) -> int:
     """See `Corpus`."""

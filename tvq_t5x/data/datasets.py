@@ -19,7 +19,7 @@ from clu.data import dataset_iterator
 from tvq_t5x.common import errors
 from tvq_t5x.data import vocabularies
 from tvq_t5x.data.cutting import cut
-from tvq_t5x.data.documents import refusals
+from tvq_t5x.data.documents import Counts, refusals
 from tvq_t5x.data.indexed import IndexedTask
 
 Batch = dict[str, np.ndarray]
@@ -213,8 +213,11 @@ def check(cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory) ->
 
 def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
   """The settings that the position in training batches depends on, as JSON has them."""
+  provider = task_or_mixture(cfg.mixture_or_task_name, cfg.module)
+  tasks = [task for task in _subtasks(cfg, provider) if isinstance(task, IndexedTask)]
+  data = {task.name: found for task in tasks if (found := task.data_identity(cfg.split))}
   return {
-    'mixture_or_task_name': task_or_mixture(cfg.mixture_or_task_name, cfg.module).name,
+    'mixture_or_task_name': provider.name,
     'task_feature_lengths': dict(cfg.task_feature_lengths),
     'split': cfg.split,
     'batch_size': cfg.batch_size,
@@ -223,6 +226,7 @@ def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
     'use_cached': cfg.use_cached,
     'carry_state': carry_state,
     'vocabulary': vocabularies.identity(vocabulary(cfg.mixture_or_task_name, cfg.module)),
+    **({'data': data} if data else {}),
   }
 
 
@@ -242,10 +246,28 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   def words(name: str) -> str:
     if name == 'vocabulary':
       return vocabularies.difference(old[name], new[name])
+    if name == 'data':
+      return f'the data is {_listed(new[name])}, there {_listed(old[name])}'
     owner = 'TransformerVQModel' if name == 'carry_state' else 'DatasetConfig'
     return f'{owner}.{name} = {new[name]!r}, there {old[name]!r}'
 
   return [words(name) for name in new if name in old and old[name] != new[name]]
+
+
+def _listed(data: Mapping[str, str]) -> str:
+  return ', '.join(f'{task}: {found}' for task, found in data.items())
+
+
+def survey(cfg: DatasetConfig) -> Counts | None:
+  """What the split of a setting holds, found without writing anything.
+
+  Returns:
+    Its counts, with 0 tokens where they are not known; None where they are not to be had.
+  """
+  tasks = _subtasks(cfg, task_or_mixture(cfg.mixture_or_task_name, cfg.module))
+  found = [task.survey(cfg.split) if isinstance(task, IndexedTask) else None for task in tasks]
+  counts = [x for x in found if x is not None]
+  return sum(counts, Counts()) if len(counts) == len(found) else None
 
 
 def evaluation_batches(

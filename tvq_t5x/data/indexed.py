@@ -74,6 +74,20 @@ class IndexedTask(seqio.Task):
     """
     self.read(split)
 
+  def survey(self, split: str) -> Counts | None:
+    """What a split holds, found without writing anything.
+
+    Returns:
+      It, with 0 tokens where they are not known; None where it is not to be had.
+    """
+    del split
+    return None
+
+  def data_identity(self, split: str) -> str | None:
+    """What tells the data of a split from other data, in words; None if the task's name does."""
+    del split
+    return None
+
   def check(self, split: str, length: int) -> None:
     """Refuses what `get_dataset` would refuse for sequences of `length` tokens."""
     self._check_length(length)
@@ -171,6 +185,10 @@ class InMemoryTask(IndexedTask):
     """See the base class; one document is tokenized."""
     next(documents(self, split), None)
 
+  def survey(self, split: str) -> Counts:
+    """See the base class."""
+    return self.read(split).counts
+
   def read(self, split: str) -> IndexedSplit:
     """See the base class; all tokens are read."""
     found = list(documents(self, split))
@@ -215,6 +233,9 @@ class _ByteLevelTask(IndexedTask):
     texts = self._texts(split)
     tokens = ByteTokens(texts)
     return IndexedSplit(tokens, Counts(len(texts), len(tokens), len(tokens) - len(texts), None))
+
+  def survey(self, split: str) -> Counts:
+    return self.read(split).counts
 
 
 def text_preprocessors() -> list[Callable[..., tf.data.Dataset]]:

@@ -51,7 +51,9 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
   if settings.initial_checkpoint is not None and not layout.steps_in(directory):
     initial = run_checks.check_initial_checkpoint(settings, record)
   if dry_run:
-    print(f'{parsing.config_str()}\n{reports.state_table(info)}')
+    counts = {cfg.split: datasets.survey(cfg) for cfg in settings.dataset_cfgs}
+    tables = reports.state_table(info), reports.data_table(counts)
+    print('\n\n'.join([parsing.config_str().rstrip('\n'), *filter(None, tables)]))
     return None
   with run_checks.locked(directory):
     batches = _batches(settings)
