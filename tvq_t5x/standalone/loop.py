@@ -17,7 +17,7 @@ from tvq_t5x.common import words
 from tvq_t5x.common.errors import Stopped, TrainingDiverged
 from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import TrainingIterator
-from tvq_t5x.standalone import reports, start
+from tvq_t5x.standalone import curves, start
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
 from tvq_t5x.standalone.run_settings import RunSettings
@@ -55,7 +55,7 @@ def train(plan: Plan) -> TrainState:
     Stopped: after a signal, with a checkpoint.
   """
   settings, directory = plan.settings, plan.directory
-  log = RunLog(directory)
+  log = RunLog(directory, settings.writers)
   checkpoints = Checkpoints(directory, settings.keep_checkpoints, log.best_step)
   with StopSignals() as stop, checkpoints, log:
     return TrainingLoop(plan, stop, checkpoints, log).run()
@@ -230,7 +230,7 @@ class TrainingLoop:
 
   def _draw(self) -> None:
     directory = self._plan.directory
-    reports.write_curve(directory / 'curve.png', self._log.records(), directory.name)
+    curves.write_curve(directory / 'curve.png', self._log.records(), directory.name)
 
   def _finish(self) -> None:
     settings, step = self._settings, self._step

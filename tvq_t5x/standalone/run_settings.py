@@ -1,11 +1,14 @@
 """The settings of a run of the standalone runner."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from tvq_t5x.common.errors import A_SEED, ConfigError, is_count, is_seed
 from tvq_t5x.data.datasets import DatasetConfig
+from tvq_t5x.standalone import writers
 from tvq_t5x.standalone.run_log import TEST, VALIDATION
 from tvq_t5x.standalone.samples import SampleConfig
 from tvq_t5x.training import random_keys
@@ -29,6 +32,7 @@ class RunSettings(TrainingSettings):
     sample_cfg: which samples; None means none at all.
     initial_checkpoint: of another run, whose parameters, optimizer state and step a new run starts
       from, at its own first batch: a checkpoint's folder, or that of the run. None means scratch.
+    writers: that get the metrics besides the run's own files, see `writers`.
     ...: those of `TrainingSettings`.
   """
 
@@ -39,6 +43,7 @@ class RunSettings(TrainingSettings):
   keep_checkpoints: int | None = 2
   sample_cfg: SampleConfig | None = None
   initial_checkpoint: str | None = None
+  writers: Sequence[Any] = ()
 
   @property
   def evaluated(self) -> dict[str, DatasetConfig]:
@@ -73,6 +78,7 @@ class RunSettings(TrainingSettings):
         self.keep_checkpoints,
         'a whole number of at least 1, or None to keep all',
       )
+    writers.check(self.writers)
     self.check_placement(self.partitioner)
     if self.sample_cfg:
       self.sample_cfg.encoded_prompt(self.model.output_vocabulary)
