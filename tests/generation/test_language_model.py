@@ -1,5 +1,6 @@
 """Reading, writing, scoring and saved states from Python, on a trained checkpoint."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -12,8 +13,11 @@ from util import assert_close, one_device
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets, streaming
-from tvq_t5x.generation import language_model
+from tvq_t5x.generation import inspection, language_model
+from tvq_t5x.network import decoding
+from tvq_t5x.network.layers import RMSNorm
 from tvq_t5x.network.sampling import SamplingConfig
+from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.standalone.evaluation import Evaluator
 
 # The run's task is not the package's own.
@@ -47,6 +51,51 @@ def test_the_score_of_a_text_is_that_of_the_forward_pass(lm):
   assert score.num_bytes == len(_TEXT)
   bits = expected.sum() / np.log(2) / len(_TEXT)
   assert score.bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_all_that_is_computed_of_a_text(lm, scan):
+  """Logits against scores, codes against those in the state, hidden states against the logits."""
+  loaded, config = lm.loaded, lm.loaded.model.config
+  assert config.scan_layers
+  if scan:
+    found = lm.inspect(_TEXT)
+  else:
+    module = Transformer(dataclasses.replace(config, scan_layers=False))
+    layer = jax.tree.map(lambda x: x[0], loaded.params['layers'])
+    params = {'layers_0': layer, **{k: x for k, x in loaded.params.items() if k != 'layers'}}
+    tokens = np.array(lm.encode(_TEXT), np.int32)
+    found = inspection.inspect(module, params, decoding.start(module, 1), tokens)
+  score = lm.score(_TEXT)
+  nats = -np.asarray(jax.nn.log_softmax(found.logits))
+  number = len(score.tokens)
+  np.testing.assert_allclose(
+    nats[np.arange(number), score.tokens], score.nats, rtol=2e-5, atol=1e-5
+  )
+  assert found.hidden.shape == (config.num_layers, number, config.emb_dim)
+  x = found.hidden[-1]
+  if config.final_norm:
+    x = RMSNorm().apply({'params': loaded.params['final_norm']}, x)
+  head = loaded.params['logits']
+  expected = config.logit_scale * (x @ head['dense']['kernel'] + head['bias'])
+  np.testing.assert_allclose(found.logits, expected, rtol=1e-4, atol=1e-4)
+  assert list(found.codes) == ['layers_0/attention_0', 'layers_0/attention_1']
+  for codes, sublayer in zip(found.codes.values(), score.state.decoder.layers, strict=True):
+    window = sublayer.codes.shape[2]
+    np.testing.assert_array_equal(codes[-window:], sublayer.codes[0, 0])
+
+
+def test_a_text_goes_on_where_it_is_inspected(lm):
+  whole, state = lm.inspect(_TEXT), lm.score(_TEXT[:19]).state
+  part = lm.inspect(_TEXT[19:], state)
+  np.testing.assert_allclose(part.logits, whole.logits[19:], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(part.hidden, whole.hidden[:, 19:], rtol=1e-4, atol=1e-4)
+  with pytest.raises(ConfigError, match='at least one token'):
+    lm.inspect('')
+
+
+def test_what_it_is_can_be_seen(lm):
+  assert 'parameters, step 16 of ' in repr(lm) and 'checkpoint_16, ByteVocabulary)' in repr(lm)
 
 
 @pytest.mark.parametrize('cuts', [[0], [1], [7, 8], [8, 16, 24], [3, 3, 19], [9, 17, 45]])

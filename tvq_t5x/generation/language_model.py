@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from tvq_t5x.checkpoints.restore import Loaded
-from tvq_t5x.common import jax_modes
+from tvq_t5x.common import jax_modes, quiet
 from tvq_t5x.common.errors import ConfigError, is_count
-from tvq_t5x.generation import state_files
+from tvq_t5x.generation import inspection, state_files
+from tvq_t5x.generation.inspection import Inspection
 from tvq_t5x.network import decoding
 from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
@@ -98,7 +99,8 @@ def load(
     ConfigError: for a wrong setting, or a checkpoint of another model.
     CheckpointError: if the checkpoint can't be read.
   """
-  from tvq_t5x.standalone import configuration  # Slow to import: TensorFlow.
+  with quiet.imports():
+    from tvq_t5x.standalone import configuration  # Slow to import: TensorFlow.
 
   files = [] if gin_file is None else [gin_file]
   return LanguageModel(configuration.load(checkpoint, files, gin_bindings, search_paths, modules))
@@ -120,6 +122,13 @@ class LanguageModel:
     self.loaded = loaded
     self.vocabulary = loaded.model.output_vocabulary
     self._programs: dict[Any, Callable[..., Any]] = {}
+
+  def __repr__(self) -> str:
+    number = sum(x.size for x in jax.tree.leaves(self.loaded.params))
+    return (
+      f'LanguageModel({number:,} parameters, step {self.loaded.step:,} of '
+      f'{self.loaded.checkpoint}, {type(self.vocabulary).__name__})'
+    )
 
   @jax_modes.usual()
   def start(self, batch_size: int = 1) -> GenerationState:
@@ -262,6 +271,25 @@ class LanguageModel:
       score = self.score(part, state)
       yield score
       state = score.state
+
+  @jax_modes.usual()
+  def inspect(self, text: Text, state: GenerationState | None = None) -> Inspection:
+    """Logits, hidden states and codes of all tokens of a text, from one forward pass.
+
+    Args:
+      text: or its tokens, at least one; the devices hold what is returned.
+      state: of one sequence, what came before; None means that a document begins.
+
+    Raises:
+      ConfigError: as for `read`, and for a text without tokens.
+    """
+    state = self.start() if state is None else state
+    tokens = self._tokens(text)
+    if not len(tokens) or len(state.token) != 1:
+      raise ConfigError(
+        'inspect takes a text of at least one token, and the state of one sequence.'
+      )
+    return inspection.inspect(self._module, self.loaded.params, state, tokens)
 
   def encode(self, text: str, source: str = 'the text') -> list[int]:
     """The tokens of a text, without EOS.

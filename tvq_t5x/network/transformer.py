@@ -92,6 +92,7 @@ class Layer(nn.Module):
       x = self._add(x, branch, call)
       states.append(new_state)
       aux.append(mixer_aux)
+    self.sow('intermediates', 'output', x)
     return x, (tuple(states), tuple(aux))
 
   def _add(self, x: jax.Array, branch: jax.Array, call: Call) -> jax.Array:
