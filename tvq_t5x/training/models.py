@@ -4,6 +4,7 @@ It has the interface of `t5x.models.BaseModel` by duck typing and imports no T5X
 with the first model: reading this module loads no TensorFlow.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,6 +92,20 @@ class TransformerVQModel:
     self.bytes_per_token = vocabularies.bytes_per_token(vocabulary, module.config.vocab_size)
     self.sampled_ids = vocabularies.sampled_ids(vocabulary, module.config.vocab_size)
     self.optimizer_wrapper = optimizer_wrapper
+
+  def __init_subclass__(cls, **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    # gin can give the settings of this method a class at a time, and refuses a class that shares
+    # it with another one: so each has its own.
+    if 'predict_batch_with_aux' not in vars(cls):
+
+      @functools.wraps(cls.predict_batch_with_aux)
+      def predict_batch_with_aux(self: 'TransformerVQModel', *args: Any, **kwargs: Any) -> Any:
+        return super(cls, self).predict_batch_with_aux(*args, **kwargs)  # pyright: ignore
+
+      predict_batch_with_aux.__module__ = cls.__module__
+      predict_batch_with_aux.__qualname__ = f'{cls.__qualname__}.predict_batch_with_aux'
+      cls.predict_batch_with_aux = predict_batch_with_aux
 
   @property
   def config(self) -> TransformerConfig:
@@ -190,13 +205,27 @@ class TransformerVQModel:
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     metrics = metrics_lib.token_metrics(logits, nats, targets, weights, self.bytes_per_token)
     metrics |= metrics_lib.sublayer_metrics(aux, jnp.sum(weights))
-    total, statistics = jnp.sum(weights * nats), 0.0
+    total, statistics = jnp.sum(weights * self.token_losses(logits, targets, nats)), 0.0
     for said in itertools.chain.from_iterable(x.values() for x in aux):
       if isinstance(said, Loss):
         total = total + jnp.sum(said.weight * said.total)
       elif isinstance(said, Statistics):
         statistics = statistics + jnp.sum(said.zero)
     return total / normalizing_factor + statistics, (state, metrics)
+
+  def token_losses(self, logits: jax.Array, targets: jax.Array, nats: jax.Array) -> jax.Array:
+    """What is minimized at each token; subclasses have other losses.
+
+    Args:
+      logits: [B, T, W] float32.
+      targets: [B, T] int32.
+      nats: [B, T] float32, the cross entropy, which metrics and evaluation have in any case.
+
+    Returns:
+      [B, T] float32; by default `nats`.
+    """
+    del logits, targets
+    return nats
 
   def _apply(
     self, params: Params, tokens: jax.Array, state: DecoderState | None, **kwargs: Any
