@@ -1,4 +1,6 @@
 import dataclasses
+import importlib.util
+import pathlib
 
 import jax.numpy as jnp
 import pytest
@@ -107,3 +109,12 @@ def test_number_of_blocks(length, blocks):
 def test_a_part_of_a_block_is_refused(length):
   with pytest.raises(ConfigError, match=rf'{length} tokens.*TransformerConfig.block_len = 4'):
     small_config(block_len=4).num_blocks(length)
+
+
+def test_the_table_of_settings_is_that_of_the_class():
+  path = pathlib.Path(__file__).parents[2] / 'docs' / 'settings_table.py'
+  module = importlib.util.module_from_spec(importlib.util.spec_from_file_location('table', path))
+  module.__spec__.loader.exec_module(module)
+  text = module.PAGE.read_text(encoding='utf-8')
+  assert module.page(text) == text, 'run python docs/settings_table.py'
+  assert module.table().count('\n') == 2 + len(dataclasses.fields(TransformerConfig))
