@@ -15,6 +15,7 @@ from data_util import ODD_NAME, processor, sentencepiece_model, sequences, store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tvq_t5x import train
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets, text_files
 from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
@@ -37,7 +38,7 @@ TEXTS = (
 def _settings(monkeypatch):
   names = ('TEXT_FILES', 'TFDS_DATA_DIR', 'SENTENCEPIECE_MODEL', 'TOKEN_CACHE_DIR', 'TVQ_DATA_DIR')
   for name in names:
-    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(name, '')
   gin.clear_config()
   text.text_task.tell_once.cache_clear()
   yield
@@ -292,6 +293,21 @@ def test_counts(tmp_path):
   assert datasets.survey(cfg) == before
   configure(TEXT_FILES=str(tmp_path), SENTENCEPIECE_MODEL=sentencepiece_model(tmp_path))
   assert datasets.survey(cfg).tokens == 0
+
+
+def test_a_dry_run_says_what_there_is(tmp_path, capsys):
+  folder = write(tmp_path / 'texts', [b'a' * 1000, b'b' * 200, b''])
+  bindings = ['BATCH_SIZE = 8', f'MODEL_DIR = {str(tmp_path / "run")!r}']
+  assert train.run(['gin/text_tiny.gin'], bindings, data_dir=folder, dry_run=True) == 0
+  table = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+  assert table == [
+    ['split', 'documents', 'bytes', 'tokens'],
+    ['train', '3', '1,080', '1,083'],
+    ['validation', '2', '60', '62'],
+    ['test', '2', '60', '62'],
+  ]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['texts']
+  assert len(list((tmp_path / 'texts').iterdir())) == 3
 
 
 def test_what_defines_the_run_is_in_its_identity(tmp_path):
