@@ -2,9 +2,9 @@
 
 Example: python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"
 
-Exits with 0 when the run is finished, 1 if it failed, 2 for a wrong setting, and with 128 and the
-number of the signal if it was stopped: 143 after SIGTERM, 130 after Ctrl-C. A run that was stopped
-has a checkpoint, and the same command continues from it.
+Exits with 0 when the run is finished, 1 if it failed, 2 for a wrong setting or flag, and with 128
+and the number of the signal if it was stopped: 143 after SIGTERM, 130 after Ctrl-C. A run that was
+stopped has a checkpoint, and the same command continues from it.
 """
 
 import os

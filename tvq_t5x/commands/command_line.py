@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags, logging
 
+from tvq_t5x.common import interrupts
 from tvq_t5x.common.errors import CheckpointError, ConfigError
 
 # TensorFlow logs like this before it reads TF_CPP_MIN_LOG_LEVEL; that there is no GPU is no error.
@@ -21,6 +22,9 @@ _LOG_LINE = (
 )
 
 _HELP = frozenset(f'{dashes}{name}' for dashes in ('-', '--') for name in ('help', 'helpfull', 'h'))
+
+# The exit code of a mistake on the command line: absl's is that of a run that failed.
+_USAGE = 2
 
 # Of an OSError: there is no room on the disk.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -104,6 +108,7 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
     tempfile.tempdir = os.curdir
   code = 1
   try:
+    interrupts.raise_again()
     app.run(main, flags_parser=parse_flags)
   except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # It is being done.
@@ -119,6 +124,7 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
     code = _code_of(e)
   finally:
     code = _flush_output() or code
+    interrupts.end_at_once()  # Libraries take a moment to end, too.
   sys.exit(code)
 
 
@@ -162,17 +168,17 @@ def parse_flags(args: Sequence[str]) -> list[str]:
   try:
     args = parsing.rewrite_gin_args(args)
   except ConfigError as e:
-    sys.exit(fail(str(e), 2))
+    sys.exit(fail(str(e), _USAGE))
   try:
     rest = app.parse_flags_with_usage(list(args))
   except SystemExit:
     if _HELP.intersection(args):
       sys.exit(0)  # absl's exit code is that of a mistake.
-    raise
+    sys.exit(_USAGE)
   for name in flags.FLAGS:
     flag = flags.FLAGS[name]
     if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
-      sys.exit(fail(f'--{name} was given {flag.present} times: give it once', 2))
+      sys.exit(fail(f'--{name} was given {flag.present} times: give it once', _USAGE))
   return rest
 
 
@@ -183,7 +189,7 @@ def prepare(args: Sequence[str]) -> None:
     args: what `app.run` gives to the main function.
   """
   if len(args) > 1:
-    raise app.UsageError(f'Not a flag: {args[1]}')
+    raise app.UsageError(f'Not a flag: {args[1]}', exitcode=_USAGE)
   _show_log()
 
 
