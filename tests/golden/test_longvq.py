@@ -1,7 +1,5 @@
 """A LongVQ block beside a dense oracle of its definition: values, codes and every gradient."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +124,7 @@ def test_values_codes_and_gradients(case, reduction, chunk_len):
   params = params_of(case, case.tree('params/'))
   block = block.clone(config=config_of(case, reduction=reduction))
 
-  @functools.partial(jax.jit, static_argnums=())
+  @jax.jit
   def value_and_grad(params, x):
     def loss(params, x):
       y, _, aux, inside = run(case, block, mlp, params, x)
