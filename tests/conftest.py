@@ -84,6 +84,27 @@ def cleared_gin():
 
 
 @pytest.fixture
+def no_network(monkeypatch):
+  """Refuses what Python asks a network for; yields a list of it."""
+  import socket
+
+  asked = []
+
+  def refusing(name):
+    def refuse(*args, **kwargs):
+      asked.append((name, args[-1:]))
+      raise OSError('there is no network')
+
+    return refuse
+
+  for name in ('connect', 'connect_ex'):
+    monkeypatch.setattr(socket.socket, name, refusing(name), raising=False)
+  for name in ('getaddrinfo', 'gethostbyname', 'create_connection'):
+    monkeypatch.setattr(socket, name, refusing(name))
+  return asked
+
+
+@pytest.fixture
 def compiled():
   """Names of what has been compiled since the test began."""
   import jax

@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags, logging
 
-from tvq_t5x.common import interrupts
+from tvq_t5x.common import files, interrupts
 from tvq_t5x.common.errors import CheckpointError, ConfigError
 
 # TensorFlow logs like this before it reads TF_CPP_MIN_LOG_LEVEL; that there is no GPU is no error.
@@ -101,11 +100,7 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
   with a line and no traceback.
   """
   _open_streams()
-  try:
-    tempfile.gettempdir()
-  except FileNotFoundError:
-    # TensorFlow asks where it is as it is imported, and needs none.
-    tempfile.tempdir = os.curdir
+  files.do_without_temporary_folder()
   code = 1
   try:
     interrupts.raise_again()
@@ -284,6 +279,7 @@ def quiet_imports() -> Iterator[None]:
 
   Another process leaves it out: if this one is aborted, its last words are still seen.
   """
+  files.do_without_temporary_folder()
   grep = shutil.which('grep')
   if logging.get_verbosity() > logging.INFO or not grep:
     yield
