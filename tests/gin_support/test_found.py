@@ -48,6 +48,11 @@ _REFUSED = {
   "datasets.vocabulary.module = 'this'": 'this',
   "MODULE = 'this'": 'this',
   'datasets.vocabulary.module = %OTHER\nOTHER = %MODULE\nMODULE = "this"': 'this',
+  "datasets.vocabulary.module = %a/OTHER\na/OTHER = 'this'": 'this',
+  "datasets.vocabulary.module = %OTHER\nOTHER/gin.macro.value = 'this'": None,
+  "datasets.vocabulary.module = %OTHER\nOTHER/gin.macro:\n  value = 'this'": None,
+  'datasets.vocabulary.module = %UNSET': None,
+  'datasets.vocabulary.module = @MODULE/gin.macro()': None,
   'from tvq_t5x import tasks': 'tvq_t5x.tasks',
   'enwik8.zipfile.ZipFile.file = "x"': 'tvq_t5x.tasks.enwik8',
 }

@@ -143,10 +143,8 @@ def test_a_row_is_as_it_is_alone(kind):
   axes = decoding.GenerationState(batch_axes(d.config), 0)
   block = d.config.block_len
   for b, n in enumerate(LENGTHS):
-    length = -(-n // block) * block  # Whole blocks, as few as it takes.
-    padded = np.zeros([1, length], np.int32)
-    padded[0, :n] = prompts[b, :n]
-    alone, alone_total, alone_nats = d.read(d.start(1), padded, np.array([n]))
+    row = prompts[b : b + 1, : block if n <= block else P]  # One block is another program.
+    alone, alone_total, alone_nats = d.read(d.start(1), row, np.array([n]))
     assert_close(nats[b, :n], alone_nats[0, :n], atol=1e-5)
     assert_close(total[b], alone_total[0], atol=1e-5 * max(n, 1))
     row = jax.tree.map(lambda x, axis, b=b: jnp.take(x, jnp.array([b]), axis), state, axes)

@@ -88,7 +88,8 @@ def check(text: str, source: str, modules: Sequence[str] = ()) -> None:
     elif isinstance(statement, config_parser.BlockDeclaration):
       _check_name(statement.selector, imported, source, modules)
     elif not statement.arg_name:
-      macros[statement.selector] = statement.value
+      scope = f'{statement.scope}/' if statement.scope else ''
+      macros[scope + statement.selector] = statement.value
     else:
       _check_name(statement.selector, imported, source, modules)
       bindings.append(statement)
@@ -118,8 +119,8 @@ def _check_name(
   called: bool = False,
 ) -> None:
   first, _, rest = name.partition('.')
-  if first in ('gin', 'macro') and (not rest or rest in ('macro', 'constant')):
-    return
+  if first == 'gin':  # A macro in another form, whose value `_resolve` would not see.
+    raise _refused(source, name, '')
   module = imported.get(first, first)
   allowed = _OF_TASKS if _is_task(module) else _ALLOWED.get(module, frozenset())
   if called:
@@ -146,7 +147,7 @@ def _resolve(value: Any, macros: dict[str, Any]) -> Any:
   seen = set()
   while isinstance(value, _Macro) and value.name not in seen:
     seen.add(value.name)
-    value = macros.get(value.name)
+    value = macros.get(value.name, value)
   return value
 
 
