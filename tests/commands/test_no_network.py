@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
 
 def test_a_run_its_evaluation_and_its_samples_ask_for_nothing(tmp_path, no_network, capsys):
   folder = tmp_path / 'run'
-  settings = {'TRAIN_STEPS': 1, 'TEST_SPLIT': None, 'MODEL_DIR': str(folder)}
+  settings = {'TRAIN_STEPS': 8, 'TEST_SPLIT': None, 'MODEL_DIR': str(folder)}
   bindings = [f'{name} = {value!r}' for name, value in settings.items()]
   bindings.append('runner.train.sample_cfg = None')
   modules = ['tiny_task']

@@ -21,7 +21,7 @@ def first_finalize_hook(hook: Callable[[Config], None]) -> Callable[[Config], No
   return hook
 
 
-def note_bindings(note: Callable[[Key, Any], None]) -> None:
+def note_bindings(note: Callable[[Key, Any], None]) -> Callable[[Key, Any], None]:
   """Makes gin's parser call `note` whenever it binds, with what it binds and its value before.
 
   Args:
@@ -36,6 +36,7 @@ def note_bindings(note: Callable[[Key, Any], None]) -> None:
     note((parsed.config_key, parsed.arg_name), before)
 
   gin_config.bind_parameter = noted
+  return note
 
 
 def registered() -> list[str]:
