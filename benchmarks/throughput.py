@@ -24,14 +24,14 @@ import sizes
 from absl import app, flags
 from report import Line
 
-from tvq_t5x.network.config import AttentionType, Reduction
+from tvq_t5x.network.config import AttentionType
 from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.training import compilation, models, optimizers, placement
 from tvq_t5x.training.partitioning import Partitioner
 
 _LENGTHS = flags.DEFINE_list('lengths', ['2048', '4096', '8192'], 'Sequence lengths T.')
 _VARIANTS = flags.DEFINE_list(
-  'variants', [*Reduction, AttentionType.QUADRATIC], 'Reductions, or `quadratic`.'
+  'variants', ['serial', 'matmul', 'associative', 'quadratic'], 'Reductions, or `quadratic`.'
 )
 _REMAT = flags.DEFINE_enum('remat', 'attention', ['none', 'attention', 'layer'], 'See config.py.')
 _MEMORY = flags.DEFINE_float('memory_gb', 0.0, 'Largest step to run; 0 means what is free.')

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -17,6 +18,11 @@ def flatten_pixels(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
   """An image [height, width, channels] uint8 as tokens in raster order, value + 3."""
   values = tf.reshape(example['targets'], [-1])
   return {'targets': tf.cast(values, tf.int32) + FIRST_BYTE}
+
+
+def real_numbers(pixels: np.ndarray) -> np.ndarray:
+  """Pixels [height, width] uint8 as real numbers from -1 to 1 in raster order, [n] float32."""
+  return (pixels.reshape(-1) / 127.5 - 1).astype(np.float32)
 
 
 def image_task(

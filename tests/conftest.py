@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import signal
 
 import pytest
 
@@ -84,6 +85,27 @@ def cleared_gin():
 
 
 @pytest.fixture
+def no_network(monkeypatch):
+  """Refuses what Python asks a network for; yields a list of it."""
+  import socket
+
+  asked = []
+
+  def refusing(name):
+    def refuse(*args, **kwargs):
+      asked.append((name, args[-1:]))
+      raise OSError('there is no network')
+
+    return refuse
+
+  for name in ('connect', 'connect_ex'):
+    monkeypatch.setattr(socket.socket, name, refusing(name), raising=False)
+  for name in ('getaddrinfo', 'gethostbyname', 'create_connection'):
+    monkeypatch.setattr(socket, name, refusing(name))
+  return asked
+
+
+@pytest.fixture
 def compiled():
   """Names of what has been compiled since the test began."""
   import jax
@@ -97,3 +119,11 @@ def compiled():
   jax.monitoring.register_event_duration_secs_listener(listen)
   yield names
   jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def interruptible():
+  """SIGINT as a program in the foreground has it: a shell ignores it for those behind."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)

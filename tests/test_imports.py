@@ -20,7 +20,7 @@ _COMMANDS = 'the commands'  # The modules beside the folders, such as `tvq_t5x/t
 _FLOORS = (
   (_COMMANDS,),
   ('commands',),
-  ('generation', 'planning'),
+  ('generation', 'planning', 'interop'),
   ('standalone', 't5x_adapter'),
   ('checkpoints',),
   ('training', 'tasks'),
@@ -37,7 +37,12 @@ _DOES_WITHOUT = {
   'training': {'gin', 't5x'},
   'checkpoints': {'gin', 't5x'},
   'standalone': {'t5x'},
+  'interop': {'t5x'},
 }
+
+
+# Code of PyTorch models, which is copied into folders and imported there.
+_NOT_OURS = 'interop.hugging_face.'
 
 
 def _find_modules() -> dict[str, pathlib.Path]:
@@ -48,7 +53,7 @@ def _find_modules() -> dict[str, pathlib.Path]:
       parts = prefix + path.relative_to(_ROOT / top).with_suffix('').parts
       found['.'.join(parts).removesuffix('__init__').removesuffix('.')] = path
   del found['']
-  return found
+  return {name: path for name, path in found.items() if not name.startswith(_NOT_OURS)}
 
 
 _MODULES = _find_modules()

@@ -115,6 +115,7 @@ def test_a_run_trains_evaluates_samples_and_carries_its_state(run, capsys):
   np.testing.assert_allclose(found['cross_entropy'], last['test']['cross_entropy'], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_numbers(run, tmp_path):
   settings = {**MACROS, 'SAMPLE_PERIOD': 8, 'MODEL_DIR': str(tmp_path / 'run')}
   for steps in (4, 8):
@@ -184,6 +185,7 @@ def trained(data, model_axis, num_microbatches):
   return on_host({**by_name(state.params), **carried}), shard_shapes(carried)
 
 
+@pytest.mark.slow
 def test_devices_and_microbatches_share_it():
   numbers, shards = trained(2, 2, 2)
   assert_same_numbers(numbers, trained(1, 1, 1)[0])

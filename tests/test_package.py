@@ -66,3 +66,10 @@ def test_hooks_are_lines_of_the_checks():
 
 def test_nothing_else_is_in_a_wheel(settings):
   assert {name.split('.')[0] for name in settings['packages']} == {'tvq_t5x'}
+
+
+def test_the_citation_is_of_this_version(settings):
+  cited = yaml.safe_load((_ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+  assert cited['version'] == settings['version']
+  assert cited['license'] == settings['license']
+  assert [author['name'] for author in cited['authors']] == [settings['author']]

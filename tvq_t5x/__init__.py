@@ -4,7 +4,12 @@ The names below are imported when they are first used, and none of them needs Te
 imported; `load` imports it when it is called.
 """
 
-from etils import epy
+from tvq_t5x.common import interrupts
+
+if interrupts.is_command(__name__):  # What follows takes seconds to import.
+  interrupts.end_at_once()
+
+from etils import epy  # noqa: E402
 
 with epy.lazy_api_imports(globals()):
   from tvq_t5x.generation.language_model import load

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from tvq_t5x.commands import command_line
-from tvq_t5x.common import files
+from tvq_t5x.common import files, quiet
 from tvq_t5x.common.errors import ConfigError
 
 _EXAMPLE = 'python -m tvq_t5x.evaluate --checkpoint=runs/kjv --split=test'
@@ -21,6 +21,8 @@ _SHOWN = (
   'perplexity',
   'word_perplexity',
   'accuracy',
+  'examples',
+  'examples_cut',
   'tokens',
   'bytes',
   'dimensions',
@@ -67,7 +69,7 @@ def run(
   """
   command_line.log_if_nobody_does()
   # Slow to import: --help should not wait for it.
-  with command_line.quiet_imports():
+  with quiet.imports():
     import tensorflow as tf
 
     from tvq_t5x.data import locations

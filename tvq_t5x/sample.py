@@ -15,6 +15,7 @@ from absl import flags
 
 from tvq_t5x.commands import command_line
 from tvq_t5x.commands.sampling_options import Options
+from tvq_t5x.common import quiet
 from tvq_t5x.common.errors import ConfigError
 
 _EXAMPLE = 'python -m tvq_t5x.sample --checkpoint=runs/kjv --prompt="In the beginning"'
@@ -72,7 +73,7 @@ def run(
     Exit code: 0, 1 for a checkpoint that can't be read, 2 for a wrong setting.
   """
   # Slow to import: --help should not wait for it.
-  with command_line.quiet_imports():
+  with quiet.imports():
     from tvq_t5x.commands import sampling_session
     from tvq_t5x.standalone import configuration
 

@@ -2,9 +2,9 @@
 
 Example: python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"
 
-Exits with 0 when the run is finished, 1 if it failed, 2 for a wrong setting, and with 128 and the
-number of the signal if it was stopped: 143 after SIGTERM, 130 after Ctrl-C. A run that was stopped
-has a checkpoint, and the same command continues from it.
+Exits with 0 when the run is finished, 1 if it failed, 2 for a wrong setting or flag, and with 128
+and the number of the signal if it was stopped: 143 after SIGTERM, 130 after Ctrl-C. A run that was
+stopped has a checkpoint, and the same command continues from it.
 """
 
 import os
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from tvq_t5x.commands import command_line
+from tvq_t5x.common import quiet
 from tvq_t5x.common.errors import CheckpointError, ConfigError, Stopped, TrainingDiverged
 
 _EXAMPLE = 'python -m tvq_t5x.train --gin_file=gin/kjv_tiny.gin --gin.MODEL_DIR=\\"runs/kjv\\"'
@@ -45,7 +46,7 @@ def run(
   """
   command_line.log_if_nobody_does()
   # Slow to import: --help should not wait for it.
-  with command_line.quiet_imports():
+  with quiet.imports():
     import tensorflow as tf
 
     from tvq_t5x.common import jax_modes

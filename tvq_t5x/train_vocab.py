@@ -3,25 +3,24 @@
 Examples:
 
   python -m tvq_t5x.train_vocab --task=kjv_bytes --vocab_size=2048 --output=kjv2048
-  python -m tvq_t5x.train_vocab --input=a.txt --input='books/*.txt' --output=mine
+  python -m tvq_t5x.train_vocab --input=a.txt --input='books/*.jsonl.zst' --output=mine
+  python -m tvq_t5x.train_vocab --task=text --data_dir=books --output=mine
   python -m tvq_t5x.train_vocab --task=my_task --module=my_tasks --output=mine
 
 It writes OUTPUT.model, which the setting SENTENCEPIECE_MODEL takes.
 """
 
-import glob
 import importlib
 import itertools
-import os
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 
 from absl import flags, logging
 
 from tvq_t5x.commands import command_line
-from tvq_t5x.common import files
+from tvq_t5x.common import files, quiet
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.data import locations, vocabulary_training
+from tvq_t5x.data import locations, text_files, vocabulary_training
 from tvq_t5x.gin_support import parsing
 
 _EXAMPLE = 'python -m tvq_t5x.train_vocab --task=pg19 --data_dir=FOLDER --output=pg19'
@@ -35,8 +34,12 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   flags.DEFINE_string('task', None, 'Task or mixture, whose training split is read.', fv)
   flags.DEFINE_string('module', None, 'Python module that registers the task.', fv)
   command_line.define_path_list_flag(
-    'input', "Text file in UTF-8, or a pattern such as 'books/*.txt'; repeat it for more.", fv
+    'input',
+    'File, folder or pattern of texts in UTF-8 (.txt, .gz, .zst, .jsonl, .parquet, .arrow); repeat '
+    'it for more.',
+    fv,
   )
+  flags.DEFINE_string('field', 'text', 'Field of the records of --input that is their text.', fv)
   command_line.define_path_flag('output', None, 'Where to write: this path and .model.', fv)
   command_line.define_data_flag(fv)
   flags.DEFINE_integer(
@@ -63,17 +66,19 @@ def run(
   max_bytes: int,
   data_dir: str | None = None,
   module: str | None = None,
+  field: str = 'text',
 ) -> int:
   """Trains a vocabulary and writes it.
 
   Args:
     task: name of a task or mixture, or
-    inputs: paths of text files, or patterns of paths.
+    inputs: paths of files or folders, or patterns of paths.
     output: path of the vocabulary, without '.model'.
     vocab_size: pieces.
     max_bytes: of text.
     data_dir: of the task, see `locations.set_data_dir`.
     module: that registers the task; None means one of this package.
+    field: of the records of `inputs` that is their text.
 
   Returns:
     Exit code: 0, or 2 for a wrong setting.
@@ -89,7 +94,7 @@ def run(
       raise ConfigError(f'--output has to be given: try {_EXAMPLE}')
     command_line.check_output('--output', f'{output}.model')
     locations.set_data_dir(data_dir)
-    blocks = _blocks_of_task(task, module) if task else _blocks_of_files(inputs)
+    blocks = _blocks_of_task(task, module) if task else _blocks_of_files(inputs, field)
     left_out = vocabulary_training.LeftOut()
     lines = vocabulary_training.lines(_capped(blocks, max_bytes), left_out)
     model = vocabulary_training.train(lines, vocab_size)
@@ -125,42 +130,32 @@ def _start(block: bytes, size: int) -> bytes:
   return block[:size]
 
 
-def _blocks_of_files(inputs: Sequence[str]) -> Iterator[bytes]:
-  paths = dict.fromkeys(path for name in inputs for path in _paths(name))
-  return _read_files(list(paths))
+def _blocks_of_files(inputs: Sequence[str], field: str) -> Iterator[bytes]:
+  found = text_files.find(inputs, '--input')
+  if found.others:
+    logging.info(
+      '--input: %d files of other kinds are not read, such as %s.',
+      len(found.others), found.others[0],
+    )  # fmt: skip
+  return itertools.chain.from_iterable(_blocks_of_file(file, field) for file in found.files)
 
 
-def _paths(name: str) -> list[str]:
-  """The files that --input names; one that is there is no pattern, whatever it is called."""
-  if os.path.isfile(name):
-    return [name]
-  found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-  if not found:
-    raise ConfigError(
-      f'--input={name}: there is no such file; give one in UTF-8, or a pattern such as '
-      "'books/*.txt'."
-    )
-  return found
-
-
-def _read_files(paths: Sequence[str]) -> Iterator[bytes]:
-  for path in paths:
-    with open(path, 'rb') as f:
-      while block := f.read(_BLOCK):
-        yield block
-    yield b'\n'  # The next file starts a line.
+def _blocks_of_file(file: text_files.TextFile, field: str) -> Iterator[bytes]:
+  if file.has_records:
+    return _ended(text_files.records(file, field))
+  return itertools.chain(text_files.blocks(file), [b'\n'])  # The next file starts a line.
 
 
 def _blocks_of_task(name: str, module: str | None) -> Iterator[bytes]:
   """The texts of a task's training split, before they are tokenized."""
-  with command_line.quiet_imports():
+  with quiet.imports():
     import seqio
 
     from tvq_t5x import tasks  # pyright: ignore[reportAttributeAccessIssue]
-    from tvq_t5x.data import datasets, documents
+    from tvq_t5x.data import documents, registered, text_task
 
     if module:
-      datasets.import_tasks(module, '--module')
+      registered.import_tasks(module, '--module')
     else:
       for ours in pkgutil.iter_modules(tasks.__path__):
         importlib.import_module(f'{tasks.__name__}.{ours.name}')
@@ -172,12 +167,15 @@ def _blocks_of_task(name: str, module: str | None) -> Iterator[bytes]:
     )
   found = []
   for task in seqio.get_subtasks(seqio.get_mixture_or_task(name)):
+    if isinstance(task, text_task.TextTask):
+      found.append(task.blocks('train'))
+      continue
     texts = documents.texts(task, 'train') if 'train' in task.splits else None
     if texts is None:
       raise ConfigError(f"--task={name}: {task.name} has no text in a split 'train'.")
-    found.append(texts)
+    found.append(_ended(texts))
   locations.check_data_dir()
-  return _ended(itertools.chain.from_iterable(found))
+  return itertools.chain.from_iterable(found)
 
 
 def _ended(texts: Iterable[bytes]) -> Iterator[bytes]:
@@ -197,6 +195,7 @@ def _main(args: Sequence[str]) -> int:
     values.max_bytes,
     values.data_dir,
     values.module,
+    values.field,
   )
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tvq_t5x.commands import command_line
+from tvq_t5x.common import interrupts
 
 _PRINTED = """\
 WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
@@ -20,9 +21,9 @@ def _run(*lines, encoding='utf-8'):
   program = '\n'.join(
     (
       'import os',
-      'from tvq_t5x.commands import command_line',
+      'from tvq_t5x.common import quiet',
       f'printed = {_PRINTED!r}.encode()',
-      'with command_line.quiet_imports():',
+      'with quiet.imports():',
       *lines,
     )
   )
@@ -59,6 +60,7 @@ def _command(tmp_path, *lines):
     'import os, sys, time',
     'from absl import app, logging',
     'from tvq_t5x.commands import command_line',
+    'from tvq_t5x.common import quiet',
     'def main(args):',
     '  command_line.prepare(args)',
   ]
@@ -122,16 +124,17 @@ def test_help_is_no_failure(tmp_path, flag):
   assert done.returncode == 0 and '[flags]' in done.stdout
 
 
-@pytest.mark.parametrize(('flag', 'code'), [('--hlep', 1), ('x', 1)])
-def test_mistakes_are(tmp_path, flag, code):
-  assert _in_shell(_command(tmp_path), flag).returncode == code
+@pytest.mark.parametrize('argument', ['--hlep', 'x', '--verbosity=x', '--gin.A=b'])
+def test_mistakes_are(tmp_path, argument):
+  done = _in_shell(_command(tmp_path), argument)
+  assert done.returncode == 2 and argument.partition('=')[0].strip('-') in done.stderr
 
 
 @pytest.mark.parametrize('importing', [False, True])
 def test_ctrl_c_ends_with_a_line(tmp_path, importing):
   lines = ['print("ready", flush=True); time.sleep(60)']
   if importing:
-    lines = ['with command_line.quiet_imports():', f'  {lines[0]}']
+    lines = ['with quiet.imports():', f'  {lines[0]}']
   command = _command(
     tmp_path, 'import signal', 'signal.signal(2, signal.default_int_handler)', *lines
   )
@@ -142,6 +145,78 @@ def test_ctrl_c_ends_with_a_line(tmp_path, importing):
   os.killpg(process.pid, signal.SIGINT)  # As a terminal does: to all that were started.
   _, err = process.communicate()
   assert (process.returncode, err) == (130, 'error: interrupted\n')
+
+
+_COMMANDS = ('train', 'evaluate', 'sample', 'plan', 'train_vocab')
+
+
+def _importing(tmp_path, command, module, **how):
+  """A command that is in the middle of the import of a module, which takes Ctrl-C for its own."""
+  lines = ['import time', 'print("ready", flush=True)', 'try: time.sleep(60)', 'except: pass']
+  (tmp_path / module).mkdir()
+  (tmp_path / module / '__init__.py').write_text('\n'.join(lines))
+  process = subprocess.Popen(
+    [sys.executable, '-m', f'tvq_t5x.{command}'],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    **how,
+  )
+  assert process.stdout is not None and process.stdout.readline() == 'ready\n'
+  return process
+
+
+@pytest.mark.parametrize('command', _COMMANDS)
+@pytest.mark.parametrize('module', ['etils', 'absl'])
+def test_ctrl_c_ends_with_a_line_from_the_first_import_on(tmp_path, command, module):
+  # As in the foreground: a shell ignores it for those behind.
+  in_front = {'preexec_fn': lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+  process = _importing(tmp_path, command, module, **in_front)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate()
+  assert (process.returncode, err) == (130, 'error: interrupted\n')
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored_during_imports(tmp_path):
+  behind = {'preexec_fn': lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+  process = _importing(tmp_path, 'train', 'absl', **behind)
+  process.send_signal(signal.SIGINT)
+  process.terminate()
+  assert process.wait() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize('ending', ['import atexit; atexit.register(wait)', ''])
+def test_ctrl_c_while_python_ends(tmp_path, ending):
+  command = _command(
+    tmp_path,
+    'import signal',
+    'signal.signal(2, signal.default_int_handler)',
+    'def wait(): print("ready", flush=True); time.sleep(60)',
+    ending or 'wait()',
+  )
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  assert process.stdout is not None and process.stdout.readline() == 'ready\n'
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate()
+  assert (process.returncode, err) == (130, 'error: interrupted\n')
+
+
+@pytest.mark.parametrize(
+  ('program', 'arguments', 'expected'),
+  [
+    (['-c', 'import tvq_t5x'], ['-c'], False),
+    (['file.py', 'tvq_t5x.train'], ['file.py', 'tvq_t5x.train'], False),
+    (['-m', 'tvq_t5x.train'], ['-m'], True),
+    (['-X', 'dev', '-Im', 'tvq_t5x.train', 'a', 'b'], ['-m', 'a', 'b'], True),
+    (['-Imtvq_t5x.train', 'a'], ['-m', 'a'], True),
+    (['-m', 'other', 'tvq_t5x.train'], ['-m', 'tvq_t5x.train'], False),
+  ],
+)
+def test_only_a_command_changes_what_ctrl_c_does(monkeypatch, program, arguments, expected):
+  monkeypatch.setattr(sys, 'argv', arguments)
+  monkeypatch.setattr(sys, 'orig_argv', [sys.executable, *program])
+  assert interrupts.is_command('tvq_t5x') == expected
 
 
 def test_no_folder_for_temporary_files_is_needed(tmp_path):

@@ -105,7 +105,10 @@ def test_a_text_is_shown_as_it_is_made(call, lm, monkeypatch):
   tokens = lm.generate(state, 20, seed=3, sampling=SamplingConfig(top_p=0.9)).tokens[0]
   assert out == _shown(f'{_PROMPT}{lm.text(tokens)}\n')
   # The prompt, 8 + 8 + 4 tokens, and the end.
-  assert shown[:2] == [_PROMPT, lm.text(tokens[:8])]
+  assert shown[0] == _PROMPT
+  # Bytes that may begin a character wait for those that end it.
+  first = lm.text(tokens[:8])
+  assert shown[1] and first.startswith(shown[1]) and len(first) - len(shown[1]) <= 1
   assert len(shown) == 5
 
 

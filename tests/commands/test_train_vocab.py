@@ -1,5 +1,7 @@
 """The command that trains a vocabulary: lossless, capped, and clear where it refuses."""
 
+import gzip
+import json
 import os
 import pathlib
 import subprocess
@@ -210,8 +212,8 @@ def test_a_refused_size_comes_with_one_that_works(tmp_path, text_file, capsys, v
   [
     ({}, ['--task', '--input']),
     ({'task': 'tiny_bytes', 'inputs': ['x']}, ['--task', '--input']),
-    ({'inputs': ['/no/such/file']}, ['--input=/no/such/file', 'pattern']),
-    ({'inputs': ['/no/such/*']}, ['--input=/no/such/*', 'pattern']),
+    ({'inputs': ['/no/such/file']}, ['--input: there is no /no/such/file; ', 'pattern']),
+    ({'inputs': ['/no/such/*']}, ['--input: there is no /no/such/*; ', 'pattern']),
     ({'inputs': ['x'], 'module': 'y'}, ['--module=y', '--task']),
     ({'task': 'tiny_byte'}, ['--task=tiny_byte', 'tiny_bytes', 'pg19', 'kjv_bytes']),
     ({'task': 'photos64'}, ['--task=photos64', 'no text']),
@@ -271,3 +273,23 @@ def test_command(tmp_path, text_file):
   assert done.returncode == 0, done.stderr
   assert f'Wrote {output}.model, 300 pieces.' in done.stderr
   assert processor(f'{output}.model').vocab_size() == 300
+
+
+def test_files_of_all_kinds_and_the_task_of_own_texts(tmp_path, monkeypatch):
+  texts, folder = BOOKS * 3, tmp_path / 'texts'
+  folder.mkdir()
+  (folder / 'a.txt').write_text(''.join(texts[:4]), newline='')
+  records = [json.dumps({'body': text}) for text in texts[4:]]
+  (folder / 'b.jsonl.gz').write_bytes(gzip.compress('\n'.join(records).encode()))
+  assert run(tmp_path, inputs=[str(folder)], field='body') == 0
+  pieces = processor(str(tmp_path / 'out.model'))
+  assert pieces.decode(pieces.encode(TEXT)) == TEXT
+  (folder / 'b.jsonl.gz').unlink()
+  for split in ('train', 'validation', 'test'):
+    (folder / split).mkdir()
+    (folder / split / 'a.txt').write_text('zebra ' * 99)  # No piece is learned from it.
+  (folder / 'a.txt').rename(folder / 'train' / 'a.txt')
+  monkeypatch.setenv('SENTENCEPIECE_MODEL', '/none/yet')
+  assert run(tmp_path, task='text', data_dir=str(folder), output='of_task') == 0
+  assert run(tmp_path, inputs=[str(folder / 'train')], output='of_files') == 0
+  assert (tmp_path / 'of_task.model').read_bytes() == (tmp_path / 'of_files.model').read_bytes()

@@ -173,3 +173,21 @@ def test_their_text_is_not_carried_on():
 def test_seeds_that_seqio_would_take_for_others_are_refused(seed):
   with pytest.raises(ConfigError, match=rf'DatasetConfig\.seed = {seed} .*0 to 2147483646'):
     trained(plain('plain', TEXTS), 1, seed=seed)
+
+
+def test_loss_weights_are_cut_with_their_targets():
+  targets = np.arange(3, 3 + 150, dtype=np.int32)
+  task = seqio.Task(
+    'weighted',
+    source=seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors(
+        {'targets': targets, 'loss_weights': targets / 2}
+      ),
+      splits=['test'],
+    ),
+    preprocessors=[],
+    output_features={'targets': seqio.Feature(seqio.PassThroughVocabulary(160), add_eos=False)},
+  )
+  (batch,) = datasets.evaluation_batches(config(task), TransformerVQFeatureConverter)
+  np.testing.assert_array_equal(batch['decoder_loss_weights'], batch[TARGETS] / 2)
+  assert np.count_nonzero(batch[TARGETS]) == len(targets)

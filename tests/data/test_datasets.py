@@ -263,6 +263,7 @@ next(batches)
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_batches_are_read(tmp_path):
   """Threads that run Python code are stopped before Python is."""
   script = tmp_path / 'read.py'

@@ -32,6 +32,12 @@ def test_features(kwargs):
   np.testing.assert_array_equal(short['decoder_loss_weights'], [1, 1, 0, 0])
 
 
+def test_loss_weights_of_a_task():
+  dataset = tf.data.Dataset.from_tensors({'targets': [3, 9, 1], 'loss_weights': [0.0, 0.5, 1.0]})
+  (example,) = TransformerVQFeatureConverter()(dataset, {'targets': 4}).as_numpy_iterator()
+  np.testing.assert_array_equal(example['decoder_loss_weights'], [0, 0.5, 1, 0])
+
+
 def test_dtypes():
   (example,) = convert([[3, 1]], 4)
   assert {name: value.dtype for name, value in example.items()} == {

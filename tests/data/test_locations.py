@@ -45,7 +45,7 @@ def test_a_relative_folder_stays_the_same_one(monkeypatch, tmp_path):
 
 def test_a_folder_that_is_not_there(tmp_path):
   (tmp_path / 'file').write_text('')
-  for folder in ('', 'no/folder', str(tmp_path / 'file')):
+  for folder in ('', 'no/folder', str(tmp_path / 'file' / 'x')):
     with pytest.raises(ConfigError, match=f'^--data_dir={folder}: there is no such folder'):
       locations.set_data_dir(folder)
 

@@ -284,6 +284,6 @@ def test_ids_that_do_not_fit_are_refused(corpus, model):
 
 
 def test_looking_for_the_data_writes_nothing(corpus, model, tmp_path):
-  make_task(corpus, model).check('train', 8)
+  make_task(corpus, model).check('train', {'targets': 8})
   assert corpus.read == 0
   assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from util import HEADS, assert_close, lines_in_loops, random_params, random_toke
 from tvq_t5x.network import decoding
 from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
-from tvq_t5x.planning import hlo, topologies
+from tvq_t5x.planning import collectives, topologies
 from tvq_t5x.training import placement
 from tvq_t5x.training.partitioning import Partitioner
 
@@ -114,7 +114,7 @@ def test_a_token_takes_one_exchange_a_sublayer_and_two_more(heads, devices):
   """For the embedding and the logits: devices wait for each of them."""
   generation = Generation(devices(2), 2, scan_layers=False, **CASES[heads])
   lines = lines_in_loops(generation.lower().compile().as_text())
-  exchange = rf' ({"|".join(hlo.COLLECTIVES)})(-start)?\('
+  exchange = rf' ({"|".join(collectives.KINDS)})(-start)?\('
   found = [line for line in lines if re.search(exchange, line)]
   config = generation.config
   sublayers = len(config.layer_sublayers)

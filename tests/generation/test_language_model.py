@@ -1,8 +1,12 @@
 """Reading, writing, scoring and saved states from Python, on a trained checkpoint."""
 
+import dataclasses
 import functools
 import json
+import os
+import pwd
 import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -12,8 +16,11 @@ from util import assert_close, one_device
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets, streaming
-from tvq_t5x.generation import language_model
+from tvq_t5x.generation import inspection, language_model
+from tvq_t5x.network import decoding
+from tvq_t5x.network.layers import RMSNorm
 from tvq_t5x.network.sampling import SamplingConfig
+from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.standalone.evaluation import Evaluator
 
 # The run's task is not the package's own.
@@ -47,6 +54,51 @@ def test_the_score_of_a_text_is_that_of_the_forward_pass(lm):
   assert score.num_bytes == len(_TEXT)
   bits = expected.sum() / np.log(2) / len(_TEXT)
   assert score.bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_all_that_is_computed_of_a_text(lm, scan):
+  """Logits against scores, codes against those in the state, hidden states against the logits."""
+  loaded, config = lm.loaded, lm.loaded.model.config
+  assert config.scan_layers
+  if scan:
+    found = lm.inspect(_TEXT)
+  else:
+    module = Transformer(dataclasses.replace(config, scan_layers=False))
+    layer = jax.tree.map(lambda x: x[0], loaded.params['layers'])
+    params = {'layers_0': layer, **{k: x for k, x in loaded.params.items() if k != 'layers'}}
+    tokens = np.array(lm.encode(_TEXT), np.int32)
+    found = inspection.inspect(module, params, decoding.start(module, 1), tokens)
+  score = lm.score(_TEXT)
+  nats = -np.asarray(jax.nn.log_softmax(found.logits))
+  number = len(score.tokens)
+  np.testing.assert_allclose(
+    nats[np.arange(number), score.tokens], score.nats, rtol=2e-5, atol=1e-5
+  )
+  assert found.hidden.shape == (config.num_layers, number, config.emb_dim)
+  x = found.hidden[-1]
+  if config.final_norm:
+    x = RMSNorm().apply({'params': loaded.params['final_norm']}, x)
+  head = loaded.params['logits']
+  expected = config.logit_scale * (x @ head['dense']['kernel'] + head['bias'])
+  np.testing.assert_allclose(found.logits, expected, rtol=1e-4, atol=1e-4)
+  assert list(found.codes) == ['layers_0/attention_0', 'layers_0/attention_1']
+  for codes, sublayer in zip(found.codes.values(), score.state.decoder.layers, strict=True):
+    window = sublayer.codes.shape[2]
+    np.testing.assert_array_equal(codes[-window:], sublayer.codes[0, 0])
+
+
+def test_a_text_goes_on_where_it_is_inspected(lm):
+  whole, state = lm.inspect(_TEXT), lm.score(_TEXT[:19]).state
+  part = lm.inspect(_TEXT[19:], state)
+  np.testing.assert_allclose(part.logits, whole.logits[19:], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(part.hidden, whole.hidden[:, 19:], rtol=1e-4, atol=1e-4)
+  with pytest.raises(ConfigError, match='at least one token'):
+    lm.inspect('')
+
+
+def test_what_it_is_can_be_seen(lm):
+  assert 'parameters, step 16 of ' in repr(lm) and 'checkpoint_16, ByteVocabulary)' in repr(lm)
 
 
 @pytest.mark.parametrize('cuts', [[0], [1], [7, 8], [8, 16, 24], [3, 3, 19], [9, 17, 45]])
@@ -297,6 +349,84 @@ def test_as_many_texts_as_sequences(lm):
     lm.read(lm.start(2), ['a'])
 
 
-def test_no_tokens_are_refused(lm):
-  with pytest.raises(ConfigError, match='num_tokens = 0'):
-    lm.generate(lm.start(), 0)
+@pytest.mark.parametrize('number', [0, 1.5, '1', None, True])
+def test_no_number_of_tokens_is_refused(lm, number):
+  with pytest.raises(ConfigError, match=f'num_tokens = {number!r}: give a whole number'):
+    lm.generate(lm.start(), number)
+
+
+_WRONG_TYPES = {
+  'encode': (lambda lm: lm.encode(3), 'the text = 3: give a str'),
+  'encode_bytes': (lambda lm: lm.encode(b'a'), "the text = b'a': give a str"),
+  'score': (lambda lm: lm.score(None), 'whole numbers from 0 to 263'),
+  'score_bytes': (lambda lm: lm.score(b'a'), 'whole numbers from 0 to 263'),
+  'score_ragged': (lambda lm: lm.score([[3], [3, 4]]), 'whole numbers from 0 to 263'),
+  'score_state': (lambda lm: lm.score('a', 3), 'state = int: give one of this model'),
+  'read': (lambda lm: lm.read(lm.start(), 3), 'texts = 3: give a list of texts'),
+  'read_bytes': (lambda lm: lm.read(lm.start(), b'a'), 'give a list of texts'),
+  'read_number': (lambda lm: lm.read(lm.start(), [3]), 'whole numbers from 0 to 263'),
+  'read_state': (lambda lm: lm.read(None, ['a']), 'state = NoneType: give one of'),
+  'text_of_rows': (lambda lm: lm.text([[3]]), 'whole numbers from 0 to 263'),
+  'text_negative': (lambda lm: lm.text([-1]), 'whole numbers from 0 to 263'),
+  'text_number': (lambda lm: lm.text(3), 'whole numbers from 0 to 263'),
+  'text_str': (lambda lm: lm.text('a'), 'whole numbers from 0 to 263'),
+  'num_bytes': (lambda lm: lm.num_bytes([-1]), 'whole numbers from 0 to 263'),
+  'sampling': (lambda lm: lm.generate(lm.start(), 1, 0, 0.9), 'sampling = 0.9: give a'),
+  'seed': (lambda lm: lm.generate(lm.start(), 1, 0.5), 'seed = 0.5'),
+  'generate_state': (lambda lm: lm.generate(lm.start().decoder, 1), 'state = DecoderState'),
+  'repeat': (lambda lm: lm.repeat(lm.start(), 0), 'times = 0: give a whole number'),
+  'repeat_state': (lambda lm: lm.repeat(3, 2), 'state = int'),
+  'save': (lambda lm: lm.save_state('x', 3), 'state = int'),
+  'undecoded': (lambda lm: lm.save_state('x', lm.start(), [b'', b'']), 'for each of 1 seq'),
+}
+
+
+@pytest.mark.parametrize(('call', 'message'), _WRONG_TYPES.values(), ids=_WRONG_TYPES)
+def test_what_is_of_another_type_is_refused(lm, call, message):
+  with pytest.raises(ConfigError, match=message):
+    call(lm)
+
+
+def test_a_state_of_other_sizes_is_refused(lm):
+  state = lm.start()
+  longer = jax.tree.map(lambda x: np.concatenate([x, x], axis=-1), state)
+  with pytest.raises(ConfigError, match='give one of this model'):
+    lm.read(longer, ['a'] * len(longer.token))
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    {'checkpoint': 3},
+    {'checkpoint': None},
+    {'gin_file': ['a.gin']},
+    {'gin_bindings': 'A = 1'},
+    {'gin_bindings': 3},
+    {'search_paths': 'folder'},
+    {'modules': 'tiny_task'},
+    {'modules': [3]},
+  ],
+  ids=str,
+)
+def test_what_is_loaded_is_named_as_such(tiny_run, arguments):
+  ((name, value),) = arguments.items()
+  with pytest.raises(ConfigError, match=f'^{name} = '):
+    language_model.load(**{'checkpoint': str(tiny_run), **arguments})
+
+
+def test_neither_a_home_nor_a_temporary_folder_is_needed(tiny_run, monkeypatch):
+  """TensorFlow's import asks for the latter, by way of absl."""
+
+  def nowhere():
+    raise FileNotFoundError(2, 'No usable temporary directory found')
+
+  monkeypatch.delenv('HOME', raising=False)
+  monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}[uid])
+  monkeypatch.setattr(tempfile, 'tempdir', None)
+  monkeypatch.setattr(tempfile, '_get_default_tempdir', nowhere)
+  assert load(tiny_run).text([100]) == 'a'
+  assert tempfile.gettempdir() == os.curdir
+
+
+def test_iterators_of_tokens_are_text(lm):
+  assert lm.text(iter([100, 101])) == lm.text(np.array([100, 101])) == 'ab'

@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tvq_t5x import train
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import parsing
+from tvq_t5x.network.sublayers import of_layer as sublayers_of_layer
 from tvq_t5x.planning.program import configured_program
 from tvq_t5x.standalone import configuration
 from tvq_t5x.training import placement, run_limits
-from tvq_t5x.training.optimizers import adafactor, adamw, warmup_cosine
+from tvq_t5x.training.optimizers import adafactor, adamw, warmup_cosine, warmup_linear
 from tvq_t5x.training.partitioning import own_axis_rules
 
 pytestmark = pytest.mark.quick
@@ -28,16 +29,23 @@ pytestmark = pytest.mark.quick
 _ROOT = pathlib.Path(parsing.gin_root())
 _FILES = sorted(str(path.relative_to(_ROOT)) for path in _ROOT.rglob('*.gin'))
 _RUNS = [name.removesuffix('.gin') for name in _FILES if '/' not in name]
+_LRA = ('lra_listops', 'lra_text', 'lra_retrieval', 'lra_image', 'lra_pathfinder', 'lra_pathx')
+# Those of small widths.
+_SMALL = ('digits_longvq', 'listops_small', *_LRA)
 # Those with fewer sequences in a batch than a pod has cores.
-_QUICK = ('kjv_tiny', 'photos64_tiny')
+_QUICK = ('kjv_tiny', 'photos64_tiny', 'text_tiny', *_SMALL)
 _OF_T5X = 'runs/pretrain.gin'
 _OF_RUNNER = 'standalone/gin/runs/pretrain.gin'
+# What tasks have in common.
+_OF_TASKS = ('tasks/task.gin', 'tasks/classification.gin')
 _SHARED = [name for name in _FILES if not name.startswith(('runs/', 'standalone/'))]
 
 # Devices, as JAX counts them: cores of a v3, chips of the others.
 _MESHES = {
   'data_parallel': 8,
   'model_parallel_2': 8,
+  'gpu_8': 8,
+  'gpu_16': 16,
   'one_device': 1,
   'v3_8': 8,
   'v3_32': 32,
@@ -46,6 +54,11 @@ _MESHES = {
   'v5e_64': 64,
   'v5p_128': 64,
 }
+# Those that share out what a run of small widths has too little of.
+_PODS = ('v3_32', 'v3_128', 'v4_64', 'v5e_64', 'v5p_128')
+_RUNS_ON_MESHES = [
+  (run, mesh) for run in _RUNS for mesh in _MESHES if run not in _SMALL or mesh not in _PODS
+]
 _PERIODS = ('log_period', 'eval_period', 'sample_period', 'checkpoint_period')
 
 # The paper's Table 10 and released scripts.
@@ -204,8 +217,7 @@ def test_both_pretrain_files_set_the_same_macros():
   assert macros(_OF_T5X) <= macros(_OF_RUNNER)
 
 
-@pytest.mark.parametrize('mesh', _MESHES)
-@pytest.mark.parametrize('run', _RUNS)
+@pytest.mark.parametrize(('run', 'mesh'), _RUNS_ON_MESHES)
 def test_every_array_of_every_run_divides_on_every_mesh(run, mesh):
   program = _program(run, mesh)
   assert program.partitioner.mesh.size == _MESHES[mesh]
@@ -279,6 +291,44 @@ def test_the_papers_runs_have_its_settings(run):
   assert gin.query_parameter('TOP_P/gin.macro.value') == expected['top_p']
 
 
+# Mega's (arXiv 2209.10655): layers, D, V, K, rate, decay, batch, dropout, updates, warm-up.
+_MEGA = {
+  'lra_listops': (6, 80, 160, 64, 1e-3, 0.01, 64, 0.1, 90_000, 3_000),
+  'lra_text': (4, 128, 256, 64, 4e-3, 0.01, 50, 0.1, 25_000, 10_000),
+  'lra_retrieval': (6, 128, 256, 64, 3e-3, 0.04, 64, 0.1, 92_000, 10_000),
+  'lra_image': (8, 160, 320, 96, 1e-2, 0.02, 50, 0.0, 180_000, 9_000),
+  'lra_pathfinder': (6, 128, 256, 64, 1e-2, 0.01, 128, 0.0, 250_000, 50_000),
+  'lra_pathx': (4, 64, 128, 32, 1e-2, 0.01, 128, 0.0, 125_000, 25_000),
+}
+
+
+@pytest.mark.parametrize('run', _LRA)
+def test_the_runs_of_the_arena_start_from_megas_settings(run):
+  config = _program(run, 'data_parallel').model.config
+  batch_size = re.search('^BATCH_SIZE = (.+)$', (_ROOT / f'{run}.gin').read_text(), re.MULTILINE)
+  optimizer, schedule = gin.get_bindings(adamw), gin.get_bindings(warmup_linear)
+  assert (
+    *(config.num_layers, config.emb_dim, config.value_dim, config.key_dim),
+    *(schedule['peak'], optimizer['weight_decay'], int(batch_size[1])),
+    *(config.residual_dropout_rate, schedule['total_steps'], schedule['warmup_steps']),
+  ) == _MEGA[run]
+  assert optimizer['decay_follows_rate'] and optimizer['clip_norm'] == 1.0
+  assert config.mlp_dim == 2 * config.emb_dim and config.bidirectional
+
+
+@pytest.mark.parametrize('run', ['lra_listops', 'lra_retrieval', 'lra_image'])
+def test_one_setting_makes_transformer_vq_of_longvq(run):
+  settings = 'tvq_t5x.network.config.TransformerConfig.sublayers'
+  sublayers = [
+    [
+      type(x.mixer).__name__
+      for x in sublayers_of_layer(_program(run, 'data_parallel', *changes).model.config)
+    ]
+    for changes in ((), (f'{settings} = None',))
+  ]
+  assert sublayers == [['LongVQ', 'Mlp'], ['VQAttention', 'VQAttention']]
+
+
 def _default(function, name):
   return inspect.signature(function).parameters[name].default
 
@@ -331,8 +381,7 @@ def _parse_as(name, monkeypatch, files, *bindings, folder=_ROOT.parent):
 
 
 @_needs_t5x
-@pytest.mark.parametrize('mesh', _MESHES)
-@pytest.mark.parametrize('run', _RUNS)
+@pytest.mark.parametrize(('run', 'mesh'), _RUNS_ON_MESHES)
 def test_t5x_places_the_arrays_of_every_run_like_the_runner(run, mesh, monkeypatch):
   program = _program(run, mesh)
   files = [f'gin/{run}.gin', f'gin/mesh/{mesh}.gin']
@@ -358,9 +407,9 @@ def test_t5x_trains_what_the_runner_trains(run, monkeypatch):
   checked = gin.get_configurable('tvq_t5x.t5x_adapter.trainer.checked_trainer')
   gin.bind_parameter('MODEL/gin.macro.value', program.model)
   trainer = checked()  # Refuses what does not fit together.
-  assert trainer.update_len == program.update_len
+  assert (trainer.update_len or program.length) == program.update_len
   lengths = gin.query_parameter('TASK_FEATURE_LENGTHS/gin.macro.value')
-  assert lengths['targets'] == program.length
+  assert lengths[program.model.LENGTH_FEATURE] == program.length
 
 
 @_needs_t5x
@@ -416,11 +465,16 @@ def test_t5x_programs_read_their_run_files(program, files, required, monkeypatch
 
 @_needs_t5x
 @pytest.mark.parametrize(
-  'task', [n for n in _SHARED if n.startswith('tasks/') and n != 'tasks/task.gin']
+  'task', [n for n in _SHARED if n.startswith('tasks/') and n not in _OF_TASKS]
 )
 @pytest.mark.parametrize('program', ['eval', 'infer', 'export'])
 def test_t5x_programs_refuse_no_task(program, task, monkeypatch):
-  parts = [f'runs/{program}.gin', 'models/transformer_vq.gin', 'sizes/tiny.gin', task]
+  model = 'transformer_vq'
+  if 'tasks/classification.gin' in (_ROOT / task).read_text():
+    if program == 'export':
+      pytest.skip('T5X exports language models only.')
+    model = 'transformer_vq_encoder'
+  parts = [f'runs/{program}.gin', f'models/{model}.gin', 'sizes/tiny.gin', task]
   _parse_as(program, monkeypatch, [f'gin/{part}' for part in (*parts, 'mesh/v3_8.gin')])
   with pytest.raises(ConfigError, match='^required, but not set: [A-Z_, ]+; set each .*$'):
     gin.finalize()

@@ -12,8 +12,6 @@ from tvq_t5x.gin_support import checks  # noqa: F401, it makes gin.finalize chec
 
 pytestmark = pytest.mark.quick
 
-pytestmark = pytest.mark.quick
-
 _BASE = """
 import dataclasses
 
@@ -164,20 +162,9 @@ MODEL_DIR = 'runs/kjv'
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _library(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('library')
-  (folder / 'checks_base.py').write_text(_BASE)
-  (folder / 'checks_library.py').write_text(_LIBRARY)
-  sys.path.insert(0, str(folder))
-  yield
-  sys.path.remove(str(folder))
-
-
-@pytest.fixture(autouse=True)
-def _clear():
-  gin.clear_config()
-  yield
-  gin.clear_config()
+def _library(folder_of_modules):
+  (folder_of_modules / 'checks_base.py').write_text(_BASE)
+  (folder_of_modules / 'checks_library.py').write_text(_LIBRARY)
 
 
 def _check(*lines):
@@ -203,6 +190,60 @@ def test_refuses_a_macro_that_nothing_uses():
   problem = _problem(_SET, 'BATCH_SZIE = 8')
   assert problem.count('\n') == 0
   assert 'BATCH_SZIE' in problem and 'did you mean BATCH_SIZE?' in problem
+
+
+@pytest.mark.parametrize(
+  ('settings', 'macro', 'instead'),
+  [
+    (['lib.train.total_steps = 3'], 'TRAIN_STEPS', '--gin.TRAIN_STEPS=3'),
+    (["lib.train.model_dir = 'x'"], 'MODEL_DIR', r'--gin.MODEL_DIR=\"x\"'),
+    (["TASK_FEATURE_LENGTHS = {'targets': 3}"], 'LENGTH', '--gin.LENGTH=...'),
+    (['lib.train.model = @lib.Base()'], 'MODEL', '--gin.MODEL=...'),
+    (
+      ['train/lib.DataSettings.batch_size = 3', 'train_eval/lib.DataSettings.batch_size = 4'],
+      'BATCH_SIZE',
+      '--gin.BATCH_SIZE=3',
+    ),
+  ],
+)
+def test_names_what_has_taken_the_place_of_a_macro_s_users(settings, macro, instead):
+  problem = _problem(_SET, *settings)
+  assert problem.startswith(f'{macro} is set but no setting uses %{macro}, whose place ')
+  for setting in settings:
+    key = setting.replace('lib.', '').partition(' = ')[0]
+    assert f'{key} = ' in problem
+  assert problem.endswith(f'set {macro} itself: {instead}')
+  # Nothing of it is left for the next configuration.
+  assert 'whose place' not in _problem(_SET, f'{macro}S = 1')
+
+
+@pytest.mark.parametrize(
+  ('setting', 'instead'),
+  [
+    ('batch_size = 3', 'set BATCH_SIZE itself: --gin.BATCH_SIZE=3'),
+    ('shuffle = 1', 'set that'),
+  ],
+)
+def test_refuses_a_setting_that_inner_scopes_hide(setting, instead):
+  problem = _problem(_SET, f'lib.DataSettings.{setting}').split('\n')[0]
+  name = setting.partition(' = ')[0]
+  assert problem.startswith(f'DataSettings.{setting} changes nothing')
+  assert f'train/DataSettings.{name}, train_eval/DataSettings.{name} hold' in problem
+  assert problem.endswith(instead)
+
+
+@pytest.mark.parametrize(
+  'lines',
+  [
+    ["lib.DataSettings.split = 'train'"],  # train/ has none of its own.
+    ['lib.DataSettings.batch_size = 3', 'lib.Model.anything = @lib.DataSettings()'],
+    ['lib.train.checkpoint = @a/b/lib.Plain()', 'lib.Plain.width = 1', 'a/lib.Plain.other = 2'],
+    # A default.
+    ['lib.train.checkpoint = @a/lib.Plain()', 'lib.Plain.width = 1', 'a/lib.Plain.width = 2'],
+  ],
+)
+def test_a_setting_that_some_scope_takes_is_used(lines):
+  _check(_SET, *lines)
 
 
 def test_macros_may_use_each_other():

@@ -32,6 +32,7 @@ def test_what_is_bound_and_what_holds_by_default(tmp_path):
     'adamw.eps': 1e-9,
     'adamw.weight_decay': 0.0,
     'adamw.clip_norm': 1.0,
+    'adamw.decay_follows_rate': False,
   }
 
 

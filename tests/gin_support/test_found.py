@@ -15,6 +15,7 @@ _DYNAMIC = 'from __gin__ import dynamic_registration\n'
 _ACCEPTED = (
   _DYNAMIC
   + """
+from tvq_t5x.data import classification
 from tvq_t5x.data import datasets
 from tvq_t5x.network import config
 from tvq_t5x.standalone import runner
@@ -46,8 +47,14 @@ _REFUSED = {
   'from tvq_t5x.common import files': 'tvq_t5x.common.files',
   'from tvq_t5x.standalone import samples as runner': None,
   "datasets.vocabulary.module = 'this'": 'this',
+  "classification.task_format.module = 'this'": 'this',
   "MODULE = 'this'": 'this',
   'datasets.vocabulary.module = %OTHER\nOTHER = %MODULE\nMODULE = "this"': 'this',
+  "datasets.vocabulary.module = %a/OTHER\na/OTHER = 'this'": 'this',
+  "datasets.vocabulary.module = %OTHER\nOTHER/gin.macro.value = 'this'": None,
+  "datasets.vocabulary.module = %OTHER\nOTHER/gin.macro:\n  value = 'this'": None,
+  'datasets.vocabulary.module = %UNSET': None,
+  'datasets.vocabulary.module = @MODULE/gin.macro()': None,
   'from tvq_t5x import tasks': 'tvq_t5x.tasks',
   'enwik8.zipfile.ZipFile.file = "x"': 'tvq_t5x.tasks.enwik8',
 }

@@ -1,7 +1,6 @@
 """Where gin files are found, what is said of a wrong one, and how arguments are rewritten."""
 
 import os
-import sys
 
 import gin
 import pytest
@@ -46,23 +45,13 @@ _DIR = ["MODEL_DIR = 'runs'"]
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _library(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('library')
-  (folder / 'ginfakes').mkdir()
-  (folder / 'ginfakes' / '__init__.py').write_text('')
-  (folder / 'ginfakes' / 'data.py').write_text(_LIBRARY)
-  (folder / 'ginfakes' / 'broken.py').write_text('raise ValueError("the module itself is broken")')
-  (folder / 'ginfakes' / 'packed.gin').write_text('PACKED = 1')
-  sys.path.insert(0, str(folder))
-  yield
-  sys.path.remove(str(folder))
-
-
-@pytest.fixture(autouse=True)
-def _clear():
-  gin.clear_config()
-  yield
-  gin.clear_config()
+def _library(folder_of_modules):
+  fakes = folder_of_modules / 'ginfakes'
+  fakes.mkdir()
+  (fakes / '__init__.py').write_text('')
+  (fakes / 'data.py').write_text(_LIBRARY)
+  (fakes / 'broken.py').write_text('raise ValueError("the module itself is broken")')
+  (fakes / 'packed.gin').write_text('PACKED = 1')
 
 
 @pytest.fixture

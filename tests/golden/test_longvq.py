@@ -1,16 +1,14 @@
 """A LongVQ block beside a dense oracle of its definition: values, codes and every gradient."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_golden import needs
+from util import call_of
 
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.longvq.longvq import LongVQ
-from tvq_t5x.network.mixers import Call
 from tvq_t5x.network.mlp import Mlp
 
 # The names in the files of parameters [D, H * width] or [H * width], and ours.
@@ -31,6 +29,7 @@ def config_of(case, **overrides):
     'window_len': r['M'],
     'mlp_dim': 2 * r['D'],
     'mlp_activation': 'silu',
+    'bidirectional': r['bidirectional'],
   }
   return TransformerConfig(**{**fields, **overrides})
 
@@ -85,19 +84,8 @@ def params_of(case, arrays):
 
 def modules(case, **overrides):
   c, r = config_of(case), case.reference
-  fields = {'bidirectional': r['bidirectional'], 'state_size': r['N'], **overrides}
+  fields = {'state_size': r['N'], **overrides}
   return LongVQ(c, **fields), Mlp(c)
-
-
-def call_of(mask, position=0, lengths=None, step=None):
-  batch_size = len(mask)
-  return Call(
-    position=jnp.full([batch_size], position, jnp.int32),
-    loss_mask=jnp.asarray(mask, jnp.float32),
-    example_ids=jnp.arange(batch_size),
-    lengths=lengths,
-    step=step,
-  )
 
 
 def run(case, block, mlp, params, x, state=None, mask=None, **call):
@@ -126,7 +114,7 @@ def test_values_codes_and_gradients(case, reduction, chunk_len):
   params = params_of(case, case.tree('params/'))
   block = block.clone(config=config_of(case, reduction=reduction))
 
-  @functools.partial(jax.jit, static_argnums=())
+  @jax.jit
   def value_and_grad(params, x):
     def loss(params, x):
       y, _, aux, inside = run(case, block, mlp, params, x)

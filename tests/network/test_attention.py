@@ -15,6 +15,8 @@ from tvq_t5x.network.vq.attention import Keys, Queries, log_counts, vq_attention
 from tvq_t5x.network.vq.cache import init_attention_state
 from tvq_t5x.network.vq.oracle import dense_attention
 
+REDUCTIONS = [reduction for reduction in Reduction if reduction != Reduction.AUTO]
+
 
 def make_config(**overrides):
   fields = {
@@ -163,7 +165,7 @@ def test_equals_oracle_on_awkward_sizes(case):
   ],
 )
 def test_every_reduction_equals_oracle(lengths, overrides):
-  assert_equals_oracle(make_config(**overrides), lengths, 2, 0, Reduction)
+  assert_equals_oracle(make_config(**overrides), lengths, 2, 0, REDUCTIONS)
 
 
 def test_state_does_not_depend_on_segments_or_block_length():
@@ -298,7 +300,7 @@ def test_large_scores_stay_exact():
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize('reduction', Reduction)
+@pytest.mark.parametrize('reduction', REDUCTIONS)
 def test_bfloat16_is_close_and_counts_are_exact(reduction):
   config = make_config(
     block_len=301, num_codes=2, dtype='bfloat16', reduction=reduction, remat='none'

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from util import assert_close
 
 from tvq_t5x.network.attention import Queries
+from tvq_t5x.network.quadratic import all_pairs_attention
 from tvq_t5x.network.vq.attention import Keys
 from tvq_t5x.network.vq.bidirectional import bidirectional_attention
 
@@ -47,12 +48,22 @@ def dense(queries, keys, distances, mask, block_len):
   return jnp.einsum('BNGIJ,BJNV->BINGV', jax.nn.softmax(scores, axis=-1), keys.values)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(st.integers(1, 17), st.integers(1, 6), st.integers(0, 9), st.booleans())
 def test_it_is_attention_to_all_pairs(length, block_len, reach, projected):
   queries, keys, distances, codebook, mask = draw(length, reach, projected)
   found = bidirectional_attention(queries, keys, distances, codebook, mask, block_len)
   expected = dense(queries, keys, distances, mask, min(block_len, length))
+  shown = mask[..., None, None, None] > 0
+  assert_close(jnp.where(shown, found, 0), jnp.where(shown, expected, 0), atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(st.integers(1, 17), st.integers(0, 20), st.booleans())
+def test_attention_to_unquantized_keys_is_too(length, reach, projected):
+  queries, keys, distances, _, mask = draw(length, reach, projected)
+  found = all_pairs_attention(queries, keys.quantized, keys.values, distances, mask)
+  expected = dense(queries, keys, distances, mask, block_len=length)
   shown = mask[..., None, None, None] > 0
   assert_close(jnp.where(shown, found, 0), jnp.where(shown, expected, 0), atol=1e-4, rtol=1e-4)
 

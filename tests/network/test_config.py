@@ -1,4 +1,6 @@
 import dataclasses
+import importlib.util
+import pathlib
 
 import jax.numpy as jnp
 import pytest
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.quick
   [
     ('head_type', 'multi', ['gated', 'mha', 'mqa']),
     ('attention_type', 'full', ['vq', 'quadratic']),
-    ('reduction', 'parallel', ['serial', 'matmul', 'associative']),
+    ('reduction', 'parallel', ['auto', 'serial', 'matmul', 'associative']),
     ('remat', True, ['none', 'attention', 'layer']),
     ('dtype', 'float16', ['float32', 'bfloat16']),
     ('dtype', 'floaty', ['float32', 'bfloat16']),
@@ -39,6 +41,8 @@ pytestmark = pytest.mark.quick
     ('residual_dropout_rate', -0.1, ['[0, 1)']),
     ('layer_drop_rate', 30, ['[0, 1)']),
     ('ema_decay', 1.0, ['[0, 1)']),
+    ('replace_below', 0.51, ['[0, 0.5]']),
+    ('replace_below', -0.1, ['[0, 0.5]']),
   ],
 )
 def test_refusals_name_the_field_and_what_is_accepted(field, value, accepted):
@@ -107,3 +111,12 @@ def test_number_of_blocks(length, blocks):
 def test_a_part_of_a_block_is_refused(length):
   with pytest.raises(ConfigError, match=rf'{length} tokens.*TransformerConfig.block_len = 4'):
     small_config(block_len=4).num_blocks(length)
+
+
+def test_the_table_of_settings_is_that_of_the_class():
+  path = pathlib.Path(__file__).parents[2] / 'docs' / 'settings_table.py'
+  module = importlib.util.module_from_spec(importlib.util.spec_from_file_location('table', path))
+  module.__spec__.loader.exec_module(module)
+  text = module.PAGE.read_text(encoding='utf-8')
+  assert module.page(text) == text, 'run python docs/settings_table.py'
+  assert module.table().count('\n') == 2 + len(dataclasses.fields(TransformerConfig))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from util import assert_close, small_config
+from util import assert_close, call_of, small_config
 
 from tvq_t5x.network.vq.quantizer import (
   MIN_COUNT,
@@ -28,7 +28,11 @@ def setup():
   keys = jnp.asarray(rng.normal(size=(3, 6, 2, 4)), jnp.float32)
   mask = jnp.asarray(rng.integers(0, 2, (3, 6)), jnp.float32)
   module = VectorQuantizer(config)
-  quantize = jax.jit(lambda params, keys, mask: module.apply({'params': params}, keys, mask))
+
+  @jax.jit
+  def quantize(params, keys, mask):
+    return module.apply({'params': params}, keys, call_of(mask))
+
   return quantize, params, keys, mask
 
 
@@ -134,6 +138,7 @@ def test_bfloat16_keys_keep_float32_losses(setup):
   [
     ([[1.0, 1, 1, 1]], 4),
     ([[0.0, 7, 0, 0]], 1),
+    ([[0.0, 0, 0, 0]], 1),  # Before the first update, where codes start from keys.
     ([[3.0, 0, 3, 0]], 2),
     ([[1.0, 1, 1, 1], [0, 0, 0, 5]], 2.5),
     ([[0.5, 0.25, 0.25, 0]], 2**1.5),

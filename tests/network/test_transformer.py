@@ -19,7 +19,7 @@ from util import (
 )
 
 from tvq_t5x.network.config import TransformerConfig
-from tvq_t5x.network.layers import DROPOUT, SEQUENCE_DROPOUT, Einsum, example_dropout
+from tvq_t5x.network.layers import DROPOUT, SEQUENCE_DROPOUT, Einsum, dropout
 from tvq_t5x.network.positions import sinusoids
 from tvq_t5x.network.transformer import Transformer, init_decoder_state
 
@@ -288,9 +288,10 @@ def test_initial_kernels_keep_the_variance():
 
 
 @pytest.mark.parametrize('per_example', [False, True])
-def test_example_dropout_rate(per_example):
+def test_dropout_rate(per_example):
   x = 2 + jnp.zeros([400, 5, 6])
-  out = np.asarray(example_dropout(jax.random.key(0), x, 0.3, jnp.arange(400), per_example))
+  position = None if per_example else jnp.zeros([400], jnp.int32)
+  out = np.asarray(dropout(jax.random.key(0), x, 0.3, jnp.arange(400), position))
   dropped = out == 0
   np.testing.assert_allclose(out[~dropped], 2 / 0.7, rtol=1e-6)
   # Four standard deviations of a mean of independent drops.
@@ -298,6 +299,16 @@ def test_example_dropout_rate(per_example):
   assert abs(dropped.mean() - 0.3) < 4 * (0.3 * 0.7 / independent) ** 0.5
   of_example = dropped.reshape(400, -1).mean(axis=1)
   assert np.all(np.isin(of_example, [0, 1])) == per_example
+
+
+def test_dropout_of_a_part_is_that_of_the_whole():
+  x, ids = jnp.ones([3, 7, 6]), jnp.array([4, 0, 9])
+  position = jnp.array([2, 0, 5])
+  whole = dropout(jax.random.key(0), x, 0.5, ids, position)
+  part = dropout(jax.random.key(0), x[1:, 3:], 0.5, ids[1:], position[1:] + 3)
+  np.testing.assert_array_equal(part, whole[1:, 3:])
+  masks = np.asarray(whole).reshape(21, 6) > 0
+  assert len(np.unique(masks, axis=0)) > 10  # Positions do not share their masks.
 
 
 def test_layer_drop_leaves_the_residual_stream():

@@ -1,27 +1,26 @@
-"""The plan of a run: what is read from a compiled program, and what is said of it."""
+"""The plan of a run: the program that is compiled, and what is said of it."""
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
-import textwrap
 
 import gin
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxlib import xla_client
-from tensorflow.compiler.xla.service import hlo_pb2
+from matplotlib import image as matplotlib_image
+from programs import SQUARE
 
 from tvq_t5x import plan
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import parsing
-from tvq_t5x.planning import hlo, report, topologies
+from tvq_t5x.planning import estimate as estimate_lib
+from tvq_t5x.planning import model_flops, report, topologies
 from tvq_t5x.planning import program as program_lib
-from tvq_t5x.training.placement import StateInfo
+from tvq_t5x.planning.collectives import Traffic
+from tvq_t5x.planning.work import Work
 
 needs_libtpu = pytest.mark.skipif(
   not importlib.util.find_spec('libtpu'), reason='libtpu is not installed'
@@ -31,160 +30,6 @@ _REFUSAL = (
   'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
   '(27.94G) exceeds available HBM (15.48G).'
 )
-
-# As libtpu writes it, shortened: a loop of 3, whose counter takes steps of 2, in a loop of 4, with
-# a matrix product and an all-reduce in the inner one.
-_LOOPS = (pathlib.Path(__file__).parent / 'loops.hlo').read_text()
-
-
-def _work(text: str) -> hlo.Work:
-  """Of a program that is given in XLA's notation."""
-  module = xla_client.hlo.hlo_module_from_text(text)
-  return hlo.work_of(hlo_pb2.HloModuleProto.FromString(module.as_serialized_hlo_module_proto()))
-
-
-def _program(*lines: str, before: str = '') -> str:
-  body = '\n'.join(f'  {line}' for line in lines)
-  return f'HloModule m\n\n{before}ENTRY %main {{\n{body}\n}}\n'
-
-
-def test_everything_in_a_loop_counts_as_often_as_it_runs():
-  work = _work(_LOOPS)
-  assert work.flops == 12 * 2 * 16 * 128 * 64
-  assert work.cycles == 12 * 100
-  assert work.collectives == {'all-reduce': hlo.Collective(12, 12 * 2 * 16 * 64)}
-  of_the_fusion, of_the_collective = 16 * 128 + 128 * 64 + 16 * 64, 2 * 16 * 64
-  # Three numbers of four bytes, besides, for the counter.
-  assert work.num_bytes == 12 * (2 * (of_the_fusion + of_the_collective) + 3 * 4)
-  assert work.unknown_loops == 0
-
-
-def test_loops_of_unknown_length_count_once_and_are_reported():
-  work = _work(_LOOPS.replace(', backend_config={"known_trip_count":{"n":"4"}}', ''))
-  assert work.unknown_loops == 1 and work.cycles == 3 * 100
-
-
-def test_a_product_whose_batch_is_an_axis_of_the_window():
-  text = _program(
-    '%left = bf16[128,64,1]{1,0,2} parameter(0)',
-    '%right = bf16[8,256,128]{2,1,0} parameter(1)',
-    'ROOT %c = bf16[8,256,64]{1,2,0} convolution(%left, %right), '
-    'window={size=8 pad=7_7 rhs_reversal=1}, dim_labels=fb0_0oi->0fb',
-  )
-  assert _work(text).flops == 2 * 8 * 256 * 64 * 128
-
-
-def test_a_convolution_with_strides_and_dilation_counts_what_is_not_padding():
-  text = _program(
-    '%left = f32[2,5,3]{2,1,0} parameter(0)',
-    '%right = f32[3,3,7]{2,1,0} parameter(1)',
-    'ROOT %c = f32[2,5,7]{2,1,0} convolution(%left, %right), '
-    'window={size=3 stride=2 pad=2_2 lhs_dilate=2}, dim_labels=b0f_0io->b0f',
-  )
-  # Positions o of 5 and k of 3 with 0 <= 2 o - 2 + k <= 8 and even: k = 0 and 2.
-  positions = sum(0 <= 2 * o - 2 + k <= 8 for o in range(5) for k in (0, 2))
-  assert _work(text).flops == 2 * 2 * 7 * 3 * positions
-
-
-@pytest.mark.parametrize(
-  ('shape', 'start', 'num_bytes'),
-  [
-    ('(f32[100], f32[800])', 'all-gather-start(%x), dimensions={0}', 8 * 400),
-    ('f32[800]', 'all-gather(%x), dimensions={0}', 8 * 400),
-    ('f32[25]', 'reduce-scatter(%x), dimensions={0}, to_apply=%add', 400),
-    ('(f32[100], f32[100])', 'collective-permute-start(%x), source_target_pairs={{0,1}}', 400),
-    ('f32[100]', 'all-reduce-start(%x), to_apply=%add', 400),
-  ],
-)
-def test_a_collective_has_the_bytes_of_the_whole_array(shape, start, num_bytes):
-  kind = start.partition('(')[0].removesuffix('-start')
-  add = """\
-    %add {
-      %a = f32[] parameter(0)
-      %b = f32[] parameter(1)
-      ROOT %sum = f32[] add(%a, %b)
-    }
-
-    """
-  lines = ['%x = f32[100] parameter(0)', f'%start = {shape} {start}']
-  if '-start' in start:
-    lines.append(f'ROOT %done = {shape.split(" ")[-1].strip(")")} {kind}-done(%start)')
-  work = _work(_program(*lines, before=textwrap.dedent(add)))
-  assert work.collectives == {kind: hlo.Collective(1, num_bytes)}
-
-
-def test_a_slice_of_an_array_moves_no_more_than_the_slice():
-  fusion = textwrap.dedent("""\
-    %slices (all: f32[24,100], i: s32[], new: f32[1,100]) -> f32[24,100] {
-      %all = f32[24,100]{1,0} parameter(0)
-      %i = s32[] parameter(1)
-      %new = f32[1,100]{1,0} parameter(2)
-      %zero = s32[] constant(0)
-      %old = f32[1,100]{1,0} dynamic-slice(%all, %i, %zero), dynamic_slice_sizes={1,100}
-      %sum = f32[1,100]{1,0} add(%old, %new)
-      ROOT %put = f32[24,100]{1,0} dynamic-update-slice(%all, %sum, %i, %zero)
-    }
-
-    """)
-  text = _program(
-    '%all.1 = f32[24,100]{1,0} parameter(0)',
-    '%i.1 = s32[] parameter(1)',
-    '%new.1 = f32[1,100]{1,0} parameter(2)',
-    'ROOT %f = f32[24,100]{1,0} fusion(%all.1, %i.1, %new.1), kind=kLoop, calls=%slices',
-    before=fusion,
-  )
-  # The old row, the new one, the index, and the row that is written.
-  assert _work(text).num_bytes == 400 + 400 + 4 + 400
-
-
-def test_a_slice_that_is_copied_meanwhile_moves_no_more_either():
-  text = _program(
-    '%all = f32[24,100] parameter(0)',
-    '%start = ((f32[24,100]), f32[1,100], s32[]) slice-start(%all), slice={[3:4], [0:100]}',
-    'ROOT %done = f32[1,100] slice-done(%start)',
-  )
-  assert _work(text).num_bytes == 400 + 400
-
-
-@pytest.mark.parametrize('condition', ['pred', 's32'])
-def test_what_both_branches_do_counts(condition):
-  branches = textwrap.dedent("""\
-    %square {
-      %a = f32[8,8] parameter(0)
-      ROOT %product = f32[8,8] dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-    }
-
-    %same {
-      ROOT %b = f32[8,8] parameter(0)
-    }
-
-    """)
-  names = {
-    'pred': 'true_computation=%square, false_computation=%same',
-    's32': 'branch_computations={%same, %square}',
-  }
-  text = _program(
-    f'%if = {condition}[] parameter(0)',
-    '%x = f32[8,8] parameter(1)',
-    f'ROOT %y = f32[8,8] conditional(%if, %x, %x), {names[condition]}',
-    before=branches,
-  )
-  assert _work(text).flops == 2 * 8 * 8 * 8
-
-
-def test_a_compiled_loop_over_eight_devices():
-  mesh = Mesh(np.array(jax.devices()), ('data',))
-  rows, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ('data', None))
-
-  def descend(x, w):
-    return jax.lax.scan(lambda w, _: (w - x.T @ (x @ w), None), w, length=5)[0]
-
-  x, w = jnp.zeros([64, 32]), jnp.zeros([32, 16])
-  compiled = jax.jit(descend, in_shardings=(rows, whole), out_shardings=whole).lower(x, w).compile()
-  work = hlo.work_of(hlo.module_of(compiled))
-  assert work.collectives == {'all-reduce': hlo.Collective(5, 5 * 4 * 32 * 16)}
-  assert work.flops == 5 * 2 * (2 * 8 * 32 * 16)
-  assert work.unknown_loops == 0
 
 
 def _configure(*bindings, files=(_TINY,)):
@@ -200,7 +45,7 @@ def _clear():
 def test_the_program_is_the_one_that_is_configured():
   _configure('BATCH_SIZE = 16', 'NUM_PARTITIONS = 2', 'NUM_MICROBATCHES = 4')
   program = program_lib.configured_program(jax.devices())
-  assert program[2:] == (16, 64, 32, 4)
+  assert program[2:] == (16, 64, 32, 4, None)
   assert program.num_updates == 2 and program.num_tokens == 16 * 64
   assert dict(program.partitioner.mesh.shape) == {'data': 4, 'model': 2}
 
@@ -217,53 +62,138 @@ def test_neither_text_nor_vocabulary_is_needed():
 
 
 @pytest.fixture(scope='module')
-def estimate():
+def compiled():
   _configure('BATCH_SIZE = 16', 'NUM_MICROBATCHES = 2')
   program = program_lib.configured_program(jax.devices())
-  return report.estimate(
-    program, 'v3:2x2', topologies.CHIPS['v3'], program_lib.compile_program(program)
-  )
+  return program, program_lib.compile_program(program)
+
+
+@pytest.fixture(scope='module')
+def estimate(compiled):
+  program, executable = compiled
+  return estimate_lib.estimate(program, 'v3:2x2', SQUARE, executable)
 
 
 def test_a_batch_has_the_collectives_of_all_updates_and_microbatches(estimate):
   # Devices that share only the batch sum gradients: twice for each update, in float32.
-  (kind,) = estimate.work.collectives
-  assert kind == 'all-reduce'
+  (key,) = estimate.work.traffic
+  assert key == ('all-reduce', 'data')
   gradients = 2 * 2 * 4 * estimate.state.num_parameters
-  assert estimate.work.collectives[kind].num_bytes == pytest.approx(gradients, rel=0.05)
+  assert estimate.work.traffic[key].num_bytes == pytest.approx(gradients, rel=0.05)
   assert estimate.work.unknown_loops == 0
   assert estimate.fits and estimate.memory.arguments < estimate.memory.total
 
 
+def _cells(*estimates):
+  """The rows of the tables by their first cell."""
+  text = report.tables({str(i): x for i, x in enumerate(estimates)})
+  lines = [line for line in text.splitlines() if line.startswith('| ')]
+  rows = [line.replace('| |', '|  |')[2:-2].split(' | ') for line in lines]
+  return {name: values[0] if len(values) == 1 else values for name, *values in rows}
+
+
 def test_the_table_has_what_the_compiler_said(estimate):
-  table = report.table(estimate)
-  cells = dict(line.strip('| ').split(' | ') for line in table.splitlines()[2:])
+  cells = _cells(estimate)
   assert cells['parameters'] == f'{estimate.state.num_parameters:,}'
   assert cells['devices'] == '8 (cpu cores), data 8 x model 1'
   assert cells['a batch'] == '16 sequences of 64 tokens, 2 updates of 2 microbatches'
-  assert 'all-reduce of a core for a batch' in cells
+  assert 'all-reduce over data of a core for a batch' in cells
   # No time without the compiler's cycles.
   assert not [name for name in cells if 'tokens/s' in name]
 
 
-def test_tokens_per_second_follow_from_cycles_and_clock(estimate):
-  work = hlo.Work(84_600_000_000_000, 10, 94_000_000, {}, unknown_loops=1)
-  table = report.table(report.dataclasses.replace(estimate, work=work))
-  assert '| FLOPs of a core for a batch | 84.6 T |' in table
-  assert '94 M cycles, 0.1 s' in table
-  assert f'| so, estimated, tokens/s | {16 * 64 * 10:,} |' in table
-  assert 'loops of unknown length, counted once | 1 ' in table
+def _with_work(estimate, **fields):
+  """An estimate of 0.1 s of cycles, 0.1 s of other instructions, and what `fields` say."""
+  work = Work(
+    flops=615_000_000_000,
+    num_bytes=10,
+    cycles=94_000_000,
+    bytes_without_estimate=45_000_000_000,
+    parts={'projections': 54_000_000, 'copies': 40_000_000},
+    traffic={},
+    unknown_loops=0,
+  )
+  work = dataclasses.replace(work, **fields)
+  return dataclasses.replace(estimate, work=work, model_flops=8 * 1_230_000_000_000)
+
+
+@pytest.mark.parametrize(
+  ('asynchronous', 'tokens_per_s', 'utilization'),
+  [
+    (0.0, '2,560', "5%, by the program's FLOPs 2%"),
+    (0.1, '2,560 to 3,413', "5% to 7%, by the program's FLOPs 2% to 3%"),
+    # Nothing hides what takes longer than all the rest.
+    (0.2, '2,560 to 5,120', "5% to 10%, by the program's FLOPs 2% to 5%"),
+  ],
+)
+def test_tokens_per_second_count_what_devices_exchange(
+  estimate, asynchronous, tokens_per_s, utilization
+):
+  traffic = {('all-gather', 'data'): Traffic(3, 10**9, 0.2, asynchronous)}
+  cells = _cells(_with_work(estimate, traffic=traffic))
+  assert cells['all-gather over data of a core for a batch'] == '1 GB in 3, 0.2 s'
+  assert cells["the compiler's estimate for a batch"] == '94 M cycles, 0.1 s'
+  assert cells['what it has no estimate for'] == '45 GB moved, 0.1 s'
+  assert cells['so, estimated, tokens/s'] == tokens_per_s
+  assert cells['utilization of the peak, 61.5 TFLOP/s'] == utilization
+
+
+def test_loops_of_unknown_length_are_told(estimate):
+  assert (
+    _cells(_with_work(estimate, unknown_loops=1))['loops of unknown length, counted once'] == '1'
+  )
+
+
+def test_the_parts_of_several_plans_stand_beside_each_other(estimate):
+  other = {'projections': 54_000_000, 'norm': 20_000_000, 'copies': 20_000_000}
+  cells = _cells(_with_work(estimate), _with_work(estimate, parts=other))
+  assert cells['projections'] == ['54 (57%)', '54 (57%)']
+  assert cells['copies'] == ['40 (43%)', '20 (21%)']
+  assert cells['norm'] == ['', '20 (21%)']
+
+
+def test_the_picture_has_a_bar_for_every_part(estimate, tmp_path):
+  path = str(tmp_path / 'parts.png')
+  report.draw(path, {'this': _with_work(estimate)})
+  low = matplotlib_image.imread(path).shape[0]
+  more = dict.fromkeys(['norm', 'cache', 'copies', 'optimizer'], 1000)
+  report.draw(path, {'this': _with_work(estimate, parts=more)})
+  assert matplotlib_image.imread(path).shape[0] > low
+
+
+def test_the_models_flops_are_those_of_its_products_forward_and_twice_backward():
+  _configure("config.TransformerConfig.attention_type = 'quadratic'", 'UPDATE_LEN = 64')
+  program = program_lib.configured_program(jax.devices())
+  c, tokens = program.model.config, program.num_tokens
+  d, k, h, v = c.emb_dim, c.key_dim, c.num_heads, c.value_width
+  projections = d * (2 * h * k + 3 * h * v) * tokens
+  scores_and_values = (h * k + h * v) * 64 * tokens
+  # What queries and distances give; a distance is projected once for all sequences.
+  distances = (c.window_len + 1) * h * k * (tokens + d)
+  layers = c.num_layers * 2 * (projections + scores_and_values + distances)
+  expected = 3 * 2 * (layers + d * c.vocab_size * tokens)
+  assert model_flops.model_flops(program) == expected
+
+
+def test_the_models_flops_do_not_depend_on_what_is_computed_again():
+  def flops(*bindings):
+    _configure('BATCH_SIZE = 16', *bindings)
+    return model_flops.model_flops(program_lib.configured_program(jax.devices()))
+
+  everything = flops("config.TransformerConfig.remat = 'layer'")
+  assert everything == flops("config.TransformerConfig.remat = 'none'")
 
 
 def _refused(estimate, text):
-  return report.refused(estimate.program, 'v3:2x2', estimate.chip, RuntimeError(text))
+  return estimate_lib.refused(estimate.program, 'v3:2x2', SQUARE, RuntimeError(text))
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(estimate):
   refused = _refused(estimate, _REFUSAL)
   assert not refused.fits
   assert refused.memory.temporaries == int(27.94 * 2**30)
-  assert isinstance(refused.state, StateInfo) and 'none, 13.4 GB too much' in report.table(refused)
+  assert refused.memory.arguments == estimate.state.num_bytes_per_device
+  assert _cells(refused)['headroom'] == 'none, 13.4 GB too much'
 
 
 def test_other_errors_of_the_compiler_are_not_hidden(estimate):
@@ -271,22 +201,27 @@ def test_other_errors_of_the_compiler_are_not_hidden(estimate):
     _refused(estimate, 'INTERNAL: something else')
 
 
-def _run(topology, *bindings, files=(_TINY,)):
-  return plan.run(files, bindings, (), topology)
+def _run(topology, *bindings, files=(_TINY,), **flags):
+  return plan.run(files, bindings, (), topology, **flags)
 
 
 def test_too_many_bytes_in_all_do_not_fit(estimate):
   chip = estimate.chip._replace(hbm_bytes=estimate.memory.total)
-  assert report.dataclasses.replace(estimate, chip=chip).fits
+  assert dataclasses.replace(estimate, chip=chip).fits
   chip = chip._replace(hbm_bytes=chip.hbm_bytes - 1)
-  assert not report.dataclasses.replace(estimate, chip=chip).fits
+  assert not dataclasses.replace(estimate, chip=chip).fits
+
+
+def _without_tpus(monkeypatch):
+  monkeypatch.setattr(topologies, 'devices_of', lambda topology: jax.devices())
+  monkeypatch.setattr(topologies, 'network_of', lambda topology, devices: SQUARE)
 
 
 def test_what_does_not_fit_exits_with_1_and_advice_that_is_accepted(monkeypatch, capsys):
   def refuse(program):
     raise jax.errors.JaxRuntimeError(_REFUSAL)
 
-  monkeypatch.setattr(topologies, 'devices_of', lambda topology: jax.devices())
+  _without_tpus(monkeypatch)
   monkeypatch.setattr(program_lib, 'compile_program', refuse)
   assert _run('v3:2x2', 'BATCH_SIZE = 16') == 1
   out, err = capsys.readouterr()
@@ -312,22 +247,81 @@ def test_advice_is_only_what_is_left_to_do(estimate):
     'NUM_MICROBATCHES = 8',
   )
   program = program_lib.configured_program(jax.devices())
-  advice = report.advice(report.dataclasses.replace(estimate, program=program))
+  advice = report.advice(dataclasses.replace(estimate, program=program))
   assert '--gin.' not in advice and 'a topology with more devices' in advice
+
+
+def test_settings_to_compare_come_after_the_others(compiled, monkeypatch, capsys):
+  _without_tpus(monkeypatch)
+  # What is compiled is not what this is about.
+  monkeypatch.setattr(program_lib, 'compile_program', lambda program: compiled[1])
+  others = 'gin/mesh/model_parallel_2.gin --gin.BATCH_SIZE=32', 'NUM_MICROBATCHES=2'
+  assert _run('v3:2x2', 'BATCH_SIZE = 16', compare=others) == 0
+  cells = [line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines()]
+  rows = {name: values for name, *values in cells}
+  assert rows['v3:2x2'] == ['as given', *others]
+  assert [x.split(', ')[1] for x in rows['devices']] == [
+    'data 8 x model 1',
+    'data 4 x model 2',
+    'data 8 x model 1',
+  ]
+  assert [x.split(' of ')[0] for x in rows['a batch']] == [
+    '16 sequences',
+    '32 sequences',
+    '16 sequences',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ({'compare': ['gin/mesh/v9.gin']}, '--gin_file=gin/mesh/v9.gin: no such file'),
+    ({'compare': ['BATCH_SIZE=12']}, 'DatasetConfig.batch_size = 12'),
+    ({'compare': ['NUM_PARTITIONS=3']}, 'is not accepted with 8 devices'),
+    ({'compare': [' ']}, '--compare is empty'),
+    ({'png': 'no_such_folder/parts.png'}, 'there is no folder'),
+  ],
+)
+def test_what_can_not_be_compared_or_drawn_is_refused_before_the_first_compile(
+  flags, message, monkeypatch, capsys
+):
+  _without_tpus(monkeypatch)
+  monkeypatch.setattr(program_lib, 'compile_program', None)
+  assert _run('v3:2x2', **flags) == 2
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('topology', 'wraps'),
+  [
+    ('v3:8x8', (False, False)),
+    ('v3:32x32', (True, True)),
+    ('v5e:16x8', (True, False)),
+    ('v4:4x4x2', (False, False, False)),
+    ('v4:4x4', (False, False, False)),
+    ('v5p:4x4x8', (True, True, True)),
+  ],
+)
+def test_axes_of_whole_pods_and_of_whole_cubes_wrap_around(topology, wraps):
+  network = topologies.network_of(topology, [])
+  assert network.wraps == wraps and len(network.shape) == len(wraps)
 
 
 @pytest.mark.parametrize(
   ('topology', 'message'),
   [
     ('', '--topology have to be given'),
+    ('v5e:8x8x2', 'give the chips along each of 2 axes'),
+    ('v3:0x2', 'give the chips along each of 2 axes'),
     ('v9:2x2', 'give one of v2, v3, v4, v5e, v5p, v6e'),
-    ('v3', 'give such as v3:8x8'),
+    ('v3', 'give the chips along each of 2 axes, such as v3:8x8'),
     ('v3-128', 'give one of v2'),
   ],
 )
 def test_unknown_topologies_are_refused(topology, message, capsys):
   assert _run(topology) == 2
-  assert message in capsys.readouterr().err
+  (line,) = capsys.readouterr().err.splitlines()
+  assert message in line
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
@@ -339,9 +333,9 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
   assert 'pip install libtpu' in capsys.readouterr().err
 
 
-def _command(flags):
+def _command(flags, *args):
   return subprocess.run(
-    [sys.executable, '-m', 'tvq_t5x.plan', f'--gin_file={_TINY}', '--topology=v3:2x2'],
+    [sys.executable, '-m', 'tvq_t5x.plan', f'--gin_file={_TINY}', '--topology=v3:2x2', *args],
     env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(pathlib.Path(_TINY).parent)},
     capture_output=True,
     text=True,
@@ -350,11 +344,18 @@ def _command(flags):
 
 
 @needs_libtpu
-def test_the_command_compiles_for_tpus():
-  done = _command(flags='')
+def test_the_command_compiles_for_tpus(tmp_path):
+  path = tmp_path / 'parts.png'
+  longvq = 'gin/models/longvq.gin'
+  done = _command('', f'--compare={longvq} NUM_PARTITIONS=2', f'--png={path}')
   assert done.returncode == 0, done.stderr
-  assert '| devices | 8 (TPU v3 cores), data 8 x model 1 |' in done.stdout
-  assert '| so, estimated, tokens/s | ' in done.stdout
+  devices = '8 (TPU v3 cores), data'
+  assert f'| devices | {devices} 8 x model 1 | {devices} 4 x model 2 |' in done.stdout
+  rows = {line.split(' | ')[0].strip('| ') for line in done.stdout.splitlines()}
+  assert rows > {'so, estimated, tokens/s', 'collectives', 'utilization of the peak, 61.5 TFLOP/s'}
+  assert rows > {'projections', 'quantizer', 'optimizer', 'logits and loss', 'state-space layer'}
+  assert 'Assumed: chips 2 x 2, links of 82 GB/s each way' in done.stdout
+  assert matplotlib_image.imread(path).shape[0] > 100
   (log,) = done.stderr.splitlines()
   assert log.endswith('Compiling; the large models take minutes.')
 

@@ -38,7 +38,7 @@ def test_settings_are_built():
   settings = configuration.run_settings()
   assert (settings.model_dir, settings.sample_cfg) == ('runs/x', None)
   assert (settings.batch_size, settings.length) == (16, 64)
-  assert (settings.updates, settings.segment_len) == (2, 32)
+  assert (settings.updates, settings.update_tokens) == (2, 32)
   assert settings.evaluated.keys() == {VALIDATION, TEST}
   assert settings.evaluated[TEST].split == 'test'
   assert len(settings.dataset_cfgs) == 3

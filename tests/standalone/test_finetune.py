@@ -83,6 +83,7 @@ def test_an_interrupted_one_goes_on_by_itself(source, tuned, tmp_path):
   assert layout.read_metadata(layout.folder(folder, 16))[_CHECKSUMS] == whole[_CHECKSUMS]
 
 
+@pytest.mark.slow
 def test_state_that_sequences_carry_begins_anew(tmp_path):
   carry = {'CARRY_STATE': True, 'SHUFFLE_TRAIN_EXAMPLES': False}
   assert _run(tmp_path / 'source', TRAIN_STEPS=8, **carry) == 0

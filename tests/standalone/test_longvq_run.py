@@ -24,6 +24,8 @@ SETTINGS = {
   'longvq.LongVQ.state_size': 4,
   'optimizers.warmup_cosine.total_steps': 8,
   'longvq.LongVQ.chunk_len': 12,
+  'config.TransformerConfig.codes_from_keys': True,
+  'config.TransformerConfig.replace_below': 0.5,
 }
 pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
 
@@ -46,7 +48,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
     run(tmp_path / 'run', TRAIN_STEPS=steps)
   found = [layout.read_metadata(layout.folder(f, 8)) for f in (whole, tmp_path / 'run')]
   assert found[0]['checksums'] == found[1]['checksums']
-  assert found[0]['model']['sublayers'] == [{'longvq': {'chunk_len': 12, 'state_size': 4}}, 'mlp']
+  assert found[0]['model']['sublayers'] == [{'longvq': {'state_size': 4}}, 'mlp']
 
 
 @pytest.mark.parametrize('carry_state', [False, True])

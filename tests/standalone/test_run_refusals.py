@@ -308,6 +308,6 @@ def test_the_command_line(tmp_path):
   assert nothing.returncode == 2
   assert nothing.stderr.startswith('error: no --gin_file') and 'kjv_tiny.gin' in nothing.stderr
   unknown = call('--gni_file=x')
-  assert unknown.returncode == 1 and "Unknown command line flag 'gni_file'" in unknown.stderr
+  assert unknown.returncode == 2 and "Unknown command line flag 'gni_file'" in unknown.stderr
   unquoted = call('--gin_file=gin/kjv_tiny.gin', '--gin.MODEL_DIR=runs')
   assert unquoted.returncode == 2 and '--gin.MODEL_DIR=\\"runs\\"' in unquoted.stderr

@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tvq_t5x.data import datasets
 from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
 from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.mixers import Call
 from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.training.models import TransformerVQModel
 
@@ -76,6 +77,14 @@ def random_tokens(config: TransformerConfig, *shape: int, seed: int = 0) -> jax.
   """Any ids but 0, which is padding."""
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.integers(1, config.vocab_size, shape), jnp.int32)
+
+
+def call_of(mask, position=0, **fields) -> Call:
+  """What sublayers are told of a batch [B, T] whose positions count as the mask says."""
+  batch_size = len(mask)
+  fields = {'lengths': None, 'step': None, 'example_ids': jnp.arange(batch_size), **fields}
+  position = jnp.full([batch_size], position, jnp.int32)
+  return Call(position=position, loss_mask=jnp.asarray(mask, jnp.float32), **fields)
 
 
 def random_batch(config: TransformerConfig, *shape: int, seed: int = 0) -> dict[str, jax.Array]:

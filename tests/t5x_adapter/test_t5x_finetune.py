@@ -9,7 +9,9 @@ pytest.importorskip('t5x.train', reason='T5X is not installed: fine-tuning with 
 
 import t5x_runs
 from t5x_runs import STEPS
+from util import one_device
 
+from tvq_t5x import convert
 from tvq_t5x.checkpoints import layout
 
 _FROM_SCRATCH = 'utils.RestoreCheckpointConfig.fallback_to_scratch = True'
@@ -64,3 +66,19 @@ def test_the_optimizer_can_be_left_behind(trained, tmp_path):
   found, old = t5x_runs.arrays(folder, 0), t5x_runs.arrays(trained, STEPS)
   for name, x in found.items():
     np.testing.assert_array_equal(x, old[name] if 'target/' in name else 0, err_msg=name)
+
+
+def test_it_starts_from_a_checkpoint_that_was_exported(trained, tmp_path):
+  exported, back = tmp_path / 'exported', tmp_path / 'back'
+  gin_files, bindings = [t5x_runs.TINY], t5x_runs.bindings(**t5x_runs.SHORT)
+  with one_device():
+    options = convert.Options(checkpoint=str(trained), output=str(exported))
+    assert convert.run(options, gin_files, bindings) == 0
+    options = convert.Options(folder=str(exported), output=str(back))
+    assert convert.run(options, modules=['tiny_task']) == 0
+  source, found = t5x_runs.arrays(trained, STEPS), t5x_runs.arrays(back, STEPS)
+  assert {k: np.shape(x) for k, x in found.items()} == {k: np.shape(x) for k, x in source.items()}
+  for name, x in found.items():
+    if name.startswith('target/') or name == 'state/step':
+      np.testing.assert_array_equal(x, source[name], err_msg=name)
+  assert finetune(back, tmp_path / 'run')[0] == STEPS + 4

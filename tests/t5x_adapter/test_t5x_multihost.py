@@ -25,7 +25,7 @@ SCRIPT = [t5x_train.__file__]
 class Hosts:
   """Processes of one run, each with one device; a context that leaves none of them behind."""
 
-  def __init__(self, program, count, folder, environment, **macros):
+  def __init__(self, program, count, folder, environment, files=(t5x_runs.TINY,), **macros):
     with socket.socket() as s:
       s.bind(('localhost', 0))
       address = f'localhost:{s.getsockname()[1]}'
@@ -40,7 +40,7 @@ class Hosts:
     self._command = [
       sys.executable,
       *program,
-      f'--gin_file={t5x_runs.TINY}',
+      *(f'--gin_file={file}' for file in files),
       *(f'--gin.{name}={value!r}' for name, value in macros.items()),
       '--multiprocess_gpu',
       f'--coordinator_address={address}',
@@ -124,3 +124,23 @@ def test_a_host_dies_and_all_are_started_again(trained, environment, tmp_path):
     hosts.finish()
   assert_same_arrays(folder, trained)
   assert_same_metrics(folder, trained)
+
+
+@pytest.mark.slow
+def test_longvq_whose_codes_are_replaced_trains_on_two_hosts_as_on_one(environment, tmp_path):
+  """The keys that codes are set to are those of the same places in the global batch."""
+  steps = 12
+  macros = {
+    'TRAIN_STEPS': steps,
+    'CHECKPOINT_PERIOD': steps,
+    'EVAL_PERIOD': steps,
+    'config.TransformerConfig.codes_from_keys': True,
+    'config.TransformerConfig.replace_below': 0.5,
+    'longvq.LongVQ.state_size': 4,
+  }
+  files = [t5x_runs.TINY, str(t5x_runs.ROOT / 'gin' / 'models' / 'longvq.gin')]
+  t5x_runs.train(tmp_path / 'one', files=files, **macros)
+  with Hosts(SCRIPT, 2, tmp_path, environment, files, NUM_MICROBATCHES=2, **macros) as hosts:
+    hosts.finish()
+  # Normalized keys leave little of the gradients of what scales them.
+  assert_same_arrays(tmp_path / 'run', tmp_path / 'one', steps, 20 * 1e-5)

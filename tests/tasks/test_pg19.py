@@ -57,6 +57,11 @@ def test_every_token_once(folder, model, split, length):
   assert (folder / 'token_cache').is_dir()
 
 
+def test_no_server_is_asked(folder, no_network):
+  assert sequences('pg19', 16, 'test')
+  assert no_network == []
+
+
 def test_counts(folder, model):
   texts = [text.strip() for text in PG19['test']]
   task = seqio.get_mixture_or_task('pg19')

@@ -1,5 +1,8 @@
 """With JAX's numbers of 64 bits, which T5X may be run with, a model computes the same."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -69,6 +72,7 @@ def _all(fields):
   return jax.device_get(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', _MODELS.values(), ids=_MODELS)
 def test_all_is_as_without_numbers_of_64_bits(fields):
   expected = _all(fields)
@@ -78,3 +82,15 @@ def test_all_is_as_without_numbers_of_64_bits(fields):
   leaves = jax.tree_util.tree_leaves_with_path(found)
   for (path, ours), theirs in zip(leaves, jax.tree.leaves(expected), strict=True):
     assert ours.dtype == theirs.dtype, jax.tree_util.keystr(path)
+
+
+def test_t5x_s_programs_may_promote(monkeypatch):
+  """The gin files for them import the adapter."""
+  monkeypatch.setenv('JAX_NUMPY_RANK_PROMOTION', 'raise')
+  monkeypatch.setenv('JAX_NUMPY_DTYPE_PROMOTION', 'strict')
+  lines = (
+    'import jax',
+    'from tvq_t5x import t5x_adapter',
+    'print(jax.numpy.ones([2, 1]) * jax.numpy.arange(3))',
+  )
+  subprocess.run([sys.executable, '-c', '\n'.join(lines)], check=True)

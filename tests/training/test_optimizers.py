@@ -30,10 +30,40 @@ def test_warmup_cosine():
 
 
 @pytest.mark.quick
+def test_warmup_linear():
+  schedule = optimizers.warmup_linear(4e-4, 100, 1100)
+  for step, value in {0: 0.0, 25: 1e-4, 100: 4e-4, 600: 2e-4, 1100: 0.0, 5000: 0.0}.items():
+    np.testing.assert_allclose(schedule(step), value, rtol=1e-5)
+  without_warmup = optimizers.warmup_linear(1.0, 0, 10)
+  np.testing.assert_allclose([without_warmup(i) for i in (0, 5, 10)], [1, 0.5, 0], rtol=1e-6)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('schedule', [optimizers.warmup_cosine, optimizers.warmup_linear])
 @pytest.mark.parametrize(('warmup', 'total'), [(10, 10), (-1, 10)])
-def test_warmup_must_end_first(warmup, total):
-  with pytest.raises(ConfigError, match=rf'warmup_steps = {warmup} .* 0 to .*total_steps - 1 = 9'):
-    optimizers.warmup_cosine(1.0, warmup, total)
+def test_warmup_must_end_first(schedule, warmup, total):
+  words = rf'{schedule.__name__}.warmup_steps = {warmup} .* 0 to .*total_steps - 1 = 9'
+  with pytest.raises(ConfigError, match=words):
+    schedule(1.0, warmup, total)
+
+
+@pytest.mark.quick
+def test_a_decay_that_follows_the_rate():
+  """It is optax's AdamW, but for the dynamics of state-space layers and one-dimensional arrays."""
+  params = {'kernel': jnp.ones(3), 'log_dt': jnp.ones(3), 'bias': jnp.ones(3)}
+  schedule = optimizers.warmup_linear(1e-3, 2, 10)
+  ours = optimizers.adamw(schedule, weight_decay=0.25, decay_follows_rate=True)
+  decayed = {'kernel': True, 'log_dt': False, 'bias': False}
+  theirs = optax.adamw(schedule, 0.9, 0.98, 1e-9, weight_decay=0.25, mask=decayed)
+  states = ours.init(params), theirs.init(params)
+  for step in range(4):
+    gradients = random_like(params, step)
+    updates, expected = (
+      optimizer.update(gradients, state, params)
+      for optimizer, state in zip((ours, theirs), states, strict=True)
+    )
+    assert_close(updates[0], expected[0])
+    states = updates[1], expected[1]
 
 
 def random_like(params, seed):

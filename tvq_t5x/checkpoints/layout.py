@@ -24,7 +24,7 @@ from tvq_t5x.training import train_state
 from tvq_t5x.training.train_state import TrainState
 
 if TYPE_CHECKING:
-  import seqio
+  pass
 
 Folder = TypeVar('Folder', pathlib.Path, epath.Path)
 
@@ -132,17 +132,19 @@ def data_identity(checkpoint: pathlib.Path | epath.Path) -> dict[str, Any]:
   return {}
 
 
-def other_vocabulary(
-  checkpoint: pathlib.Path | epath.Path, vocabulary: 'seqio.Vocabulary'
-) -> str | None:
+def other_vocabulary(checkpoint: pathlib.Path | epath.Path, identity: str) -> str | None:
   """In words, that a checkpoint was trained with another vocabulary; None if it was not.
 
   Of a checkpoint that does not say, None, too.
+
+  Args:
+    checkpoint: its folder.
+    identity: of the model's vocabulary, `Model.data_identity`.
   """
   from tvq_t5x.data import vocabularies
 
-  old, new = data_identity(checkpoint).get('vocabulary'), vocabularies.identity(vocabulary)
-  return vocabularies.difference(old, new) if old not in (None, new) else None
+  old = data_identity(checkpoint).get('vocabulary')
+  return vocabularies.difference(old, identity) if old not in (None, identity) else None
 
 
 def _beside_position(checkpoint: Any, name: str) -> Iterator[Any]:

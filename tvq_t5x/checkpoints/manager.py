@@ -259,7 +259,10 @@ class Checkpoints:
     items: dict[str, Any] = {layout.STATE: ocp.args.StandardRestore(layout.state_dict(abstract))}
     position = (path / layout.DATASET / f'{POSITION}.index').exists()
     if ours and not position:
-      raise FileNotFoundError(f'no {layout.DATASET}/{POSITION}')
+      raise FileNotFoundError(
+        f'no {layout.DATASET}/{POSITION}, as where it was converted: a new run may start from it '
+        'with INITIAL_CHECKPOINT_PATH'
+      )
     if position:
       items[layout.DATASET] = _Dataset(batches)
     arrays = self._manager.restore(step, args=ocp.args.Composite(**items))[layout.STATE]

@@ -9,16 +9,19 @@ from tvq_t5x.network.config import TransformerConfig, standard_sublayers
 
 # They change speed and memory only.
 _FREE = frozenset({'reduction', 'remat'})
+_OF_EVERY_MIXER = frozenset({'config', 'deterministic', 'name', 'parent'})
 # They change how a model is trained, not what it is: a run may go on with others.
 _TRAINING = frozenset(
   {
     'block_len',  # Keys older than the window of a query's block have no gradient.
+    'codes_from_keys',
     'commit_weight',
     'dtype',
     'ema_decay',
     'grad_through_cache',
     'kv_cache_len',
     'layer_drop_rate',
+    'replace_below',
     'residual_dropout_rate',
     'sinusoid_dropout_rate',
   }
@@ -36,13 +39,16 @@ def settings_of(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _settings_of_sublayer(sublayer: sublayers.NamedMixer) -> Any:
-  """The name of a mixer; with its own settings, where these are not the defaults."""
+  """The name of a mixer; with its own settings, where these are not the defaults.
+
+  Less those that change speed and memory only.
+  """
   cls = type(sublayer.mixer)
   name = sublayers.name_of(cls) or f'{cls.__module__}.{cls.__qualname__}'
   changed = {}
   for f in dataclasses.fields(cls):
     value = getattr(sublayer.mixer, f.name)
-    if f.name not in ('config', 'deterministic', 'name', 'parent') and value != f.default:
+    if f.name not in _OF_EVERY_MIXER | cls.SPEED_ONLY and value != f.default:
       changed[f.name] = value if isinstance(value, str | int | float | None) else repr(value)
   return {name: changed} if changed else name
 
@@ -56,6 +62,15 @@ def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
   }
   standard = standard_sublayers(settings['head_type'], settings['attention_type'])
   return {**missing, 'sublayers': list(map(str, standard)), **settings}
+
+
+def is_complete(settings: Any) -> bool:
+  """Whether it is what `settings_of` gives, perhaps of an earlier version: it may be damaged."""
+  try:
+    differences(settings, settings)
+  except (AttributeError, KeyError, TypeError, ValueError):
+    return False
+  return True
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -53,16 +53,8 @@ def _is_sum(value: Any) -> bool:
   return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
-def _is_model(value: Any) -> bool:
-  try:
-    model_settings.differences(value, value)
-  except (AttributeError, KeyError, TypeError, ValueError):
-    return False
-  return True
-
-
 _REQUIRED: dict[str, Callable[[Any], bool]] = {
-  'model': _is_model,
+  'model': model_settings.is_complete,
   'arrays': _dict_of(_is_array),
   'updates_in_batch': lambda value: _is_whole(value) and value > 0,
   'random_seed': _is_whole,

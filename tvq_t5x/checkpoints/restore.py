@@ -12,7 +12,7 @@ from tvq_t5x.checkpoints import layout, model_settings
 from tvq_t5x.common import named_arrays
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.training import placement
-from tvq_t5x.training.models import Params, TransformerVQModel
+from tvq_t5x.training.base_model import Model, Params
 from tvq_t5x.training.partitioning import Partitioner
 
 _TARGET = 'target'  # What the layout calls the parameters.
@@ -30,7 +30,7 @@ class Loaded:
     step: parameter updates that it has seen.
   """
 
-  model: TransformerVQModel
+  model: Model
   params: Params
   partitioner: Partitioner
   checkpoint: pathlib.Path
@@ -42,7 +42,7 @@ class Loaded:
     return jax.tree.map(lambda x: x.sharding, self.params)
 
 
-def restore(path: pathlib.Path, model: TransformerVQModel, partitioner: Partitioner) -> Loaded:
+def restore(path: pathlib.Path, model: Model, partitioner: Partitioner) -> Loaded:
   """Reads the parameters of a checkpoint, and nothing else of it.
 
   Args:
@@ -56,7 +56,7 @@ def restore(path: pathlib.Path, model: TransformerVQModel, partitioner: Partitio
   """
   try:
     metadata = layout.read_metadata(path)
-    other = layout.other_vocabulary(path, model.output_vocabulary)
+    other = layout.other_vocabulary(path, model.data_identity)
     settings = model_settings.settings_of(model.config)
     changed, _ = model_settings.differences(metadata.get('model', settings), settings)
   except Exception as e:  # Whatever a reader of broken files may raise.
@@ -75,7 +75,7 @@ def restore(path: pathlib.Path, model: TransformerVQModel, partitioner: Partitio
 
 def _restore(
   path: pathlib.Path,
-  model: TransformerVQModel,
+  model: Model,
   partitioner: Partitioner,
   metadata: Mapping[str, Any],
 ) -> Params:

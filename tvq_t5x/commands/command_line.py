@@ -1,26 +1,22 @@
-"""What the package's commands share: T5X's gin flags, quiet imports, errors on one line."""
+"""What the package's commands share: T5X's gin flags, and errors on one line."""
 
 import contextlib
 import errno
 import logging as std_logging
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags, logging
 
+from tvq_t5x.common import files, interrupts
 from tvq_t5x.common.errors import CheckpointError, ConfigError
 
-# TensorFlow logs like this before it reads TF_CPP_MIN_LOG_LEVEL; that there is no GPU is no error.
-_LOG_LINE = (
-  '^(WARNING: All log messages before absl::InitializeLog|[IW][0-9]{4} |E.*failed call to cuInit)'
-)
-
 _HELP = frozenset(f'{dashes}{name}' for dashes in ('-', '--') for name in ('help', 'helpfull', 'h'))
+
+# The exit code of a mistake on the command line: absl's is that of a run that failed.
+_USAGE = 2
 
 # Of an OSError: there is no room on the disk.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -65,7 +61,7 @@ def define_data_flag(flag_values: flags.FlagValues) -> None:
   define_path_flag(
     'data_dir',
     None,
-    "Folder of the task's data, where no setting of its own says where it lies.",
+    "Folder of the task's data, or its file, where no setting of its own says where it lies.",
     flag_values,
   )
 
@@ -97,13 +93,10 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
   with a line and no traceback.
   """
   _open_streams()
-  try:
-    tempfile.gettempdir()
-  except FileNotFoundError:
-    # TensorFlow asks where it is as it is imported, and needs none.
-    tempfile.tempdir = os.curdir
+  files.do_without_temporary_folder()
   code = 1
   try:
+    interrupts.raise_again()
     app.run(main, flags_parser=parse_flags)
   except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # It is being done.
@@ -119,6 +112,7 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
     code = _code_of(e)
   finally:
     code = _flush_output() or code
+    interrupts.end_at_once()  # Libraries take a moment to end, too.
   sys.exit(code)
 
 
@@ -162,17 +156,17 @@ def parse_flags(args: Sequence[str]) -> list[str]:
   try:
     args = parsing.rewrite_gin_args(args)
   except ConfigError as e:
-    sys.exit(fail(str(e), 2))
+    sys.exit(fail(str(e), _USAGE))
   try:
     rest = app.parse_flags_with_usage(list(args))
   except SystemExit:
     if _HELP.intersection(args):
       sys.exit(0)  # absl's exit code is that of a mistake.
-    raise
+    sys.exit(_USAGE)
   for name in flags.FLAGS:
     flag = flags.FLAGS[name]
     if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
-      sys.exit(fail(f'--{name} was given {flag.present} times: give it once', 2))
+      sys.exit(fail(f'--{name} was given {flag.present} times: give it once', _USAGE))
   return rest
 
 
@@ -183,7 +177,7 @@ def prepare(args: Sequence[str]) -> None:
     args: what `app.run` gives to the main function.
   """
   if len(args) > 1:
-    raise app.UsageError(f'Not a flag: {args[1]}')
+    raise app.UsageError(f'Not a flag: {args[1]}', exitcode=_USAGE)
   _show_log()
 
 
@@ -270,31 +264,3 @@ def fail(message: str, code: int) -> int:
     logging.flush()
     print('error: ' + message.replace('\n', '\n  '), file=sys.stderr, flush=True)
   return code
-
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-  """Leaves out what C++ libraries log while they load, errors apart; --verbosity=1 shows all.
-
-  Another process leaves it out: if this one is aborted, its last words are still seen.
-  """
-  grep = shutil.which('grep')
-  if logging.get_verbosity() > logging.INFO or not grep:
-    yield
-    return
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
-  sys.stderr.flush()
-  terminal = os.dup(2)
-  # In a session of its own it outlives Ctrl-C, and this process can still write to it.
-  command = [grep, '-vE', _LOG_LINE]
-  with subprocess.Popen(
-    command, stdin=subprocess.PIPE, stdout=terminal, start_new_session=True
-  ) as others:
-    assert others.stdin is not None
-    os.dup2(others.stdin.fileno(), 2)
-    try:
-      yield
-    finally:
-      sys.stderr.flush()
-      os.dup2(terminal, 2)
-      os.close(terminal)

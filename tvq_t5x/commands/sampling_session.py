@@ -24,6 +24,7 @@ from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.standalone import configuration
 from tvq_t5x.standalone.configuration import Configured
+from tvq_t5x.training.models import language_model_of
 
 _MAX_TOKENS = 256
 _PNG = 'samples.png'
@@ -49,7 +50,7 @@ def run(configured: Configured, options: Options) -> None:
     ConfigError: for what can't be; nothing is compiled before.
     CheckpointError: if the checkpoint can't be read.
   """
-  vocabulary = configured.model.output_vocabulary
+  vocabulary = language_model_of(configured.model).output_vocabulary
   prompts = _Prompts(options, vocabulary)
   if isinstance(vocabulary, vocabularies.ImageVocabulary):
     _check_for_images(options, vocabulary)

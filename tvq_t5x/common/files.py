@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -55,6 +56,14 @@ def check_name(path: str | os.PathLike[str], given: str) -> None:
 def _is_no_text(character: str) -> bool:
   """Whether a character is a control character, or stands for a byte that is no UTF-8."""
   return character < ' ' or character == '\x7f' or '\ud800' <= character <= '\udfff'
+
+
+def do_without_temporary_folder() -> None:
+  """To be called before TensorFlow is imported, which asks where the folder is, and needs none."""
+  try:
+    tempfile.gettempdir()
+  except FileNotFoundError:
+    tempfile.tempdir = os.curdir
 
 
 @contextlib.contextmanager

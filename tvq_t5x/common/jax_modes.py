@@ -19,3 +19,9 @@ def usual() -> Iterator[None]:
     jax.numpy_dtype_promotion('standard'),
   ):
     yield
+
+
+def allow_promotion() -> None:
+  """Undoes JAX_NUMPY_RANK_PROMOTION and JAX_NUMPY_DTYPE_PROMOTION for a whole program."""
+  jax.config.update('jax_numpy_rank_promotion', 'allow')
+  jax.config.update('jax_numpy_dtype_promotion', 'standard')

@@ -62,7 +62,15 @@ class TfdsCorpus:
 
   def dataset(self, split: str, start: int = 0, stop: int | None = None) -> tf.data.Dataset:
     """See `Corpus`."""
+    examples = self.examples(split, start, stop)
+    return examples.map(lambda example: {'targets': example[self.feature]})
+
+  def examples(self, split: str, start: int = 0, stop: int | None = None) -> tf.data.Dataset:
+    """The examples `start` to `stop` of a split in order, with all their features."""
     builder = self._builder()
+    if self.feature not in builder.info.features:
+      known = ', '.join(builder.info.features)
+      raise ConfigError(f'{self.name} has no feature {self.feature!r}, but {known}.')
     instruction = tfds.core.ReadInstruction.from_spec(self.splits[split])
     (whole,) = instruction.to_absolute(builder.info.splits)
     everything = range(builder.info.splits[whole.splitname].num_examples)
@@ -71,14 +79,16 @@ class TfdsCorpus:
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
       # File after file: by default, TFDS reads several at a time.
       config = tfds.ReadConfig(interleave_cycle_length=1)
-      examples = builder.as_dataset(split=part, shuffle_files=False, read_config=config)
-      return examples.map(lambda example: {'targets': example[self.feature]})
+      return builder.as_dataset(split=part, shuffle_files=False, read_config=config)
     found = builder.as_data_source(split=part)
     features: Any = builder.info.features
     return tf.data.Dataset.from_generator(
-      lambda: ({'targets': example[self.feature]} for example in found),
-      output_signature={'targets': features[self.feature].get_tensor_spec()},
+      lambda: iter(found), output_signature=features.get_tensor_spec()
     )
+
+  def available_splits(self) -> list[str]:
+    """TFDS's splits that were prepared."""
+    return list(self._builder().info.splits)
 
   def num_documents(self, split: str) -> int:
     """See `Corpus`."""

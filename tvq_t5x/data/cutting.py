@@ -8,7 +8,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tvq_t5x.data.indexed import IndexedTask
+from tvq_t5x.data.feature_converters import LOSS_WEIGHTS
+from tvq_t5x.data.indexed import TaskByIndex
 
 
 def cut(
@@ -26,10 +27,13 @@ def cut(
       text; a buffer of sequences then holds the text of each.
 
   Returns:
-    It, or the one that takes its place, of the same name. An `IndexedTask` has sequences already.
+    It, or the one that takes its place, of the same name. A `TaskByIndex` has sequences already,
+    and tasks without targets, as those of classification, have none to cut.
   """
   if not isinstance(provider, seqio.Mixture):
-    return provider if isinstance(provider, IndexedTask) else _cut_task(provider, other_features)
+    if isinstance(provider, TaskByIndex) or 'targets' not in provider.output_features:
+      return provider
+    return _cut_task(provider, other_features)
   tasks = [cut(task, other_features) for task in provider.tasks]
   if tasks == provider.tasks:
     return provider
@@ -65,8 +69,12 @@ def _cut_examples(
     return dataset
 
   def pieces(example: dict[str, tf.Tensor]) -> tf.data.Dataset:
-    targets, others = example['targets'], example if other_features else {}
-    starts = tf.data.Dataset.range(0, tf.maximum(tf.size(targets, tf.int64), 1), length)
-    return starts.map(lambda start: {**others, 'targets': targets[start : start + length]})
+    others = example if other_features else {}
+    laid = {name: example[name] for name in ('targets', LOSS_WEIGHTS) if name in example}
+    size = tf.size(laid['targets'], tf.int64)
+    starts = tf.data.Dataset.range(0, tf.maximum(size, 1), length)
+    return starts.map(
+      lambda start: {**others, **{name: x[start : start + length] for name, x in laid.items()}}
+    )
 
   return dataset.flat_map(pieces)

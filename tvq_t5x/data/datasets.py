@@ -1,9 +1,7 @@
 """Batches of a SeqIO task or mixture, every token of it."""
 
 import dataclasses
-import difflib
 import functools
-import importlib
 import json
 import os
 import pathlib
@@ -17,10 +15,12 @@ import tensorflow as tf
 from clu.data import dataset_iterator
 
 from tvq_t5x.common import errors
-from tvq_t5x.data import vocabularies
+from tvq_t5x.data import classification, vocabularies
 from tvq_t5x.data.cutting import cut
-from tvq_t5x.data.documents import refusals
-from tvq_t5x.data.indexed import IndexedTask
+from tvq_t5x.data.documents import Counts, refusals
+from tvq_t5x.data.feature_converters import ClassificationFeatureConverter
+from tvq_t5x.data.indexed import TaskByIndex
+from tvq_t5x.data.registered import task_or_mixture
 
 Batch = dict[str, np.ndarray]
 FeatureConverterFactory = Callable[..., seqio.FeatureConverter]
@@ -36,7 +36,8 @@ class DatasetConfig:
 
   Attributes:
     mixture_or_task_name: a SeqIO task or mixture, or the name of a registered one.
-    task_feature_lengths: tokens in a sequence, by task feature, such as {'targets': 512}.
+    task_feature_lengths: tokens in a sequence, by task feature, such as {'targets': 512}, or for a
+      classification task {'inputs': 512}.
     split: a split of the task.
     batch_size: sequences in a batch.
     shuffle: whether training shuffles; evaluation always reads in order.
@@ -123,7 +124,7 @@ class _Batches(Iterator[Batch]):
 def stop_with(owner: Any, iterator: Any, dataset: tf.data.Dataset) -> None:
   """Ends the threads of an iterator when its owner is dropped, and before the process ends.
 
-  They may run Python code, as those of an `IndexedTask` do. TensorFlow by itself waits for them
+  They may run Python code, as those of a `TaskByIndex` do. TensorFlow by itself waits for them
   when Python has ended already, and so for ever.
 
   Args:
@@ -165,7 +166,7 @@ def training_dataset(
   """What `training_batches` iterates over, or one host's share of its rows.
 
   The epochs follow each other before batching: every batch is full, a batch may hold the end of one
-  epoch and the start of the next, and no sequence is ever dropped. With an `IndexedTask`, such as
+  epoch and the start of the next, and no sequence is ever dropped. With a `TaskByIndex`, such as
   those of this package, each epoch holds every sequence once and has an order of its own. Other
   tasks shuffle with SeqIO's buffer, and the saved position then contains that buffer; their
   examples are cut into sequences, see `cutting.cut`.
@@ -205,16 +206,19 @@ def check(cfg: DatasetConfig, feature_converter_cls: FeatureConverterFactory) ->
     ConfigError: if a setting is refused, or the data is not there.
   """
   for task in _subtasks(cfg, validate(cfg, feature_converter_cls)):
-    if isinstance(task, IndexedTask):
-      task.check(cfg.split, cfg.task_feature_lengths['targets'])
+    if isinstance(task, TaskByIndex):
+      task.check(cfg.split, cfg.task_feature_lengths)
     else:
       _read(cfg, task, feature_converter_cls, shuffle=False, num_epochs=1)
 
 
 def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
   """The settings that the position in training batches depends on, as JSON has them."""
+  provider = task_or_mixture(cfg.mixture_or_task_name, cfg.module)
+  tasks = [task for task in _subtasks(cfg, provider) if isinstance(task, TaskByIndex)]
+  data = {task.name: found for task in tasks if (found := task.data_identity(cfg.split))}
   return {
-    'mixture_or_task_name': task_or_mixture(cfg.mixture_or_task_name, cfg.module).name,
+    'mixture_or_task_name': provider.name,
     'task_feature_lengths': dict(cfg.task_feature_lengths),
     'split': cfg.split,
     'batch_size': cfg.batch_size,
@@ -222,8 +226,15 @@ def identity(cfg: DatasetConfig, carry_state: bool = False) -> dict[str, Any]:
     'seed': cfg.seed,
     'use_cached': cfg.use_cached,
     'carry_state': carry_state,
-    'vocabulary': vocabularies.identity(vocabulary(cfg.mixture_or_task_name, cfg.module)),
+    'vocabulary': _format_identity(provider),
+    **({'data': data} if data else {}),
   }
+
+
+def _format_identity(provider: seqio.Task | seqio.Mixture) -> str:
+  if classification.is_classification(provider):
+    return classification.format_of(provider).identity
+  return vocabularies.identity(vocabulary(provider))
 
 
 def identity_text(identity: Mapping[str, Any]) -> str:
@@ -242,10 +253,28 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   def words(name: str) -> str:
     if name == 'vocabulary':
       return vocabularies.difference(old[name], new[name])
+    if name == 'data':
+      return f'the data is {_listed(new[name])}, there {_listed(old[name])}'
     owner = 'TransformerVQModel' if name == 'carry_state' else 'DatasetConfig'
     return f'{owner}.{name} = {new[name]!r}, there {old[name]!r}'
 
   return [words(name) for name in new if name in old and old[name] != new[name]]
+
+
+def _listed(data: Mapping[str, str]) -> str:
+  return ', '.join(f'{task}: {found}' for task, found in data.items())
+
+
+def survey(cfg: DatasetConfig) -> Counts | None:
+  """What the split of a setting holds, found without writing anything.
+
+  Returns:
+    Its counts, with 0 tokens where they are not known; None where they are not to be had.
+  """
+  tasks = _subtasks(cfg, task_or_mixture(cfg.mixture_or_task_name, cfg.module))
+  found = [task.survey(cfg.split) if isinstance(task, TaskByIndex) else None for task in tasks]
+  counts = [x for x in found if x is not None]
+  return sum(counts, Counts()) if len(counts) == len(found) else None
 
 
 def evaluation_batches(
@@ -358,10 +387,13 @@ def _read(
   num_epochs: int | None,
   shard: seqio.ShardInfo | None = None,
 ) -> tf.data.Dataset:
+  converter, lengths = feature_converter_cls(pack=cfg.pack), cfg.task_feature_lengths
+  if isinstance(converter, ClassificationFeatureConverter):
+    lengths = converter.task_lengths(lengths)
   return seqio.get_dataset(
     cut(provider),
-    task_feature_lengths=cfg.task_feature_lengths,
-    feature_converter=feature_converter_cls(pack=cfg.pack),
+    task_feature_lengths=lengths,
+    feature_converter=converter,
     dataset_split=cfg.split,
     use_cached=cfg.use_cached,
     shuffle=shuffle,
@@ -370,55 +402,6 @@ def _read(
     seed=cfg.seed,
     verbose=False,
   )
-
-
-def task_or_mixture(
-  name: str | seqio.Task | seqio.Mixture, module: str | None
-) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture of this name, once a module is imported.
-
-  Args:
-    name: of a registered one; or one itself, which is returned.
-    module: what to import first; None means nothing.
-
-  Raises:
-    ConfigError: if there is no such module, or none has this name.
-  """
-  if module:
-    import_tasks(module, 'DatasetConfig.module')
-  if not isinstance(name, str):
-    return name
-  names = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
-  if name in names:
-    return seqio.get_mixture_or_task(name)
-  near = difflib.get_close_matches(name, names) or names[:10]
-  known = f'registered: {", ".join(near)}' if near else 'none is registered'
-  raise errors.ConfigError(
-    f'DatasetConfig.mixture_or_task_name = {name!r}: no task or mixture has this name; {known}. '
-    f'DatasetConfig.module = {module!r} must name the module that registers it, such as '
-    "'tvq_t5x.tasks.kjv'."
-  )
-
-
-def import_tasks(module: str, setting: str) -> None:
-  """Imports a module that registers tasks.
-
-  Args:
-    module: its name.
-    setting: where it comes from, for the message.
-
-  Raises:
-    ConfigError: if there is no such module.
-  """
-  try:
-    importlib.import_module(module)
-  except ModuleNotFoundError as e:
-    if not e.name or not f'{module}.'.startswith(f'{e.name}.'):
-      raise  # The module exists, something that it imports does not.
-    raise errors.ConfigError(
-      f'{setting} = {module!r}: there is no module {e.name!r}; give the import path of the module '
-      "that registers the task, such as 'tvq_t5x.tasks.kjv'."
-    ) from e
 
 
 def validate(
@@ -436,7 +419,8 @@ def validate(
       'DatasetConfig.split', cfg.split, f'one of {splits}, the splits of {provider.name}'
     )
   lengths = cfg.task_feature_lengths
-  needed = feature_converter_cls(pack=cfg.pack).TASK_FEATURES
+  converter = feature_converter_cls(pack=cfg.pack)
+  needed = getattr(converter, 'LENGTHS_TO_GIVE', converter.TASK_FEATURES)
   if (
     not isinstance(lengths, Mapping)
     or set(lengths) != set(needed)
@@ -473,7 +457,7 @@ _SEEDS_OF_SEQIO = range(2**31 - 1)
 
 def _check_seed_range(seed: Any, provider: seqio.Task | seqio.Mixture) -> None:
   """Refuses a seed that has the order of another one."""
-  is_ours = all(isinstance(task, IndexedTask) for task in seqio.get_subtasks(provider))
+  is_ours = all(isinstance(task, TaskByIndex) for task in seqio.get_subtasks(provider))
   accepted = _SEEDS if is_ours else _SEEDS_OF_SEQIO
   if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and seed in accepted):
     return

@@ -71,6 +71,18 @@ class Document(NamedTuple):
     return Counts(1, len(self.tokens), len(self.text), words)
 
 
+class Piece(NamedTuple):
+  """Tokens of a document, of a part of one, or of several.
+
+  Attributes:
+    tokens: [N].
+    counts: what they add to a split.
+  """
+
+  tokens: np.ndarray
+  counts: Counts
+
+
 def documents(task: seqio.Task, split: str) -> Iterator[Document]:
   """The documents of a split in order.
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import seqio
@@ -31,35 +31,41 @@ class IndexedSplit(NamedTuple):
   counts: Counts
 
 
-class IndexedTask(seqio.Task):
-  """A task that cuts sequences of T tokens from its documents, laid end to end.
+class TaskByIndex(seqio.Task):
+  """A task that reads any of its examples by its index.
 
-  Sequence i holds the tokens i * T to (i + 1) * T; the last one may be short. No token is dropped,
-  reordered or repeated: a document goes on in the next sequence, and the next document starts where
-  it ends. The source and the preprocessors give whole documents; with a length, subclasses say
-  where their tokens are kept.
-
-  Every epoch holds each sequence once, in an order of its own that follows from the seed and the
+  Every epoch holds each example once, in an order of its own that follows from the seed and the
   epoch's number. Hosts take turns in that order, through all epochs: their k-th batches are
   together what one host would read as its k-th batch. The saved position of an iterator is a few
   kilobytes, however many batches are in flight.
+
+  Attributes:
+    sequence_len: the only T that is accepted, where all examples have it; None means any.
   """
+
+  # The feature whose length is T.
+  LENGTH_FEATURE: ClassVar[str]
 
   def __init__(self, *args: Any, sequence_len: int | None = None, **kwargs: Any):
     """Creates the task.
 
     Args:
       *args: as `seqio.Task`'s.
-      sequence_len: the only T that is accepted, where a sequence is one document; None means any.
-      **kwargs: as `seqio.Task`'s. Without metrics, it has `split_metrics.Likelihood`.
+      sequence_len: see above.
+      **kwargs: as `seqio.Task`'s.
     """
-    if not kwargs.get('metric_fns') and not kwargs.get('metric_objs'):
-      kwargs['metric_objs'] = [split_metrics.Likelihood.empty()]
     super().__init__(*args, **kwargs)
     self.sequence_len = sequence_len
 
-  def read(self, split: str) -> IndexedSplit:
-    """The tokens of a split, without reading them.
+  def examples(self, split: str, length: int) -> tuple[int, Callable[[tf.Tensor], dict[str, Any]]]:
+    """The examples of a split, cut to T.
+
+    Args:
+      split: of the task.
+      length: T.
+
+    Returns:
+      Their number, and what makes the features of one from its index [] int64.
 
     Raises:
       ConfigError: if the data is not there; the message says where to get it.
@@ -72,20 +78,34 @@ class IndexedTask(seqio.Task):
     Raises:
       ConfigError: if it is not there; the message says where to get it.
     """
-    self.read(split)
+    raise NotImplementedError
 
-  def check(self, split: str, length: int) -> None:
-    """Refuses what `get_dataset` would refuse for sequences of `length` tokens."""
-    self._check_length(length)
+  def survey(self, split: str) -> Counts | None:
+    """What a split holds, found without writing anything.
+
+    Returns:
+      It, with 0 tokens where they are not known; None where it is not to be had.
+    """
+    del split
+    return None
+
+  def data_identity(self, split: str) -> str | None:
+    """What tells the data of a split from other data, in words; None if the task's name does."""
+    del split
+    return None
+
+  def check(self, split: str, lengths: Mapping[str, int]) -> None:
+    """Refuses what `get_dataset` would refuse for sequences of these lengths."""
+    self._check_length(lengths[self.LENGTH_FEATURE])
     self.find(split)
 
   def _check_length(self, length: int) -> None:
     if self.sequence_len not in (None, length):
       raise errors.ConfigError(
         'DatasetConfig.task_feature_lengths',
-        {'targets': length},
-        f"{{'targets': {self.sequence_len}}}",
-        problem=f'is not one image, as a sequence of {self.name} is',
+        {self.LENGTH_FEATURE: length},
+        f'{{{self.LENGTH_FEATURE!r}: {self.sequence_len}}}',
+        problem=f'is not the length of the sequences of {self.name}',
       )
 
   def get_dataset(
@@ -103,13 +123,13 @@ class IndexedTask(seqio.Task):
   ) -> tf.data.Dataset:
     """See the base class.
 
-    Without `sequence_length['targets']`, that is all: documents stay whole. With it, `use_cached`,
+    Without a length of `LENGTH_FEATURE`, that is all: examples stay whole. With it, `use_cached`,
     `shuffle_buffer_size`, `trim_output_features` and `try_in_mem_cache` have no effect.
 
     Raises:
       ConfigError: if the length is refused, or the data is not there.
     """
-    length = (sequence_length or {}).get('targets')
+    length = (sequence_length or {}).get(self.LENGTH_FEATURE)
     if length is None:
       return super().get_dataset(
         sequence_length=sequence_length,
@@ -124,12 +144,53 @@ class IndexedTask(seqio.Task):
         try_in_mem_cache=try_in_mem_cache,
       )
     self._check_length(length)
-    tokens, counts = self.read(split)
-    size = -(-len(tokens) // length)
+    size, example = self.examples(split, length)
     if not size:
       raise errors.ConfigError(f'The split {split!r} of {self.name} is empty.')
     indices = _indices(size, shuffle, seed, num_epochs, shard_info or seqio.ShardInfo(0, 1))
+    options = tf.data.Options()
+    # A saved position says how far the reader has come, instead of holding all that is in flight.
+    options.experimental_symbolic_checkpoint = True
+    return indices.map(example, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
 
+
+class IndexedTask(TaskByIndex):
+  """A task that cuts sequences of T tokens from its documents, laid end to end.
+
+  Sequence i holds the tokens i * T to (i + 1) * T; the last one may be short. No token is dropped,
+  reordered or repeated: a document goes on in the next sequence, and the next document starts where
+  it ends. The source and the preprocessors give whole documents; with a length, subclasses say
+  where their tokens are kept. `sequence_len` is for sequences that are one document each.
+  """
+
+  LENGTH_FEATURE = 'targets'
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    """Creates the task.
+
+    Args:
+      *args: as `TaskByIndex`'s.
+      **kwargs: likewise. Without metrics, it has `split_metrics.Likelihood`.
+    """
+    if not kwargs.get('metric_fns') and not kwargs.get('metric_objs'):
+      kwargs['metric_objs'] = [split_metrics.Likelihood.empty()]
+    super().__init__(*args, **kwargs)
+
+  def read(self, split: str) -> IndexedSplit:
+    """The tokens of a split, without reading them.
+
+    Raises:
+      ConfigError: if the data is not there; the message says where to get it.
+    """
+    raise NotImplementedError
+
+  def find(self, split: str) -> None:
+    """See the base class."""
+    self.read(split)
+
+  def examples(self, split: str, length: int) -> tuple[int, Callable[[tf.Tensor], dict[str, Any]]]:
+    """See the base class."""
+    tokens, counts = self.read(split)
     of_split = split_metrics.features(counts.tokens, counts.words)
 
     def sequence(i: np.ndarray) -> np.ndarray:
@@ -139,10 +200,7 @@ class IndexedTask(seqio.Task):
       targets = tf.numpy_function(sequence, [i], tf.int32, stateful=False)
       return {'targets': tf.ensure_shape(targets, [None]), **of_split}
 
-    options = tf.data.Options()
-    # A saved position says how far the reader has come, instead of holding all that is in flight.
-    options.experimental_symbolic_checkpoint = True
-    return indices.map(example, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
+    return -(-len(tokens) // length), example
 
 
 def _indices(
@@ -170,6 +228,10 @@ class InMemoryTask(IndexedTask):
   def find(self, split: str) -> None:
     """See the base class; one document is tokenized."""
     next(documents(self, split), None)
+
+  def survey(self, split: str) -> Counts:
+    """See the base class."""
+    return self.read(split).counts
 
   def read(self, split: str) -> IndexedSplit:
     """See the base class; all tokens are read."""
@@ -215,6 +277,9 @@ class _ByteLevelTask(IndexedTask):
     texts = self._texts(split)
     tokens = ByteTokens(texts)
     return IndexedSplit(tokens, Counts(len(texts), len(tokens), len(tokens) - len(texts), None))
+
+  def survey(self, split: str) -> Counts:
+    return self.read(split).counts
 
 
 def text_preprocessors() -> list[Callable[..., tf.data.Dataset]]:

@@ -43,20 +43,20 @@ def data_path(name: str, value: str | None) -> str | None:
 
 
 def set_data_dir(folder: str | None) -> None:
-  """Makes a folder the one of --data_dir for this process; None changes nothing.
+  """Makes a folder, or a file, that of --data_dir for this process; None changes nothing.
 
   `check_data_dir` is to be called once the data has been looked for.
 
   Raises:
-    ConfigError: if there is no such folder.
+    ConfigError: if there is none.
   """
   _unread.clear()
   if folder is None:
     return
   _unread.append(folder)
   if '://' not in folder:  # TFDS reads from Cloud Storage, too.
-    if not os.path.isdir(folder):
-      raise ConfigError(f'--data_dir={folder}: there is no such folder.')
+    if not os.path.exists(folder):
+      raise ConfigError(f'--data_dir={folder}: there is no such folder or file.')
     folder = os.path.abspath(folder)
   os.environ[_DATA_DIR] = folder
 

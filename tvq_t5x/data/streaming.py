@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.common.tokens import EOS
-from tvq_t5x.data import datasets
+from tvq_t5x.data import datasets, registered
 from tvq_t5x.data.datasets import Batch, DatasetConfig, FeatureConverterFactory, TrainingIterator
 from tvq_t5x.data.indexed import IndexedTask, Tokens
 
@@ -107,7 +107,7 @@ def evaluation_batches(
 
 
 def _task(cfg: DatasetConfig, setting: str) -> IndexedTask:
-  task = datasets.task_or_mixture(cfg.mixture_or_task_name, cfg.module)
+  task = registered.task_or_mixture(cfg.mixture_or_task_name, cfg.module)
   if not isinstance(task, IndexedTask) or task.sequence_len is not None:
     raise ConfigError(
       f'{setting}: the sequences of {task.name} are not parts of one text that goes on from '

@@ -1,6 +1,7 @@
 """Text to tokens and back, part by part: no character is broken where one part ends."""
 
 import codecs
+import itertools
 from collections.abc import Iterable, Iterator, Set
 from typing import BinaryIO
 
@@ -126,12 +127,22 @@ def encode_file(file: BinaryIO, vocabulary: seqio.Vocabulary, source: str) -> It
   Raises:
     ConfigError: for text that is no UTF-8, or has characters that the vocabulary lacks.
   """
+  yield from encode_blocks(iter(lambda: file.read(_BLOCK), b''), vocabulary, source)
+
+
+def encode_blocks(
+  blocks: Iterable[bytes], vocabulary: seqio.Vocabulary, source: str
+) -> Iterator[np.ndarray]:
+  """`encode_file` of a text that comes in blocks, none of which is empty."""
   if isinstance(vocabulary, seqio.ByteVocabulary):
-    while block := file.read(_BLOCK):
+    for block in blocks:
       yield np.frombuffer(block, np.uint8).astype(np.int32) + FIRST_BYTE
     return
-  pairs, rest = _pairs_in_pieces(vocabulary), ''
-  for text in _texts(file, _BLOCK if pairs is not None else -1, source):
+  first = list(itertools.islice(blocks := iter(blocks), 2))
+  # Short texts are never cut, and many in a corpus.
+  pairs = _pairs_in_pieces(vocabulary) if len(first) > 1 else None
+  blocks, rest = itertools.chain(first, blocks), ''
+  for text in _texts(blocks if pairs is not None else [b''.join(blocks)], source):
     rest += text
     end = len(rest) if pairs is None else _last_cut(rest, pairs)
     part, rest = rest[:end], rest[end:]
@@ -141,12 +152,11 @@ def encode_file(file: BinaryIO, vocabulary: seqio.Vocabulary, source: str) -> It
     yield np.asarray(encode(rest, vocabulary, source), np.int32)
 
 
-def _texts(file: BinaryIO, size: int, source: str) -> Iterator[str]:
-  """A text in UTF-8, in blocks of about `size` bytes; -1 means as a whole."""
+def _texts(blocks: Iterable[bytes], source: str) -> Iterator[str]:
+  """A text in UTF-8, block by block."""
   decoder = codecs.getincrementaldecoder('utf-8')()
   try:
-    while block := file.read(size):
-      yield decoder.decode(block)
+    yield from map(decoder.decode, blocks)
     decoder.decode(b'', final=True)
   except UnicodeDecodeError as e:
     raise ConfigError(f'{source} is no text in UTF-8 ({e}).') from e

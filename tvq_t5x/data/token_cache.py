@@ -9,8 +9,7 @@ import seqio
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import documents, locations, token_store, vocabularies
-from tvq_t5x.data.corpora import Corpus
-from tvq_t5x.data.documents import Document
+from tvq_t5x.data.documents import Counts, Document, Piece
 from tvq_t5x.data.indexed import IndexedSplit, IndexedTask
 from tvq_t5x.gin_support.configurables import configurable
 
@@ -33,12 +32,12 @@ class CachedTask(IndexedTask):
   name follows from the corpus and the vocabulary, so that no other is ever taken for it.
   """
 
-  def __init__(self, *args: Any, corpus: Callable[[], Corpus], first_id: int = 0, **kwargs: Any):
+  def __init__(self, *args: Any, corpus: Callable[[], Any], first_id: int = 0, **kwargs: Any):
     """Creates the task; reads nothing.
 
     Args:
       *args: as `IndexedTask`'s.
-      corpus: returns where the documents lie.
+      corpus: returns where the documents lie: a `Corpus`, unless a subclass reads another.
       first_id: lowest id that a document has.
       **kwargs: as `IndexedTask`'s.
     """
@@ -67,7 +66,17 @@ class CachedTask(IndexedTask):
     """See the base class."""
     self._place(split)
 
-  def _documents(self, corpus: Corpus, split: str, which: range) -> Iterator[Document]:
+  def survey(self, split: str) -> Counts | None:
+    """See the base class; None unless all tokens are there."""
+    _, store = self._place(split)
+    complete = store.complete_parts()
+    return store.open(complete).counts if len(complete) == store.num_parts else None
+
+  def _shares(self, corpus: Any, split: str) -> tuple[int, int]:
+    """How many documents a split has, and how few a part may have."""
+    return corpus.num_documents(split), 50
+
+  def _documents(self, corpus: Any, split: str, which: range) -> Iterator[Document | Piece]:
     """Some of the documents of a split, in order."""
     source = seqio.FunctionDataSource(
       lambda split, shuffle_files, seed=None: corpus.dataset(split, which.start, which.stop),
@@ -75,7 +84,7 @@ class CachedTask(IndexedTask):
     )
     return documents.documents(self.replace(source=source), split)
 
-  def _place(self, split: str) -> tuple[Corpus, token_store.TokenStore]:
+  def _place(self, split: str) -> tuple[Any, token_store.TokenStore]:
     corpus, vocabulary = self._corpus(), self.output_features['targets'].vocabulary
     identity = {
       **corpus.identity(split),
@@ -85,4 +94,4 @@ class CachedTask(IndexedTask):
     }
     folder = directory() or os.path.join(corpus.folder, 'token_cache')
     name = f'{self.name}-{split}'
-    return corpus, token_store.TokenStore(folder, name, identity, corpus.num_documents(split))
+    return corpus, token_store.TokenStore(folder, name, identity, *self._shares(corpus, split))

@@ -17,13 +17,12 @@ from absl import logging
 
 from tvq_t5x.common.errors import ConfigError, reason
 from tvq_t5x.data import locations
-from tvq_t5x.data.documents import Counts, Document
+from tvq_t5x.data.documents import Counts, Document, Piece
 from tvq_t5x.data.indexed import IndexedSplit
 
 MACRO = 'TOKEN_CACHE_DIR'
 _SECONDS_BETWEEN_REPORTS = 30
 _MOST_PARTS = 64
-_DOCUMENTS_OF_PART = 50  # At least, where there are that many.
 _TOKENS_OF_FILE = 2**22
 _TOKENS_OF_READ = 2**13  # So many in a file are read at once.
 # Where things lie in a file is read before them, and kept for later.
@@ -80,14 +79,22 @@ class TokenStore:
     num_parts: of the split; 0 without documents.
   """
 
-  def __init__(self, folder: str, name: str, identity: Mapping[str, Any], num_documents: int):
+  def __init__(
+    self,
+    folder: str,
+    name: str,
+    identity: Mapping[str, Any],
+    num_documents: int,
+    least: int = 50,
+  ):
     """Opens the folder; writes nothing.
 
     Args:
       folder: of this and other stores; local, or in a bucket as gs://bucket/folder.
       name: of the split, for its folder's name and for messages.
       identity: what differs from other stores, 'dtype' and 'first_id' of the tokens among it.
-      num_documents: of the split.
+      num_documents: of the split, or of files of them: what parts share.
+      least: documents in a part, where there are that many.
 
     Raises:
       ConfigError: if the folder can't be one.
@@ -97,7 +104,7 @@ class TokenStore:
     key = hashlib.sha256(self._identity.encode()).hexdigest()[:12]
     self._name, self.folder = name, os.path.join(folder, f'{name}-{key}')
     self._num_documents = num_documents
-    self.num_parts = min(_MOST_PARTS, -(-num_documents // _DOCUMENTS_OF_PART))
+    self.num_parts = min(_MOST_PARTS, -(-num_documents // least))
     self._begun: set[int] = set()
     self._start = self._reported = time.monotonic()
     self._documents_written = 0
@@ -139,7 +146,7 @@ class TokenStore:
       self._store.write(_mark(part), '').result()
     return part, self._documents_of(part)
 
-  def write(self, part: int, documents: Iterable[Document]) -> None:
+  def write(self, part: int, documents: Iterable[Document | Piece]) -> None:
     """Writes the tokens of a part.
 
     Args:
@@ -211,10 +218,10 @@ class TokenStore:
         create=create,
       ).result()
 
-  def _narrow(self, document: Document, part: int, counts: Counts) -> np.ndarray:
+  def _narrow(self, document: Document | Piece, part: int, counts: Counts) -> np.ndarray:
     values, largest = document.tokens - self._first_id, np.iinfo(self._dtype).max
     if len(values) and not 0 <= values.min() <= values.max() <= largest:
-      number = self._documents_of(part)[counts.documents]
+      number = self._documents_of(part).start + counts.documents
       raise ValueError(f'{self._name}: document {number} has ids out of range')
     return values.astype(self._dtype)
 
@@ -227,9 +234,8 @@ class TokenStore:
     if now - self._reported > _SECONDS_BETWEEN_REPORTS:
       self._reported = now
       logging.info(
-        '%s: part %d of %d, %s of its %s documents, %s tokens; %.1f documents a second.',
-        self._name, part + 1, self.num_parts, f'{counts.documents:,}',
-        f'{len(self._documents_of(part)):,}', f'{counts.tokens:,}',
+        '%s: part %d of %d, %s documents, %s tokens; %.1f documents a second.',
+        self._name, part + 1, self.num_parts, f'{counts.documents:,}', f'{counts.tokens:,}',
         (self._documents_written + counts.documents) / (now - self._start),
       )  # fmt: skip
 

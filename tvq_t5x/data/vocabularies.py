@@ -21,16 +21,21 @@ from tvq_t5x.gin_support.configurables import configurable
 
 Model = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 Piece = Model.SentencePiece
+sentencepiece.set_min_log_level(1)  # Warnings: of each model it would tell how it is normalized.
 _TRAIN_IT = 'train one with python -m tvq_t5x.train_vocab'
 
 
 @configurable
-def sentencepiece_model(path: str | None = None) -> str:
+def sentencepiece_model(path: str | None = None, required: bool = True) -> str:
   """The file of the SentencePiece model, macro SENTENCEPIECE_MODEL.
 
   Args:
     path: of the file, which may lie in a bucket; None means the environment variable
       SENTENCEPIECE_MODEL.
+    required: whether it has to be set.
+
+  Returns:
+    The path; '' if it is not set and need not be.
 
   Raises:
     ConfigError: if there is no such file.
@@ -38,6 +43,8 @@ def sentencepiece_model(path: str | None = None) -> str:
   name = 'SENTENCEPIECE_MODEL'
   found = locations.path(name, path)
   if found is None:
+    if not required:
+      return ''
     raise ConfigError(
       f'{name} is not set: give the path of a SentencePiece model with '
       f'{locations.how_to_set(name)}; {_TRAIN_IT}.'
@@ -286,7 +293,10 @@ def identity(vocabulary: seqio.Vocabulary) -> str:
 def difference(old: str, new: str) -> str:
   """What to say where two `identity` differ: of a model, of the present configuration."""
   hint = ' (the file is that of SENTENCEPIECE_MODEL)' if new.startswith('SentencePiece ') else ''
-  return f'TransformerVQModel.vocabulary is {new}{hint}, there {old}'
+  setting = 'TransformerVQModel.vocabulary'
+  if new.endswith(' classes'):
+    setting = 'ClassifierModel.task_format'
+  return f'{setting} is {new}{hint}, there {old}'
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,14 +19,16 @@ import jax
 import numpy as np
 
 from tvq_t5x.checkpoints.restore import Loaded
-from tvq_t5x.common import jax_modes
+from tvq_t5x.common import jax_modes, quiet
 from tvq_t5x.common.errors import ConfigError, is_count
-from tvq_t5x.generation import state_files
+from tvq_t5x.generation import inspection, state_files
+from tvq_t5x.generation.inspection import Inspection
 from tvq_t5x.network import decoding
 from tvq_t5x.network.decoding import GenerationState
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.training import placement, random_keys
+from tvq_t5x.training.models import language_model_of
 from tvq_t5x.training.partitioning import Partitioner
 
 # Tokens of a row that one call of the compiled `decoding.read` gets, about.
@@ -78,8 +80,8 @@ class Score(NamedTuple):
 
 @jax_modes.usual()
 def load(
-  checkpoint: str,
-  gin_file: str | None = None,
+  checkpoint: str | os.PathLike[str],
+  gin_file: str | os.PathLike[str] | None = None,
   gin_bindings: Sequence[str] = (),
   search_paths: Sequence[str] = (),
   modules: Sequence[str] = (),
@@ -98,10 +100,27 @@ def load(
     ConfigError: for a wrong setting, or a checkpoint of another model.
     CheckpointError: if the checkpoint can't be read.
   """
-  from tvq_t5x.standalone import configuration  # Slow to import: TensorFlow.
+  gin_files = [] if gin_file is None else [_path('gin_file', gin_file)]
+  lists = {'gin_bindings': gin_bindings, 'search_paths': search_paths, 'modules': modules}
+  lists = [_texts(name, values) for name, values in lists.items()]
+  path = _path('checkpoint', checkpoint)
+  with quiet.imports():
+    from tvq_t5x.standalone import configuration  # Slow to import: TensorFlow.
 
-  files = [] if gin_file is None else [gin_file]
-  return LanguageModel(configuration.load(checkpoint, files, gin_bindings, search_paths, modules))
+  return LanguageModel(configuration.load(path, gin_files, *lists))
+
+
+def _path(name: str, value: str | os.PathLike[str]) -> str:
+  if not isinstance(value, str | os.PathLike):
+    raise ConfigError(name, value, 'a path')
+  return os.fspath(value)
+
+
+def _texts(name: str, values: Sequence[str]) -> list[str]:
+  # Of one text each letter would be one.
+  if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+    raise ConfigError(name, values, 'a list of texts')
+  return list(values)
 
 
 class LanguageModel:
@@ -112,14 +131,24 @@ class LanguageModel:
 
   Attributes:
     loaded: the model, its parameters, and where they come from.
+    model: that one.
     vocabulary: of the tokens.
   """
 
   def __init__(self, loaded: Loaded):
     """Compiles nothing yet."""
     self.loaded = loaded
-    self.vocabulary = loaded.model.output_vocabulary
+    self.model = language_model_of(loaded.model)
+    self.vocabulary = self.model.output_vocabulary
     self._programs: dict[Any, Callable[..., Any]] = {}
+    self._states: dict[int, Any] = {}  # For `_abstract_state`.
+
+  def __repr__(self) -> str:
+    number = sum(x.size for x in jax.tree.leaves(self.loaded.params))
+    return (
+      f'LanguageModel({number:,} parameters, step {self.loaded.step:,} of '
+      f'{self.loaded.checkpoint}, {type(self.vocabulary).__name__})'
+    )
 
   @jax_modes.usual()
   def start(self, batch_size: int = 1) -> GenerationState:
@@ -151,15 +180,17 @@ class LanguageModel:
       before it.
 
     Raises:
-      ConfigError: if a text has characters that the vocabulary lacks, or a token is none of it.
+      ConfigError: if a text has characters that the vocabulary lacks, a token is none of it, or the
+        state is none of this model.
     """
-    if isinstance(texts, str):
+    self._check_state(state)
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
       raise ConfigError(f'texts = {texts!r}: give a list of texts, one for each sequence.')
     rows = list(map(self._tokens, texts))
     if len(rows) != len(state.token):
       raise ConfigError(f'{len(rows)} texts for a state of {len(state.token)} sequences.')
     nats: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] for _ in rows]
-    block = self.loaded.model.config.block_len
+    block = self.model.config.block_len
     size = max(_READ // block, 1) * block
     for first in range(0, max(map(len, rows)), size):
       parts = [row[first : first + size] for row in rows]
@@ -208,14 +239,17 @@ class LanguageModel:
       sampling: how a token is chosen.
 
     Raises:
-      ConfigError: for less than one token, or no seed.
+      ConfigError: for less than one token, no seed, or no state of this model.
     """
-    if num_tokens < 1:
-      raise ConfigError(f'num_tokens = {num_tokens}: give at least 1.')
+    self._check_state(state)
+    if not is_count(num_tokens):
+      raise ConfigError(f'num_tokens = {num_tokens!r}: give a whole number of at least 1.')
+    if not isinstance(sampling, SamplingConfig):
+      raise ConfigError(f'sampling = {sampling!r}: give a tvq_t5x.SamplingConfig.')
     batch_size, rng = len(state.token), random_keys.key_of(seed, 'seed')
 
     def generate(params, state, rng):
-      allowed = self.loaded.model.sampled_ids
+      allowed = self.model.sampled_ids
       return decoding.generate(
         self._module, params, state, num_tokens, rng, sampling, allowed=allowed
       )
@@ -263,6 +297,25 @@ class LanguageModel:
       yield score
       state = score.state
 
+  @jax_modes.usual()
+  def inspect(self, text: Text, state: GenerationState | None = None) -> Inspection:
+    """Logits, hidden states and codes of all tokens of a text, from one forward pass.
+
+    Args:
+      text: or its tokens, at least one; the devices hold what is returned.
+      state: of one sequence, what came before; None means that a document begins.
+
+    Raises:
+      ConfigError: as for `read`, and for a text without tokens.
+    """
+    state = self.start() if state is None else state
+    tokens = self._tokens(text)
+    if not len(tokens) or len(state.token) != 1:
+      raise ConfigError(
+        'inspect takes a text of at least one token, and the state of one sequence.'
+      )
+    return inspection.inspect(self._module, self.loaded.params, state, tokens)
+
   def encode(self, text: str, source: str = 'the text') -> list[int]:
     """The tokens of a text, without EOS.
 
@@ -271,26 +324,44 @@ class LanguageModel:
       source: of it, for the message.
 
     Raises:
-      ConfigError: if it has characters that the vocabulary lacks.
+      ConfigError: if it has characters that the vocabulary lacks, or is no text.
     """
+    if not isinstance(text, str):
+      raise ConfigError(f'{source} = {text!r}: give a str.')
     from tvq_t5x.data import text_streams
 
     return text_streams.encode(text, self.vocabulary, source)
 
   def text(self, tokens: Iterable[int]) -> str:
-    """The text of tokens; EOS is an empty line, and bytes that are no UTF-8 are U+FFFD."""
+    """The text of tokens; EOS is an empty line, and bytes that are no UTF-8 are U+FFFD.
+
+    Raises:
+      ConfigError: if one is no token of the vocabulary.
+    """
     from tvq_t5x.data import text_streams
 
-    return text_streams.text_of(tokens, self.vocabulary)
+    ids = list(tokens) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else tokens
+    return text_streams.text_of(self._ids(ids), self.vocabulary)
 
   def num_bytes(self, tokens: np.ndarray) -> int | None:
-    """Bytes of text that tokens stand for; None if the vocabulary does not say."""
-    table = self.loaded.model.bytes_per_token
-    return None if table is None else int(np.sum(table[tokens], dtype=np.int64))
+    """Bytes of text that tokens stand for; None if the vocabulary does not say.
+
+    Raises:
+      ConfigError: if one is no token of the vocabulary.
+    """
+    table = self.model.bytes_per_token
+    return None if table is None else int(np.sum(table[self._ids(tokens)], dtype=np.int64))
 
   @jax_modes.usual()
   def repeat(self, state: GenerationState, times: int) -> GenerationState:
-    """Each sequence of a state, `times` times in a row."""
+    """Each sequence of a state, `times` times in a row.
+
+    Raises:
+      ConfigError: for less than once, or no state of this model.
+    """
+    self._check_state(state)
+    if not is_count(times):
+      raise ConfigError(f'times = {times!r}: give a whole number of at least 1.')
     repeat = functools.partial(decoding.repeat, self._module, times=times)
     batch_size = len(state.token) * times
     shardings = self._state_shardings(batch_size)
@@ -309,7 +380,16 @@ class LanguageModel:
       state: of B sequences.
       undecoded: B times the `TextDecoder.undecoded` of their texts, for `sample --state_in`; None
         means that they end with whole characters.
+
+    Raises:
+      ConfigError: for no state of this model, or another number of `undecoded`.
     """
+    self._check_state(state)
+    number = len(state.token)
+    if undecoded is not None and (
+      len(undecoded) != number or not all(isinstance(x, bytes) for x in undecoded)
+    ):
+      raise ConfigError(f'undecoded = {undecoded!r}: give bytes for each of {number} sequences.')
     state_files.save(path, state, self.loaded, undecoded)
 
   @jax_modes.usual()
@@ -324,16 +404,42 @@ class LanguageModel:
 
   def _tokens(self, text: Text) -> np.ndarray:
     """The tokens [n] int32 of a text, which may be given as such."""
-    tokens = np.asarray(self.encode(text) if isinstance(text, str) else text)
-    size = self.loaded.model.config.vocab_size
-    numbers = tokens.ndim == 1 and tokens.dtype.kind in 'iu'
-    if tokens.size and not (numbers and 0 <= tokens.min() <= tokens.max() < size):
+    return self._ids(self.encode(text) if isinstance(text, str) else text)
+
+  def _ids(self, tokens: Any) -> np.ndarray:
+    """Tokens [n] int32."""
+    try:
+      ids = np.asarray(tokens)
+    except ValueError:  # Lists of different lengths.
+      ids = np.zeros([1, 1])
+    size = self.model.config.vocab_size
+    numbers = ids.dtype.kind in 'iu' and (not ids.size or 0 <= ids.min() <= ids.max() < size)
+    if ids.ndim != 1 or (ids.size and not numbers):
       raise ConfigError(f'the tokens of a text are whole numbers from 0 to {size - 1}.')
-    return tokens.astype(np.int32)
+    return ids.astype(np.int32)
+
+  def _check_state(self, state: Any) -> None:
+    """Refuses what is no state, and one of a model of other sizes."""
+    try:
+      expected = self._abstract_state(len(state.token))
+      found = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    except (AttributeError, TypeError):
+      expected = found = None
+    if found is None or found != expected:
+      raise ConfigError(
+        f'state = {type(state).__name__}: give one of this model, as `start` and `load_state` do.'
+      )
+
+  def _abstract_state(self, batch_size: int) -> Any:
+    """Shapes and dtypes of a state."""
+    if batch_size not in self._states:
+      init = functools.partial(decoding.start, self._module, batch_size)
+      self._states[batch_size] = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(init))
+    return self._states[batch_size]
 
   @property
   def _module(self) -> Transformer:
-    return self.loaded.model.module
+    return self.model.module
 
   @functools.cached_property
   def _params(self) -> Any:
@@ -344,7 +450,7 @@ class LanguageModel:
 
   def _state_shardings(self, batch_size: int) -> GenerationState:
     partitioner = self._partitioner(batch_size)
-    decoder = placement.decoder_state_shardings(partitioner, self.loaded.model.config)
+    decoder = placement.decoder_state_shardings(partitioner, self.model.config)
     return GenerationState(decoder, partitioner.batch_sharding())
 
   def _program(

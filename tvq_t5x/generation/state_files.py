@@ -102,13 +102,12 @@ def _undecoded(about: dict[str, Any]) -> list[bytes]:
 
 
 def _about(loaded: Loaded) -> dict[str, Any]:
-  from tvq_t5x.data import vocabularies
 
   sums = json.dumps(named_arrays.checksums(loaded.params), sort_keys=True)
   return {
     'checkpoint': str(loaded.checkpoint),
     'parameters': hashlib.sha256(sums.encode()).hexdigest(),
-    'vocabulary': vocabularies.identity(loaded.model.output_vocabulary),
+    'vocabulary': loaded.model.data_identity,
     'settings': model_settings.settings_of(loaded.model.config),
   }
 

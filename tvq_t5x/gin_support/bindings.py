@@ -13,6 +13,10 @@ MACRO, CONSTANT = 'gin.macro', 'gin.constant'
 Config = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
+# What gin holds a value by: scope and full name of what is configured, and the parameter.
+Key = tuple[tuple[str, str], str]
+
+
 class Unknown:
   """Stands for a value that exists only once something is built."""
 
@@ -29,6 +33,11 @@ class Binding(typing.NamedTuple):
   configurable: gin_config.Configurable
   parameter: str
   value: Any
+
+  @property
+  def held_by(self) -> Key:
+    """What gin holds the value by."""
+    return (self.scope, self.configurable.selector), self.parameter
 
 
 def read(config: Config) -> Iterator[Binding]:
@@ -75,6 +84,13 @@ def references(value: Any, selector: str | None = None) -> list[gin_config.Confi
   if selector:
     return [r for r in found if selector_of(r) == selector]
   return [r for r in found if selector_of(r) not in (MACRO, CONSTANT)]
+
+
+def macro_of(value: Any) -> str | None:
+  """The name of the macro that `value` is, if it is one."""
+  if isinstance(value, gin_config.ConfigurableReference) and selector_of(value) == MACRO:
+    return name_of(value)
+  return None
 
 
 def selector_of(reference: gin_config.ConfigurableReference) -> str:

@@ -13,7 +13,7 @@ import gin
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import annotations, bindings, private
-from tvq_t5x.gin_support.bindings import CONSTANT, MACRO, Binding, Config, Function
+from tvq_t5x.gin_support.bindings import CONSTANT, MACRO, Binding, Config, Function, Key
 
 # Gin files that several programs read may set these, which some of them have no use for. Ignoring
 # them does not change what a program computes.
@@ -38,6 +38,15 @@ OF_SOME_PROGRAMS = frozenset(
 )
 
 
+# What has been bound since the last check, in this order, with the values before.
+_history: list[tuple[Key, Any]] = []
+
+
+@private.note_bindings
+def _note(key: Key, before: Any) -> None:
+  _history.append((key, before))
+
+
 @private.first_finalize_hook
 def check(config: Config) -> None:
   """Checks a configuration; builds and changes nothing.
@@ -46,14 +55,17 @@ def check(config: Config) -> None:
     config: that gin holds.
 
   Raises:
-    ConfigError: One line for each misspelled macro or scope, unset macro, value of the wrong type.
+    ConfigError: One line for each misspelled macro or scope, unset macro, value of the wrong type,
+      and setting that changes nothing.
   """
   found = list(bindings.read(config))
   macros = bindings.macros_of(found)
+  history, _history[:] = list(_history), []
   problems = [
-    *_unused_macros(found, macros),
+    *_unused_macros(found, macros, history),
     *_unset(found, macros),
     *_unused_scopes(found),
+    *_shadowed(found, history),
     *_wrong_types(found, macros),
   ]
   if problems:
@@ -66,11 +78,37 @@ def suggest(name: str, known: Iterable[str]) -> str:
   return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
-def _unused_macros(found: Sequence[Binding], macros: dict[str, Any]) -> Iterator[str]:
+def _unused_macros(
+  found: Sequence[Binding], macros: dict[str, Any], history: Sequence[tuple[Key, Any]]
+) -> Iterator[str]:
   used = {bindings.name_of(r) for b in found for r in bindings.references(b.value, MACRO)}
   for name in macros:
-    if name not in used and name not in OF_SOME_PROGRAMS:
-      yield f'{name} is set but no setting uses %{name}{suggest(name, used)}'
+    if name in used or name in OF_SOME_PROGRAMS:
+      continue
+    unused = f'{name} is set but no setting uses %{name}'
+    users = {
+      key: value
+      for key, value in history
+      if name in map(bindings.name_of, bindings.references(value, MACRO))
+    }
+    now = {b.held_by: b for b in found if b.held_by in users}
+    if not now:
+      yield f'{unused}{suggest(name, used)}'
+      continue
+    settings = ', '.join(f'{b.key} = {_short(b.value)}' for b in now.values())
+    key, first = next(iter(now.items()))
+    value = first.value if bindings.macro_of(users[key]) else None
+    yield f'{unused}, whose place {settings} has taken; {_instead(name, value)}'
+
+
+def _instead(macro: str, value: Any) -> str:
+  """To set a macro in place of what uses it; `value` that the user wanted, if it is known."""
+  text = '...'
+  if isinstance(value, str):
+    text = f'\\"{value}\\"'
+  elif isinstance(value, annotations.SCALARS):
+    text = repr(value)
+  return f'set {macro} itself: --gin.{macro}={text}'
 
 
 def _unset(found: Sequence[Binding], macros: dict[str, Any]) -> Iterator[str]:
@@ -111,6 +149,51 @@ def _unused_scopes(found: Sequence[Binding]) -> Iterator[str]:
     scope, names = binding.scope, ', '.join(sorted(used)) or 'none'
     near = suggest(scope, used)
     yield f'{binding.key}: no reference uses the scope {scope}/{near}; scopes in use: {names}'
+
+
+def _shadowed(found: Sequence[Binding], history: Sequence[tuple[Key, Any]]) -> Iterator[str]:
+  """Settings that reach nothing, as wherever they would an inner scope had its own before."""
+  order = {key: i for i, (key, _) in enumerate(history)}
+  scopes: dict[str, list[list[str]]] = {}
+  for binding in found:
+    for reference in bindings.references(binding.value):
+      scopes.setdefault(bindings.selector_of(reference), []).append(reference.scopes)
+  by_key = {b.held_by: b for b in found}
+  for binding in found:
+    if binding.held_by not in order or binding.configurable.import_source is None:
+      continue  # Python may call what no gin file imports, in any scope.
+    own = binding.scope.split('/') if binding.scope else []
+    inner = [
+      _innermost(binding, own, reached, by_key)
+      for reached in scopes.get(binding.configurable.selector, ())
+      if reached[: len(own)] == own
+    ]
+    holding = dict.fromkeys(b.key for b in inner if b)
+    last = max((order.get(b.held_by, 0) for b in inner if b), default=0)
+    if not inner or not all(inner) or last > order[binding.held_by]:
+      continue  # It was a default.
+    macros = {bindings.macro_of(b.value) for b in inner if b}
+    (macro,) = macros if len(macros) == 1 else (None,)
+    yield (
+      f'{binding.key} = {_short(binding.value)} changes nothing, as {", ".join(holding)} '
+      f'{"hold" if len(holding) > 1 else "holds"}; '
+      f'{_instead(macro, binding.value) if macro else "set that"}'
+    )
+
+
+def _innermost(
+  binding: Binding,
+  own: Sequence[str],
+  reached: Sequence[str],
+  by_key: dict[Key, Binding],
+) -> Binding | None:
+  """What holds in the place of a binding of the scope `own` in a scope within it."""
+  for depth in range(len(reached), len(own), -1):
+    scope = '/'.join(reached[:depth])
+    found = by_key.get(((scope, binding.configurable.selector), binding.parameter))
+    if found:
+      return found
+  return None
 
 
 def _wrong_types(found: Sequence[Binding], macros: dict[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from tvq_t5x.common.errors import ConfigError, reason
 _ALLOWED: dict[str, frozenset[str]] = {
   module: frozenset(names)
   for module, names in {
+    'tvq_t5x.data.classification': ('task_format', 'vocab_size'),
     'tvq_t5x.data.datasets': ('DatasetConfig', 'vocab_size', 'vocabulary'),
     'tvq_t5x.data.token_cache': ('directory',),
     'tvq_t5x.data.vocabularies': ('sentencepiece_model', 'vocab_size'),
@@ -24,17 +25,19 @@ _ALLOWED: dict[str, frozenset[str]] = {
     'tvq_t5x.network.transformer': ('Transformer',),
     'tvq_t5x.standalone.runner': ('train',),
     'tvq_t5x.standalone.samples': ('SampleConfig',),
+    'tvq_t5x.training.classifier': ('ClassifierModel',),
     'tvq_t5x.training.models': ('TransformerVQModel', 'TransformerVQModel.predict_batch_with_aux'),
-    'tvq_t5x.training.optimizers': ('adafactor', 'adamw', 'lion', 'warmup_cosine'),
+    'tvq_t5x.training.optimizers': ('adafactor', 'adamw', 'lion', 'warmup_cosine', 'warmup_linear'),
     'tvq_t5x.training.partitioning': ('Partitioner', 'standard_logical_axis_rules'),
   }.items()
 }
 # Of these, what has settings and is called by nobody but this package: a run writes files.
 _NEVER_CALLED = frozenset({'train', 'TransformerVQModel.predict_batch_with_aux'})
 _TASKS = 'tvq_t5x.tasks.'
-_OF_TASKS = frozenset({'corpus'})
-# The parameter of this module's functions that names a module, which is then imported.
-_IMPORTS, _MODULE_PARAMETER = 'tvq_t5x.data.datasets', 'module'
+_OF_TASKS = frozenset({'corpus', 'data', 'folder'})
+# The parameter of these modules' functions that names a module, which is then imported.
+_IMPORTS = frozenset({'tvq_t5x.data.classification', 'tvq_t5x.data.datasets'})
+_MODULE_PARAMETER = 'module'
 
 
 class _Reference(NamedTuple):
@@ -88,7 +91,8 @@ def check(text: str, source: str, modules: Sequence[str] = ()) -> None:
     elif isinstance(statement, config_parser.BlockDeclaration):
       _check_name(statement.selector, imported, source, modules)
     elif not statement.arg_name:
-      macros[statement.selector] = statement.value
+      scope = f'{statement.scope}/' if statement.scope else ''
+      macros[scope + statement.selector] = statement.value
     else:
       _check_name(statement.selector, imported, source, modules)
       bindings.append(statement)
@@ -97,7 +101,7 @@ def check(text: str, source: str, modules: Sequence[str] = ()) -> None:
     _check_name(reference.name, imported, source, modules, called=True)
   for binding in bindings:
     owner = imported.get(binding.selector.partition('.')[0])
-    if owner == _IMPORTS and binding.arg_name == _MODULE_PARAMETER:
+    if owner in _IMPORTS and binding.arg_name == _MODULE_PARAMETER:
       _check_module(_resolve(binding.value, macros), source, modules)
 
 
@@ -118,8 +122,8 @@ def _check_name(
   called: bool = False,
 ) -> None:
   first, _, rest = name.partition('.')
-  if first in ('gin', 'macro') and (not rest or rest in ('macro', 'constant')):
-    return
+  if first == 'gin':  # A macro in another form, whose value `_resolve` would not see.
+    raise _refused(source, name, '')
   module = imported.get(first, first)
   allowed = _OF_TASKS if _is_task(module) else _ALLOWED.get(module, frozenset())
   if called:
@@ -146,7 +150,7 @@ def _resolve(value: Any, macros: dict[str, Any]) -> Any:
   seen = set()
   while isinstance(value, _Macro) and value.name not in seen:
     seen.add(value.name)
-    value = macros.get(value.name)
+    value = macros.get(value.name, value)
   return value
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 from gin import config as gin_config
 from gin import resource_reader
 
-from tvq_t5x.gin_support.bindings import Config
+from tvq_t5x.gin_support.bindings import Config, Key
 
 
 def first_finalize_hook(hook: Callable[[Config], None]) -> Callable[[Config], None]:
@@ -19,6 +19,24 @@ def first_finalize_hook(hook: Callable[[Config], None]) -> Callable[[Config], No
   hooks = gin_config._FINALIZE_HOOKS
   hooks.insert(0, hooks.pop())
   return hook
+
+
+def note_bindings(note: Callable[[Key, Any], None]) -> Callable[[Key, Any], None]:
+  """Makes gin's parser call `note` whenever it binds, with what it binds and its value before.
+
+  Args:
+    note: is given None where there was no value.
+  """
+  bind = gin_config.bind_parameter
+
+  def noted(key: str | tuple[str, str, str], value: Any) -> None:
+    parsed = gin_config.ParsedBindingKey.parse(key)
+    before = gin_config._CONFIG.get(parsed.config_key, {}).get(parsed.arg_name)
+    bind(key, value)
+    note((parsed.config_key, parsed.arg_name), before)
+
+  gin_config.bind_parameter = noted
+  return note
 
 
 def registered() -> list[str]:

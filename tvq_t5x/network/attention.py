@@ -62,6 +62,7 @@ class Attention(Mixer):
 
   KIND: ClassVar[str] = 'attention'
   SAVES_MARKED: ClassVar[bool] = True
+  ENCODES: ClassVar[bool] = True
 
   def attend(
     self,
@@ -72,13 +73,14 @@ class Attention(Mixer):
     state: State | None,
     call: Call,
   ) -> tuple[jax.Array, State, Aux]:
-    """Attends from every position of a segment to all positions up to it.
+    """Attends from every position of a segment to all up to it; in an encoder, to all.
 
     Args:
       queries: of the segment, [B, T, N, G, K].
       keys: [B, T, N, K].
       values: [B, T, N, V].
-      distances: [M + 1, N, K], projected sinusoids; row d scores keys at distance d.
+      distances: [M + 1, N, K], projected sinusoids; row d scores keys at distance d. In an encoder,
+        [2M + 1, N, K]; row d scores keys at distance d - M, which is negative after the query.
       state: as `__call__` gets it.
       call: likewise.
 
@@ -128,10 +130,11 @@ class Attention(Mixer):
     return Queries(biased('content_bias'), biased('position_bias')), keys, values
 
   def _distances(self) -> jax.Array:
-    """The projected sinusoids of the distances 0 to M, [M + 1, N, K]."""
+    """The projected sinusoids of the distances of near keys, as `attend` gets them."""
     c = self.config
     n, d, k = c.num_kv_heads, c.emb_dim, c.key_dim
-    x = sinusoids(jnp.arange(c.window_len + 1), d, c.max_wavelength)
+    first = -c.window_len if c.bidirectional else 0
+    x = sinusoids(jnp.arange(first, c.window_len + 1), d, c.max_wavelength)
     if not self.deterministic and c.sinusoid_dropout_rate:
       share = 1.0 - c.sinusoid_dropout_rate
       kept = jax.random.bernoulli(self.make_rng(SEQUENCE_DROPOUT), jnp.float32(share), x.shape)

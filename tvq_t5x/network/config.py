@@ -49,8 +49,9 @@ class Activation(enum.StrEnum):
 class Reduction(enum.StrEnum):
   """How the compressed cache of every block is computed from the blocks before it."""
 
+  AUTO = 'auto'  # Serial on CPU, matmul elsewhere.
   SERIAL = 'serial'  # One scan over blocks, attention included: least memory.
-  # A scan over groups of up to 8 blocks that are computed at once, with all their caches.
+  # A scan over groups of up to 64 blocks (on CPU 8) that are computed at once, with their caches.
   MATMUL = 'matmul'  # Product with a triangular matrix of blocks by blocks.
   ASSOCIATIVE = 'associative'  # Parallel prefix in logarithmically many steps.
 
@@ -81,6 +82,8 @@ _POSITIVE = (
   'window_len',
   'kv_cache_len',
 )
+# A replaced code counts as used twice as much as the share below which it was replaced.
+MOST_REPLACED = 0.5
 _RATES = ('sinusoid_dropout_rate', 'residual_dropout_rate', 'layer_drop_rate')
 
 
@@ -106,6 +109,9 @@ class TransformerConfig:
     sublayers: those of a layer in order, each a name of `Sublayer` or a `mixers.Mixer` class (in
       gin, '@my_module.MyMixer'). None means those of head_type and attention_type: two of
       attention_type where it is gated, else one and an MLP.
+    bidirectional: whether all positions of a sequence attend to all, as in an encoder. Keys have
+      the position term up to M positions before and after a query, as far as they are in its block
+      or one beside it: L should be at least M.
     kv_cache_len: C, positions before a segment whose keys and values 'quadratic' attention
       remembers; it attends to no others.
     reduction: see `Reduction`. Changes speed and memory, never values.
@@ -121,6 +127,10 @@ class TransformerConfig:
     logit_scale: multiplies the logits, bias included (`e_scale`).
     commit_weight: beta, weight of the commitment loss.
     ema_decay: gamma, decay of the codebook statistics per parameter update.
+    codes_from_keys: whether the codebook starts from keys of the first update, in place of normal
+      random numbers. Changes nothing of a codebook that has started.
+    replace_below: codes used less than this share of their fair part are set to keys of the update;
+      0 means never.
     scan_layers: compile one layer and scan it (parameters are stacked on a `layers` axis).
     remat: see `Remat`.
     dtype: of activations. Parameters, logits and softmax statistics are float32.
@@ -138,10 +148,11 @@ class TransformerConfig:
   head_type: HeadType = HeadType.GATED
   attention_type: AttentionType = AttentionType.VQ
   sublayers: tuple[str | Callable[..., Any], ...] | None = None
+  bidirectional: bool = False
   kv_cache_len: int = 2048
   mlp_dim: int | None = None
   mlp_activation: Activation = Activation.SQUARED_RELU
-  reduction: Reduction = Reduction.MATMUL
+  reduction: Reduction = Reduction.AUTO
   compressed_cache: bool = True
   grad_through_cache: bool = True
   absolute_positions: bool = False
@@ -154,6 +165,8 @@ class TransformerConfig:
   logit_scale: float = 1.0
   commit_weight: float = 1e-4
   ema_decay: float = 0.99
+  codes_from_keys: bool = False
+  replace_below: float = 0.0
   scan_layers: bool = True
   remat: Remat = Remat.ATTENTION
   dtype: Any = jnp.float32
@@ -182,6 +195,11 @@ class TransformerConfig:
         raise _error(name, getattr(self, name), 'a rate in [0, 1)')
     if not 0.0 <= self.ema_decay < 1.0:
       raise _error('ema_decay', self.ema_decay, 'a decay in [0, 1)')
+    if not 0.0 <= self.replace_below <= MOST_REPLACED:
+      raise _error('replace_below', self.replace_below, f'a share in [0, {MOST_REPLACED}]')
+    for name in ('compressed_cache', 'grad_through_cache') if self.bidirectional else ():
+      if not getattr(self, name):
+        raise _error(name, False, 'True, as an encoder (bidirectional = True) has no other')
     if self.emb_dim % 2:
       raise _error('emb_dim', self.emb_dim, 'an even width, for the sinusoids')
 

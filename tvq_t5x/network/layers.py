@@ -1,5 +1,6 @@
 """Building blocks with logical axis names: projections, normalization, dropout, embeddings."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,22 @@ class RMSNorm(nn.Module):
     return xla.scale_and_shift(rms_normalize(x), scale.astype(x.dtype), bias.astype(x.dtype))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
+  """The whole kernel on devices that share the batch and, by its 'embed' axis, the parameters.
+
+  Said here, it is one collective a kernel, of the dtype of the product; some compilers would else
+  pass the parts around step by step within each product. The gradient is shared out again.
+  """
+  return with_sharding_constraint(kernel, tuple(None if x == 'embed' else x for x in axes))
+
+
+_gather.defvjp(
+  lambda axes, kernel: (_gather(axes, kernel), None),
+  lambda axes, _, g: (with_sharding_constraint(g, axes),),
+)
+
+
 class Einsum(nn.Module):
   """A projection: `einsum(equation, x, kernel)`, and a bias where asked for.
 
@@ -82,7 +99,10 @@ class Einsum(nn.Module):
     kernel = nn_partitioning.param_with_axes(
       'kernel', kernel_init, tuple(self.shape), jnp.float32, axes=tuple(self.axes)
     )
-    y = xla.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+    kernel = kernel.astype(self.dtype)
+    if xla.in_training():
+      kernel = _gather(tuple(self.axes), kernel)
+    y = xla.einsum(self.equation, x.astype(self.dtype), kernel)
     if not self.use_bias:
       return y
     bias = nn_partitioning.param_with_axes(
@@ -95,29 +115,37 @@ class Einsum(nn.Module):
     return y + bias.astype(self.dtype)
 
 
-def example_dropout(
-  rng: jax.Array, x: jax.Array, rate: float, example_ids: jax.Array, per_example: bool = False
+def dropout(
+  rng: jax.Array,
+  x: jax.Array,
+  rate: float,
+  example_ids: jax.Array,
+  position: jax.Array | None = None,
 ) -> jax.Array:
-  """Dropout whose mask depends on an example's id, not on its place in a (micro)batch.
+  """Dropout whose mask depends on examples and positions, not on their place in a part of a batch.
 
   Args:
-    rng: key; the mask of an example is drawn from this key folded with the example's id.
-    x: [B, ...].
+    rng: key, folded with an example's id, and with a position.
+    x: [B, T, D].
     rate: probability to drop.
     example_ids: [B] int32, place of each example in the global batch.
-    per_example: whether to keep or drop an example as a whole (LayerDrop).
+    position: [B] int32, of the first of the T positions of each example; None keeps or drops an
+      example as a whole (LayerDrop).
 
   Returns:
-    [B, ...], kept entries scaled by `1 / (1 - rate)`.
+    [B, T, D], kept entries scaled by `1 / (1 - rate)`.
   """
-  shape = (1,) * (x.ndim - 1) if per_example else x.shape[1:]
-
-  def draw(example_id: jax.Array) -> jax.Array:
-    # Of a Python number, JAX with numbers of 64 bits makes other draws.
-    return jax.random.bernoulli(jax.random.fold_in(rng, example_id), jnp.float32(1.0 - rate), shape)
-
-  kept = jax.vmap(draw)(example_ids)
-  return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+  keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(example_ids)  # [B]
+  shape = (1, 1)
+  if position is not None:
+    positions = position[:, None] + jnp.arange(x.shape[1])
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)  # [B, T]
+    shape = x.shape[2:]
+  # Of a Python number, JAX with numbers of 64 bits makes other draws.
+  draw = functools.partial(jax.random.bernoulli, p=jnp.float32(1.0 - rate), shape=shape)
+  for _ in range(keys.ndim):
+    draw = jax.vmap(draw)
+  return jnp.where(draw(keys), x / (1.0 - rate), jnp.zeros_like(x))
 
 
 class Embedding(nn.Module):

@@ -24,6 +24,7 @@ class Call(NamedTuple):
   example_ids: jax.Array  # [B] int32, place in the global batch: selects dropout masks
   lengths: jax.Array | None  # [B] int32, how many tokens the state takes in; None means all
   step: jax.Array | None  # [] int32, tokens since `for_tokens`; None elsewhere
+  num_examples: jax.Array | None = None  # [] int32, of the global batch; None means B
 
 
 class Loss(NamedTuple):
@@ -67,6 +68,11 @@ class Mixer(nn.Module):
   KIND: ClassVar[str] = 'mixer'
   # Whether it marks with `save_for_backward` what `Remat.ATTENTION` should keep.
   SAVES_MARKED: ClassVar[bool] = False
+  # Attributes that change speed and memory only: a checkpoint goes on with others.
+  SPEED_ONLY: ClassVar[frozenset[str]] = frozenset()
+  # Whether it obeys `TransformerConfig.bidirectional`, without which it can't be in an encoder:
+  # each position sees all of a sequence that have a loss_mask, and the state is ().
+  ENCODES: ClassVar[bool] = False
 
   def __call__(self, x: jax.Array, state: State | None, call: Call) -> tuple[jax.Array, State, Aux]:
     """Mixes the positions of a segment.

@@ -20,6 +20,7 @@ class Mlp(Mixer):
   """RMSNorm, then two projections with an activation between them, without biases."""
 
   KIND: ClassVar[str] = 'mlp'
+  ENCODES: ClassVar[bool] = True
 
   @nn.compact
   def __call__(self, x: jax.Array, state: State, call: Call) -> tuple[jax.Array, State, Aux]:

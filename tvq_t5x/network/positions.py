@@ -41,24 +41,25 @@ def relative_shift(x: jax.Array, num_keys: int) -> jax.Array:
 
 def window_mask(
   block_len: int, window_len: int, num_empty: jax.Array, within_window: bool
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
   """Which keys of the window and of the present block a query may attend to.
 
   Args:
     block_len: L queries.
-    window_len: M; key j of M + L is at position `j - M` of the block.
+    window_len: M; key j of the window is at position `j - M` of the block.
     num_empty: [...] int32, slots of the window that were never filled.
     within_window: whether keys further back than M from the query are left out.
 
   Returns:
-    [..., L, M + L] bool.
+    [..., L or 1, M] bool of the window's keys, and [L, L] of the block's.
   """
   query = jnp.arange(block_len)[:, None]
-  key = jnp.arange(window_len + block_len)[None, :]
-  visible = key - window_len <= query
+  in_window = jnp.arange(window_len) >= num_empty[..., None, None]
+  in_present = jnp.arange(block_len) <= query
   if within_window:
-    visible = visible & (key >= query)
-  return visible & (key >= num_empty[..., None, None])
+    in_window = in_window & (jnp.arange(window_len) >= query)
+    in_present = in_present & (jnp.arange(block_len) + window_len >= query)
+  return in_window, in_present
 
 
 def key_nearness(queries: jax.Array, distances: jax.Array, num_keys: int) -> jax.Array:
@@ -84,6 +85,22 @@ def key_nearness(queries: jax.Array, distances: jax.Array, num_keys: int) -> jax
   nearness = relative_shift(nearness, num_queries + reach - 1)  # Columns end at the last key.
   excess = num_keys - nearness.shape[-1]
   return jnp.pad(nearness, [(0, 0)] * 4 + [(max(excess, 0), 0)])[..., max(-excess, 0) :]
+
+
+def nearness_both_ways(queries: jax.Array, distances: jax.Array) -> jax.Array:
+  """What the distances of keys, before and after, add to their scores.
+
+  Args:
+    queries: [B, T, N, G, K].
+    distances: [2M + 1, N, K], or scores [2M + 1, N]; row `i - j + M` is of query i and key j.
+
+  Returns:
+    [B, N, G, T, T] float32, or 1 for B and G; zero for keys at a distance over M.
+  """
+  length, reach = queries.shape[1], len(distances) // 2
+  # Rows count back from M after the query, in a sequence with M keys more on either side.
+  nearness = key_nearness(queries, distances, length + 2 * reach)
+  return nearness[..., reach : reach + length]
 
 
 def last_positions(x: jax.Array, number: int, lengths: jax.Array | None) -> jax.Array:

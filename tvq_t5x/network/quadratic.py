@@ -8,13 +8,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tvq_t5x.network import xla
-from tvq_t5x.network.attention import MASKED, Attention, Queries, token_distance_scores
+from tvq_t5x.network.attention import (
+  MASKED,
+  Attention,
+  Queries,
+  token_distance_scores,
+)
 from tvq_t5x.network.config import TransformerConfig
-from tvq_t5x.network.layers import with_sharding_constraint
+from tvq_t5x.network.layers import SAVE_MARKED, with_sharding_constraint
 from tvq_t5x.network.mixers import Aux, Call
-from tvq_t5x.network.positions import key_nearness, last_positions
+from tvq_t5x.network.positions import key_nearness, last_positions, nearness_both_ways
+from tvq_t5x.network.softmax import softmax_average
 
 X = TypeVar('X')
+
+# Whose scores are there at the same time. With more, TPUs spend longer on the terms of distances.
+_MOST_QUERIES = 512
 
 
 class KeyValueState(NamedTuple, Generic[X]):
@@ -39,7 +48,10 @@ class KeyValueRing(NamedTuple):
 
 
 class QuadraticAttention(Attention):
-  """Softmax attention to all positions of the segment and to the C before it."""
+  """Softmax attention to all positions up to a query's, of the segment and of the C before it.
+
+  In an encoder, to all of the sequence.
+  """
 
   def attend(
     self,
@@ -49,17 +61,19 @@ class QuadraticAttention(Attention):
     distances: jax.Array,
     state: KeyValueState | KeyValueRing | None,
     call: Call,
-  ) -> tuple[jax.Array, KeyValueState | KeyValueRing, Aux]:
+  ) -> tuple[jax.Array, KeyValueState | KeyValueRing | tuple[()], Aux]:
     """See `Attention`."""
     return attend(queries, keys, values, distances, state, call, self.config)
 
-  def init_state(self, batch_size: int) -> KeyValueState:
-    """No positions."""
-    return init_key_value_state(self.config, batch_size)
+  def init_state(self, batch_size: int) -> KeyValueState | tuple[()]:
+    """No positions; () in an encoder."""
+    return () if self.config.bidirectional else init_key_value_state(self.config, batch_size)
 
-  def state_axes(self) -> KeyValueState[PartitionSpec]:
+  def state_axes(self) -> KeyValueState[PartitionSpec] | tuple[()]:
     """See `Mixer`."""
     c = self.config
+    if c.bidirectional:
+      return ()
     heads = c.heads_axis(c.num_kv_heads)
     return KeyValueState(
       *(PartitionSpec('batch', None, heads, width) for width in ('kv', c.value_axis))
@@ -90,8 +104,10 @@ def attend(
   state: KeyValueState | KeyValueRing | None,
   call: Call,
   config: TransformerConfig,
-) -> tuple[jax.Array, KeyValueState | KeyValueRing, Aux]:
+) -> tuple[jax.Array, KeyValueState | KeyValueRing | tuple[()], Aux]:
   """`Attention.attend` over keys as they are."""
+  if config.bidirectional:
+    return all_pairs_attention(queries, keys, values, distances, call.loss_mask), (), {}
   if isinstance(state, KeyValueRing):
     assert call.step is not None
     args = queries, keys, values, distances, state, call.position, call.step
@@ -120,6 +136,8 @@ def quadratic_attention(
 ) -> jax.Array:
   """Softmax attention of T queries to S >= T keys, the last T at the queries' positions.
 
+  Scores are there for a block of queries at a time, and are computed again for the gradient.
+
   Args:
     queries: [B, T, N, G, K].
     keys: [B, S, N, K].
@@ -131,16 +149,75 @@ def quadratic_attention(
   Returns:
     [B, T, N, G, V] in the dtype of the values.
   """
+  batch_size, length = queries.content.shape[:2]
+  if num_empty is None:
+    num_empty = jnp.zeros([batch_size], jnp.int32)
+  num_blocks = -(-length // _MOST_QUERIES)
+  if num_blocks == 1:
+    return _attend(queries, keys, values, distances, num_empty)
+  block_len = -(-length // num_blocks)
+  after = num_blocks * block_len - length  # Padding, of which no query before it sees a key.
+  before = (num_blocks - 1) * block_len
+  num_keys = keys.shape[1] + after
+
+  def pad(x: jax.Array, before: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
+
+  queries = jax.tree.map(lambda x: pad(x, 0), queries)
+  keys, values = pad(keys, before), pad(values, before)
+
+  def step(_, start):  # Each block sees the keys up to its end, and what is empty before them.
+    at = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, axis=1)
+    block = jax.tree.map(lambda x: at(x, slice_size=block_len), queries)
+    seen_keys, seen_values = (at(x, slice_size=num_keys) for x in (keys, values))
+    return None, _attend(block, seen_keys, seen_values, distances, num_empty + before - start)
+
+  step = jax.checkpoint(step, policy=SAVE_MARKED)
+  _, out = jax.lax.scan(step, None, jnp.arange(num_blocks, dtype=jnp.int32) * block_len)
+  out = jnp.moveaxis(out, 0, 1)  # [B, R, T / R, N, G, V]
+  return out.reshape(batch_size, -1, *out.shape[3:])[:, :length]
+
+
+def _attend(
+  queries: Queries,
+  keys: jax.Array,
+  values: jax.Array,
+  distances: jax.Array,
+  num_empty: jax.Array,
+) -> jax.Array:
+  """`quadratic_attention` with the scores of all pairs."""
   num_queries, num_keys = queries.content.shape[1], keys.shape[1]
-  f32 = {'preferred_element_type': jnp.float32}
-  scores = jnp.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, **f32)
+  scores = xla.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, jnp.float32)
   scores = scores + key_nearness(queries.position, distances, num_keys)
   query = jnp.arange(num_keys - num_queries, num_keys)[:, None]
   key = jnp.arange(num_keys)[None, :]
-  visible = key <= query
-  if num_empty is not None:
-    visible = visible & (key >= num_empty[:, None, None, None, None])
-  weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(values.dtype)
+  visible = (key <= query) & (key >= num_empty[:, None, None, None, None])
+  scores = jnp.where(visible, scores, MASKED)
+  out = softmax_average('BNGTS,BNSV->BNGTV', [scores], [jnp.swapaxes(values, 1, 2)])
+  return jnp.moveaxis(out, 3, 1)
+
+
+def all_pairs_attention(
+  queries: Queries, keys: jax.Array, values: jax.Array, distances: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Softmax attention of every position of a sequence to all that are tokens.
+
+  Args:
+    queries: [B, T, N, G, K].
+    keys: [B, T, N, K].
+    values: [B, T, N, V].
+    distances: [2M + 1, N, K], or scores [2M + 1, N]; row `i - j + M` adds to the score of query i
+      and key j, keys further away get none.
+    mask: [B, T], 0 on padding, whose keys nobody attends to.
+
+  Returns:
+    [B, T, N, G, V] in the dtype of the values; without meaning for a sequence without tokens.
+  """
+  f32 = {'preferred_element_type': jnp.float32}
+  scores = jnp.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, **f32)
+  scores = scores + nearness_both_ways(queries.position, distances)
+  scores = jnp.where(mask[:, None, None, None] > 0, scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   return jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32).astype(values.dtype)
 
 

@@ -36,6 +36,10 @@ class SamplingConfig:
   top_k: int = 0
 
   def __post_init__(self):
+    for name in ('temperature', 'top_p'):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f'SamplingConfig.{name}', value, 'a number')
     if not 0 <= self.temperature < float('inf'):
       raise ConfigError(f'SamplingConfig.temperature = {self.temperature}: give 0 or more.')
     if not 0 < self.top_p <= 1:

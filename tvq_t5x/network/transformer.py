@@ -19,7 +19,7 @@ from tvq_t5x.network.layers import (
   Embedding,
   Logits,
   RMSNorm,
-  example_dropout,
+  dropout,
   with_sharding_constraint,
 )
 from tvq_t5x.network.mixers import Aux, Call, Mixer, State
@@ -92,6 +92,7 @@ class Layer(nn.Module):
       x = self._add(x, branch, call)
       states.append(new_state)
       aux.append(mixer_aux)
+    self.sow('intermediates', 'output', x)
     return x, (tuple(states), tuple(aux))
 
   def _add(self, x: jax.Array, branch: jax.Array, call: Call) -> jax.Array:
@@ -99,10 +100,10 @@ class Layer(nn.Module):
     c = self.config
     if not self.deterministic and c.residual_dropout_rate:
       rng = self.make_rng(DROPOUT)
-      branch = example_dropout(rng, branch, c.residual_dropout_rate, call.example_ids)
+      branch = dropout(rng, branch, c.residual_dropout_rate, call.example_ids, call.position)
     if not self.deterministic and c.layer_drop_rate:
       rng = self.make_rng(SEQUENCE_DROPOUT)
-      branch = example_dropout(rng, branch, c.layer_drop_rate, call.example_ids, per_example=True)
+      branch = dropout(rng, branch, c.layer_drop_rate, call.example_ids)
     return with_sharding_constraint(x + branch, ('batch', 'length', 'embed'))
 
 
@@ -143,8 +144,18 @@ class Transformer(nn.Module):
   config: TransformerConfig
 
   def __post_init__(self):
+    if self.config is not None and self.config.bidirectional:
+      raise ConfigError(
+        'TransformerConfig.bidirectional',
+        True,
+        'False for a language model, whose positions see no later ones; `Classifier` is an encoder',
+      )
     sublayers.of_layer(self.config)
     super().__post_init__()
+
+  def example_inputs(self, batch_size: int) -> tuple[jax.Array]:
+    """What to initialize the parameters with, which depend on no shape: tokens [B, 1]."""
+    return (jnp.zeros([batch_size, 1], jnp.int32),)
 
   @property
   def scan_layers(self) -> bool:
@@ -159,6 +170,7 @@ class Transformer(nn.Module):
     *,
     loss_mask: jax.Array | None = None,
     example_ids: jax.Array | None = None,
+    num_examples: int | None = None,
     lengths: jax.Array | None = None,
     step: jax.Array | None = None,
     deterministic: bool = True,
@@ -170,6 +182,7 @@ class Transformer(nn.Module):
       state: of the tokens before the segment; None at the start of the sequences.
       loss_mask: [B, T]; positions with 0 enter attention but no loss and no statistic.
       example_ids: [B] int32, place of each example in the global batch; None means 0 to B - 1.
+      num_examples: of the global batch; None means B.
       lengths: [B] int32, how many tokens of each row the state after the segment is of; the rest is
         padding. None means all T.
       step: [] int32, tokens since `decoding.for_tokens` made the state, which takes one token of
@@ -192,18 +205,12 @@ class Transformer(nn.Module):
       example_ids=jnp.arange(batch_size) if example_ids is None else example_ids,
       lengths=lengths,
       step=step,
+      num_examples=None if num_examples is None else jnp.int32(num_examples),
     )
     embedding = Embedding(c, name='token_embedder')
-    x = embedding(tokens)
-    if c.absolute_positions:
-      scale = nn_partitioning.param_with_axes(
-        'position_scale', initializers.zeros, (), jnp.float32, axes=()
-      )
-      positions = position[:, None] + jnp.arange(length)
-      x = x + (scale * sinusoids(positions, c.emb_dim, c.max_wavelength)).astype(c.dtype)
-    x = with_sharding_constraint(x, ('batch', 'length', 'embed'))
+    x = embed_positions(c, embedding(tokens), position)
     layers = None if state is None else state.layers
-    x, layers, aux = self._layers(x, layers, call, deterministic)
+    x, layers, aux = run_layers(c, x, layers, call, deterministic)
     if c.final_norm:
       x = RMSNorm(name='final_norm')(x)
     logits = Logits(c, name='logits')(x, embedding if c.tied_embeddings else None)
@@ -211,29 +218,64 @@ class Transformer(nn.Module):
     position = position + (length if lengths is None else lengths)
     return logits, DecoderState(position, layers), aux
 
-  def _layers(
-    self, x: jax.Array, states: Any, call: Call, deterministic: bool
-  ) -> tuple[jax.Array, Any, LayerAux]:
-    c = self.config
-    layer_cls = Layer
-    if c.remat == Remat.LAYER:
-      layer_cls = nn_partitioning.remat(Layer, prevent_cse=not c.scan_layers)
-    if c.scan_layers:
-      layers = nn_partitioning.scan_with_axes(
-        layer_cls,
-        variable_axes={'params': 0, 'intermediates': 0},
-        split_rngs={'params': True, DROPOUT: True, SEQUENCE_DROPOUT: True},
-        in_axes=(0, nn.broadcast),
-        out_axes=0,
-        length=c.num_layers,
-        axis_name='layers',
-      )
-      x, (states, aux) = layers(c, deterministic, name='layers')(x, states, call)
-      return x, states, aux
-    new_states, aux = [], []
-    for i in range(c.num_layers):
-      layer = layer_cls(c, deterministic, name=f'layers_{i}')
-      x, (new_state, layer_aux) = layer(x, states and states[i], call)
-      new_states.append(new_state)
-      aux.append(layer_aux)
-    return x, tuple(new_states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
+
+def embed_positions(config: TransformerConfig, x: jax.Array, position: jax.Array) -> jax.Array:
+  """Adds scaled sinusoids to embeddings where `absolute_positions` says so; within a module.
+
+  Args:
+    config: of the network.
+    x: [B, T, D], embeddings.
+    position: [B] int32, of the first of them.
+
+  Returns:
+    [B, T, D], laid out as the layers take it.
+  """
+  if config.absolute_positions:
+    scale = nn_partitioning.param_with_axes(
+      'position_scale', initializers.zeros, (), jnp.float32, axes=()
+    )
+    positions = position[:, None] + jnp.arange(x.shape[1])
+    added = scale * sinusoids(positions, config.emb_dim, config.max_wavelength)
+    x = x + added.astype(config.dtype)
+  return with_sharding_constraint(x, ('batch', 'length', 'embed'))
+
+
+def run_layers(
+  config: TransformerConfig, x: jax.Array, states: Any, call: Call, deterministic: bool
+) -> tuple[jax.Array, Any, LayerAux]:
+  """Runs the layers of a network, as parts of the module that calls this.
+
+  Args:
+    config: of the network.
+    x: [B, T, D], the residual stream.
+    states: of the layers, as `DecoderState.layers`; None at the start of the sequences.
+    call: what the sublayers are told.
+    deterministic: whether there is no dropout.
+
+  Returns:
+    [B, T, D], the states after the segment, and for each sublayer of a layer its losses and
+    metrics, every leaf [layers].
+  """
+  c = config
+  layer_cls = Layer
+  if c.remat == Remat.LAYER:
+    layer_cls = nn_partitioning.remat(Layer, prevent_cse=not c.scan_layers)
+  if c.scan_layers:
+    layers = nn_partitioning.scan_with_axes(
+      layer_cls,
+      variable_axes={'params': 0, 'intermediates': 0},
+      split_rngs={'params': True, DROPOUT: True, SEQUENCE_DROPOUT: True},
+      in_axes=(0, nn.broadcast),
+      out_axes=0,
+      length=c.num_layers,
+      axis_name='layers',
+    )
+    x, (states, aux) = layers(c, deterministic, name='layers')(x, states, call)
+    return x, states, aux
+  new_states, aux = [], []
+  for i in range(c.num_layers):
+    layer = layer_cls(c, deterministic, name=f'layers_{i}')
+    x, (new_state, layer_aux) = layer(x, states and states[i], call)
+    new_states.append(new_state)
+    aux.append(layer_aux)
+  return x, tuple(new_states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)

@@ -19,6 +19,17 @@ def training_gradients() -> Any:
   return _in_training(True)
 
 
+def in_training() -> bool:
+  """Whether what is traced is differentiated in `training_gradients()`."""
+  return _in_training.value
+
+
+def platform() -> str:
+  """Of the devices that the program being traced is for: 'cpu', 'gpu' or 'tpu'."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
   """`jnp.einsum` of two operands; in training on CPU its gradients take half of einsum's own time.
 
@@ -60,12 +71,12 @@ _einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
 def _einsum_gradients(equation, x, y, g):
-  left, right, out = _operands(equation)
+  left, right, out = operands(equation)
   return jnp.einsum(f'{out},{right}->{left}', g, y), jnp.einsum(f'{out},{left}->{right}', g, x)
 
 
 def _einsum_gradients_on_cpu(equation, x, y, g):
-  left, right, out = _operands(equation)
+  left, right, out = operands(equation)
   # Both products below read g: without the barrier XLA computes it again inside each of them.
   g = jax.lax.optimization_barrier(g)
   x_gradient = jnp.einsum(f'{out},{right}->{left}', g, y)
@@ -78,7 +89,8 @@ def _einsum_gradients_on_cpu(equation, x, y, g):
   return x_gradient, y_gradient.transpose([axes.index(c) for c in right])
 
 
-def _operands(equation: str) -> tuple[str, str, str]:
+def operands(equation: str) -> tuple[str, str, str]:
+  """The letters of the two operands and of the result of an einsum."""
   inputs, out = equation.split('->')
   left, right = inputs.split(',')
   return left, right, out

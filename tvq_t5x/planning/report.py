@@ -1,138 +1,161 @@
-"""What a compiled training program takes, and what would take less, in words."""
+"""What a compiled training program takes, and what would take less, in words and as a picture."""
 
-import dataclasses
-import re
-from collections.abc import Iterator
-from typing import Any
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 
-import jax
-
-from tvq_t5x.common import words
+from tvq_t5x.common import files, words
 from tvq_t5x.network.config import Reduction, Remat, Sublayer
-from tvq_t5x.planning import hlo
-from tvq_t5x.planning.program import Program
-from tvq_t5x.planning.topologies import Chip
-from tvq_t5x.training import placement
+from tvq_t5x.planning.estimate import Estimate, Speed
+from tvq_t5x.planning.work import Work
 from tvq_t5x.training.partitioning import DATA, MODEL
-from tvq_t5x.training.placement import StateInfo
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes of one device's memory."""
+def tables(estimates: Mapping[str, Estimate]) -> str:
+  """Markdown: what programs take, where their cycles go, and what is assumed.
 
-  arguments: int  # Parameters, optimizer state, batch.
-  results: int  # Those that take no argument's place.
-  temporaries: int
-  code: int
-
-  @property
-  def total(self) -> int:
-    """Bytes that the program needs."""
-    return self.arguments + self.results + self.temporaries + self.code
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-  """What the compiler says of a training program.
-
-  Attributes:
-    program: what was compiled.
-    topology: for which devices, such as 'v3:8x8'.
-    chip: facts about them.
-    state: what parameters and optimizer state take.
-    memory: of a device.
-    work: of a device, for a batch; None for a program that the compiler refused because of its
-      temporaries.
+  Args:
+    estimates: by what the columns are called; a single one needs no name. All are for the same
+      topology.
   """
-
-  program: Program
-  topology: str
-  chip: Chip
-  state: StateInfo
-  memory: Memory
-  work: hlo.Work | None
-
-  @property
-  def fits(self) -> bool:
-    """Whether the program can run on these devices."""
-    return self.work is not None and self.memory.total <= self.chip.hbm_bytes
+  first = next(iter(estimates.values()))
+  names = list(estimates) if len(estimates) > 1 else ['']
+  rows = [dict(_rows(x)) for x in estimates.values()]
+  texts = [_table([first.topology, *names], rows)]
+  parts = [_part_rows(x.work) for x in estimates.values()]
+  if any(parts):
+    texts += [_table([f'where the cycles of a {first.chip.device} go, millions', *names], parts)]
+  if any(x.speed for x in estimates.values()):
+    texts += [_assumptions(first)]
+  return '\n\n'.join(texts)
 
 
-def estimate(
-  program: Program, topology: str, chip: Chip, compiled: jax.stages.Compiled
-) -> Estimate:
-  """The estimate of a program that was compiled."""
-  stats: Any = compiled.memory_analysis()
-  memory = Memory(
-    arguments=stats.argument_size_in_bytes,
-    results=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-    temporaries=stats.temp_size_in_bytes,
-    code=stats.generated_code_size_in_bytes,
-  )
-  state = placement.describe(program.partitioner, program.model, program.batch_size)
-  return Estimate(program, topology, chip, state, memory, hlo.work_of(hlo.module_of(compiled)))
+def _table(header: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
+  """Columns beside each other; a row that the first ones lack comes where its own column has it."""
+  names: list[str] = []
+  for column in columns:
+    place = 0
+    for name in column:
+      if name not in names:
+        names.insert(place, name)
+      place = names.index(name) + 1
+  lines = [header, ['---', *['---:'] * len(columns)]]
+  lines += [[name, *(column.get(name, '') for column in columns)] for name in names]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines).replace('|  |', '| |')
 
 
-def refused(program: Program, topology: str, chip: Chip, error: Exception) -> Estimate:
-  """The estimate of a program whose temporaries the compiler found too large.
-
-  Raises:
-    Exception: `error`, if it says something else.
-  """
-  found = re.search(r'temporaries \(([\d.]+)([KMG])\) exceeds available HBM', str(error))
-  if not found:
-    raise error
-  temporaries = float(found[1]) * 2 ** {'K': 10, 'M': 20, 'G': 30}[found[2]]
-  state = placement.describe(program.partitioner, program.model, program.batch_size)
-  memory = Memory(state.num_bytes_per_device, 0, int(temporaries), 0)
-  return Estimate(program, topology, chip, state, memory, None)
-
-
-def table(x: Estimate) -> str:
-  """A Markdown table."""
+def _rows(x: Estimate) -> Iterator[tuple[str, str]]:
   program, memory, chip = x.program, x.memory, x.chip
   mesh = program.partitioner.mesh
   kind = mesh.devices.flat[0].device_kind
-  rows = [
-    (
-      'devices',
-      f'{mesh.size} ({kind} {chip.device}s), data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}',
-    ),
-    ('parameters', f'{x.state.num_parameters:,}'),
-    (
-      'a batch',
-      f'{program.batch_size} sequences of {program.length:,} tokens, '
-      f'{_count(program.num_updates, "update")} of '
-      f'{_count(program.num_microbatches, "microbatch")}',
-    ),
-    (f'memory of a {chip.device}', f'{words.size(chip.hbm_bytes)} for programs'),
-    ('arguments', words.size(memory.arguments)),
-    ('temporaries', words.size(memory.temporaries)),
-    ('program and other results', words.size(memory.code + memory.results)),
-    ('headroom', _headroom(x)),
-  ]
+  yield (
+    'devices',
+    f'{mesh.size} ({kind} {chip.device}s), data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}',
+  )
+  yield 'parameters', f'{x.state.num_parameters:,}'
+  yield (
+    'a batch',
+    f'{program.batch_size} sequences of {program.length:,} tokens, '
+    f'{_count(program.num_updates, "update")} of '
+    f'{_count(program.num_microbatches, "microbatch")}',
+  )
+  yield f'memory of a {chip.device}', f'{words.size(chip.hbm_bytes)} for programs'
+  yield 'arguments', words.size(memory.arguments)
+  yield 'temporaries', words.size(memory.temporaries)
+  yield 'program and other results', words.size(memory.code + memory.results)
+  yield 'headroom', _headroom(x)
   if x.work is not None:
-    rows += _work_rows(x, x.work)
-  lines = [f'| {x.topology} | |', '| --- | ---: |', *(f'| {a} | {b} |' for a, b in rows)]
-  return '\n'.join(lines)
+    yield from _work_rows(x, x.work)
+  if x.speed is not None:
+    yield from _speed_rows(x, x.speed)
 
 
-def _work_rows(x: Estimate, work: hlo.Work) -> Iterator[tuple[str, str]]:
+def _work_rows(x: Estimate, work: Work) -> Iterator[tuple[str, str]]:
   each = f'of a {x.chip.device} for a batch'
-  yield f'FLOPs {each}', _short(work.flops)
+  needed = x.model_flops / x.program.partitioner.mesh.size
+  yield f'FLOPs {each}', f'{_short(work.flops)}, the model {_short(needed)}'
   yield f'bytes moved {each}', words.size(work.num_bytes)
-  for kind, found in work.collectives.items():
-    yield f'{kind} {each}', f'{words.size(found.num_bytes)} in {found.count:,}'
+  for (kind, axes), found in work.traffic.items():
+    over = f' over {axes}' if axes else ''
+    yield (
+      f'{kind}{over} {each}',
+      f'{words.size(found.num_bytes)} in {found.count:,}, {found.seconds:.3g} s',
+    )
   if work.unknown_loops:
     yield 'loops of unknown length, counted once', f'{work.unknown_loops}'
-  if work.cycles:
-    seconds = work.cycles / x.chip.hertz
-    yield (
-      "compiler's estimate for a batch, collectives not counted",
-      f'{work.cycles / 1e6:,.0f} M cycles, {seconds:.3g} s',
-    )
-    yield 'so, estimated, tokens/s', f'{x.program.num_tokens / seconds:,.0f}'
+
+
+def _speed_rows(x: Estimate, speed: Speed) -> Iterator[tuple[str, str]]:
+  assert x.work is not None
+  yield (
+    "the compiler's estimate for a batch",
+    f'{x.work.cycles / 1e6:,.0f} M cycles, {speed.estimated:.3g} s',
+  )
+  yield (
+    'what it has no estimate for',
+    f'{words.size(x.work.bytes_without_estimate)} moved, {speed.without_estimate:.3g} s',
+  )
+  yield 'collectives', f'{speed.exchange:.3g} s, asynchronous {speed.asynchronous:.3g} s of them'
+  bounds = speed.longest, speed.shortest
+  yield 'so, estimated, tokens/s', _range(f'{x.program.num_tokens / s:,.0f}' for s in bounds)
+  peak = x.chip.flops_per_s
+  needed = x.model_flops / x.program.partitioner.mesh.size
+  shares = (_range(f'{flops / peak / s:.0%}' for s in bounds) for flops in (needed, x.work.flops))
+  yield (
+    f'utilization of the peak, {_short(peak)}FLOP/s',
+    "{}, by the program's FLOPs {}".format(*shares),
+  )
+
+
+def _part_rows(work: Work | None) -> dict[str, str]:
+  if work is None or not work.cycles:
+    return {}
+  return {
+    name: f'{cycles / 1e6:,.0f} ({cycles / work.cycles:.0%})'
+    for name, cycles in work.parts.items()
+    if cycles >= work.cycles / 1000
+  }
+
+
+def _assumptions(x: Estimate) -> str:
+  network, chip = x.network, x.chip
+  sizes = (
+    f'{size}{" in a ring" if ring else ""}'
+    for size, ring in zip(network.shape, network.wraps, strict=True)
+  )
+  return (
+    f'Assumed: chips {" x ".join(sizes)}, links of {network.link_bytes_per_s / 1e9:.3g} GB/s each '
+    f'way, all of those of its axes for a collective, at least {network.hop_seconds * 1e6:.3g} us '
+    f'a chip on its way; what has no estimate moves at {chip.hbm_bytes_per_s / 1e9:.4g} GB/s, and '
+    'copies made meanwhile take no time. The lower of two figures is for collectives that nothing '
+    'hides, the higher one for asynchronous ones that are hidden as far as they can be. Nothing '
+    'was measured.'
+  )
+
+
+def draw(path: str, estimates: Mapping[str, Estimate]) -> None:
+  """Draws where the cycles go, a bar for each part of the model; replaces the file at once."""
+  # Not at import: most plans draw nothing, and matplotlib takes its time.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  works = {name: x.work for name, x in estimates.items() if x.work is not None}
+  names = list(dict.fromkeys(part for work in works.values() for part in work.parts))
+  figure = Figure(figsize=(8, 1.5 + 0.25 * len(names) * len(works)), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  height = 0.8 / max(1, len(works))
+  for i, (name, work) in enumerate(works.items()):
+    places = [row + i * height for row in range(len(names))]
+    values = [work.parts.get(part, 0) / 1e6 for part in names]
+    bars = axes.barh(places, values, height, label=f'{name}: {work.cycles / 1e6:,.0f}')
+    axes.bar_label(bars, fmt='{:,.0f}', padding=2, fontsize=8)
+  axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names)
+  axes.invert_yaxis()
+  axes.set(xlabel="millions of cycles for a batch, the compiler's estimate")
+  axes.margins(x=0.1)
+  axes.legend(fontsize=8, loc='lower right')
+  with files.replacing(pathlib.Path(path)) as f:
+    figure.savefig(f, format='png', dpi=120)
 
 
 def advice(x: Estimate) -> str:
@@ -168,6 +191,11 @@ def advice(x: Estimate) -> str:
 def _headroom(x: Estimate) -> str:
   left = x.chip.hbm_bytes - x.memory.total
   return words.size(left) if left >= 0 else f'none, {words.size(-left)} too much'
+
+
+def _range(texts: Iterator[str]) -> str:
+  """Two bounds, or one if they are the same."""
+  return ' to '.join(dict.fromkeys(texts))
 
 
 def _short(value: float) -> str:

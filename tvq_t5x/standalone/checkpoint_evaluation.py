@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 
 from tvq_t5x.common import errors
-from tvq_t5x.data import datasets, indexed, likelihood, locations, streaming, vocabularies
+from tvq_t5x.data import classification, datasets, indexed, locations, registered, streaming
 from tvq_t5x.data.datasets import Batch, DatasetConfig
 from tvq_t5x.standalone import configuration, run_checks
 from tvq_t5x.standalone.configuration import Configured
@@ -28,9 +28,8 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
       `streaming`.
 
   Returns:
-    By name, as JSON has them: what was evaluated, `tokens`, `bytes` of text (where the vocabulary
-    says), `seconds`, `perplexity` (of tokens) and the metrics of `Evaluator`. Of images there are
-    `dimensions` and `bits_per_dimension`, in place of bytes.
+    By name, as JSON has them: what was evaluated, `seconds`, the metrics of `Evaluator`, and what
+    else `Model.evaluation_report` says, such as `tokens` or `examples`.
 
   Raises:
     ConfigError: for settings that do not fit; nothing is compiled before.
@@ -42,8 +41,10 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
   with errors.renamed('DatasetConfig.split', '--split' if split else 'DatasetConfig.split'):
     datasets.validate(cfg, model.FEATURE_CONVERTER_CLS)
   run_limits.check_vocabulary(cfg, model)
-  length = cfg.task_feature_lengths['targets']
-  segments = run_limits.updates_in_batch(length, model.config, configuration.setting('update_len'))
+  length = cfg.task_feature_lengths[model.LENGTH_FEATURE]
+  updates = run_limits.updates_in_batch(length, model.config, configuration.setting('update_len'))
+  segment_len = configuration.setting('segment_len')
+  run_limits.check_segment_len(segment_len, length, updates, model.config)
   if not carry_state:
     placement.validate(partitioner, model.config, cfg.batch_size)
   else:
@@ -59,18 +60,16 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     # There may be fewer stretches than devices.
     partitioner = partitioner.for_batch(cfg.batch_size)
   evaluator = Evaluator(
-    model, partitioner, loaded.params_shardings, length // segments, carry_state
+    model, partitioner, loaded.params_shardings, segment_len or length // updates, carry_state
   )
   start = time.monotonic()
   sums = evaluator.sums(loaded.params, _reported(batches))
   assert sums is not None  # Nothing stops it.
   seconds = time.monotonic() - start
-  values, bits, size = sums.ratios(), 'bits_per_byte', 'bytes'
-  if isinstance(model.output_vocabulary, vocabularies.ImageVocabulary):
-    bits, size = 'bits_per_dimension', 'dimensions'  # As the literature has it.
-    values[bits] = values.pop('bits_per_byte')
-  task = datasets.task_or_mixture(cfg.mixture_or_task_name, cfg.module)
+  values = sums.ratios()
+  task = registered.task_or_mixture(cfg.mixture_or_task_name, cfg.module)
   counts = indexed.counts(task, cfg.split)
+  num_cut = classification.num_cut(task, cfg.split, length)
   return {
     'task': task.name,
     'split': cfg.split,
@@ -79,21 +78,19 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     'sequence_len': length,
     'batch_size': cfg.batch_size,
     'carry_state': carry_state,
-    'tokens': sums.count('cross_entropy'),
-    **({size: sums.count('bits_per_byte')} if bits in values else {}),
     'seconds': seconds,
-    **values,
-    'perplexity': likelihood.perplexity(values['cross_entropy']),
+    **model.evaluation_report(values, sums.count),
+    **({} if num_cut is None else {'examples_cut': num_cut}),
     **(counts.word_metrics(values['cross_entropy']) if counts else {}),
   }
 
 
 def _reported(batches: Iterable[Batch]) -> Iterator[Batch]:
   """The batches, with a line in the log now and then."""
-  tokens, reported = 0, time.monotonic()
+  rows, reported = 0, time.monotonic()
   for batch in batches:
     yield batch
-    tokens += int(batch['decoder_loss_weights'].sum())
+    rows += len(next(iter(batch.values())))
     if time.monotonic() - reported > _REPORT_SECONDS:
       reported = time.monotonic()
-      logging.info('%s tokens evaluated.', f'{tokens:,}')
+      logging.info('%s sequences evaluated.', f'{rows:,}')

@@ -16,7 +16,7 @@ from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.gin_support import found, parsing
 from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.training import placement
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 from tvq_t5x.training.partitioning import DATA, Partitioner
 
 _OF_T5X = re.compile(r'^(?:from t5x |import t5x|import __main__)', re.MULTILINE)
@@ -27,7 +27,7 @@ class Configured(NamedTuple):
 
   given: str  # What was given for it, as to `configure`.
   checkpoint: pathlib.Path  # Absolute path of its folder.
-  model: TransformerVQModel
+  model: Model
   partitioner: Partitioner
 
   def restore(self) -> Loaded:
@@ -81,26 +81,60 @@ def configure(
       fit on this machine's devices evenly.
   """
   path = _candidates(checkpoint)[0]
+  gin_files = files_of(path, gin_files, search_paths, modules)
+  return Configured(checkpoint, path, *parse(gin_files, gin_bindings, search_paths))
+
+
+def parse(
+  gin_files: Sequence[str], gin_bindings: Sequence[str] = (), search_paths: Sequence[str] = ()
+) -> tuple[Model, Partitioner]:
+  """The model and the mesh that gin files describe, in place of what gin holds now.
+
+  Raises:
+    ConfigError: if a setting is wrong; also where the parameters do not fit on this machine's
+      devices evenly.
+  """
   # Nothing is written, so a run without a folder is complete.
-  bindings = ["MODEL_DIR = ''", *gin_bindings]
+  parsing.parse_gin(gin_files, ["MODEL_DIR = ''", *gin_bindings], search_paths)
+  model: Model = setting('model')
+  partitioner: Partitioner = setting('partitioner')
+  placement.validate(partitioner, model.config, partitioner.mesh.shape[DATA])
+  return model, partitioner
+
+
+def files_of(
+  path: pathlib.Path,
+  gin_files: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+  modules: Sequence[str] = (),
+) -> Sequence[str]:
+  """The given gin files, or else the `config.gin` beside a path, which names only what it may.
+
+  Args:
+    path: of a checkpoint, or of anything else beside a `config.gin`, which may be someone else's.
+    gin_files: that were given.
+    search_paths: for them.
+    modules: of the user, which that `config.gin` may import and call besides this package's own.
+
+  Raises:
+    ConfigError: if there is none of ours, or it names something else; also for arguments that are
+      of no use.
+  """
   if gin_files and modules:
     raise ConfigError(
       f'--module={modules[0]} is for the config.gin in MODEL_DIR, and --gin_file={gin_files[0]} is '
       'read in place of it: leave one of them out.'
     )
-  if not gin_files:
-    if search_paths:
-      raise ConfigError(
-        f'--gin_search_paths={",".join(search_paths)}: the config.gin in MODEL_DIR includes no '
-        'files; leave it out, or give a --gin_file.'
-      )
-    gin_files = [_config_beside(path)]
-    found.check(parsing.read(gin_files[0]), gin_files[0], modules)
-  parsing.parse_gin(gin_files, bindings, search_paths)
-  model: TransformerVQModel = setting('model')
-  partitioner: Partitioner = setting('partitioner')
-  placement.validate(partitioner, model.config, partitioner.mesh.shape[DATA])
-  return Configured(checkpoint, path, model, partitioner)
+  if gin_files:
+    return gin_files
+  if search_paths:
+    raise ConfigError(
+      f'--gin_search_paths={",".join(search_paths)}: the config.gin in MODEL_DIR includes no '
+      'files; leave it out, or give a --gin_file.'
+    )
+  found_file = _config_beside(path)
+  found.check(parsing.read(found_file), found_file, modules)
+  return [found_file]
 
 
 def _candidates(checkpoint: str) -> list[pathlib.Path]:

@@ -10,7 +10,7 @@ import numpy as np
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import eval_step, placement
 from tvq_t5x.training import metrics as metrics_lib
-from tvq_t5x.training.models import Batch, Params, TransformerVQModel
+from tvq_t5x.training.base_model import Batch, Model, Params
 from tvq_t5x.training.partitioning import Partitioner
 
 
@@ -47,7 +47,7 @@ class Evaluator:
 
   def __init__(
     self,
-    model: TransformerVQModel,
+    model: Model,
     partitioner: Partitioner,
     params_shardings: Any,
     segment_len: int,
@@ -113,7 +113,7 @@ class Evaluator:
       if should_stop():
         return None
       if state is None and self._state_shardings is not None:
-        state = self._initial_state(len(batch['decoder_target_tokens']))
+        state = self._initial_state(self._model.batch_shape(batch)[0])
       batch = jax.device_put(batch, self._batch_sharding)
       state, metrics = self._step(params, state, batch)
       sums.add(jax.device_get(metrics))

@@ -17,13 +17,14 @@ from tvq_t5x.common import words
 from tvq_t5x.common.errors import Stopped, TrainingDiverged
 from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import TrainingIterator
-from tvq_t5x.standalone import reports, start
+from tvq_t5x.standalone import curves, start
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
 from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
 from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.standalone.samples import Sampler
 from tvq_t5x.standalone.signals import StopSignals
 from tvq_t5x.training import compilation, placement
+from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.train_state import TrainState
 
 # What tells first that a run has diverged.
@@ -55,7 +56,7 @@ def train(plan: Plan) -> TrainState:
     Stopped: after a signal, with a checkpoint.
   """
   settings, directory = plan.settings, plan.directory
-  log = RunLog(directory)
+  log = RunLog(directory, settings.writers)
   checkpoints = Checkpoints(directory, settings.keep_checkpoints, log.best_step)
   with StopSignals() as stop, checkpoints, log:
     return TrainingLoop(plan, stop, checkpoints, log).run()
@@ -128,8 +129,9 @@ class TrainingLoop:
       settings.partitioner,
       settings.batch_size,
       settings.length,
-      settings.segment_len,
+      settings.update_tokens,
       settings.num_microbatches,
+      settings.segment_len,
     )
     train_step = lowered.compile()
     logging.info('Compiled in %s.', words.duration(time.monotonic() - began))
@@ -178,7 +180,7 @@ class TrainingLoop:
     self._window_tokens, self._window_seconds = 0, 0.0
 
   def _tokens(self, step: int) -> int:
-    return step * self._settings.batch_size * self._settings.segment_len
+    return step * self._settings.batch_size * self._settings.update_tokens
 
   def _diverge(self, step: int, values: Mapping[str, float]) -> None:
     if not self._log.record(TRAIN, step):
@@ -230,7 +232,8 @@ class TrainingLoop:
 
   def _draw(self) -> None:
     directory = self._plan.directory
-    reports.write_curve(directory / 'curve.png', self._log.records(), directory.name)
+    unit = self._settings.model.UNIT
+    curves.write_curve(directory / 'curve.png', self._log.records(), directory.name, unit)
 
   def _finish(self) -> None:
     settings, step = self._settings, self._step
@@ -259,10 +262,11 @@ class TrainingLoop:
 def _evaluator_and_sampler(
   settings: RunSettings, params_shardings: Any
 ) -> tuple[Evaluator, Sampler | None]:
-  """Compile nothing yet; without a `sample_cfg` there is no sampler."""
-  of = settings.model, settings.partitioner, params_shardings
-  sampler = settings.sample_cfg and Sampler(*of, settings.sample_cfg, settings.key)
-  return Evaluator(*of, settings.segment_len), sampler
+  """Compile nothing yet; without a `sample_cfg`, or for a model that writes nothing, no sampler."""
+  model, of, sampler = settings.model, (settings.partitioner, params_shardings), None
+  if settings.sample_cfg and isinstance(model, TransformerVQModel):
+    sampler = Sampler(model, *of, settings.sample_cfg, settings.key)
+  return Evaluator(model, *of, settings.tokens_at_once), sampler
 
 
 @jax.jit

@@ -1,59 +1,12 @@
-"""Pictures and tables of a run: the curve, the table of a dry run."""
+"""What a dry run prints of a run: tables of arrays and of data."""
 
-import math
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-from absl import logging
 
-from tvq_t5x.common import errors, files, words
-from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, Record
+from tvq_t5x.common import words
+from tvq_t5x.data.documents import Counts
 from tvq_t5x.training.placement import StateInfo
-
-
-def write_curve(path: pathlib.Path, records: Sequence[Record], title: str) -> None:
-  """Draws training, validation and test loss over tokens; replaces the file at once."""
-  try:
-    # Not at import: a dry run draws nothing, and matplotlib takes its time.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-  except OSError as e:  # It keeps its list of fonts in a folder, the home's or a temporary one.
-    logging.warning('%s is not drawn: %s', path, errors.reason(e))
-    return
-
-  bits = any('bits_per_byte' in record for record in records)
-  metric, unit = ('bits_per_byte', 'bits per byte') if bits else (LOSS, 'nats per token')
-  figure = Figure(figsize=(7, 4.5), layout='constrained')
-  FigureCanvasAgg(figure)
-  axes = figure.subplots()
-  styles = {
-    TRAIN: {'color': 'tab:blue', 'linewidth': 1},
-    VALIDATION: {'color': 'tab:orange', 'marker': '.'},
-    TEST: {'color': 'tab:green', 'marker': '*', 'linestyle': ''},
-  }
-  drawn = []
-  for split, style in styles.items():
-    points = [
-      (r['tokens'], r[metric])
-      for r in records
-      if r['split'] == split and math.isfinite(r.get(metric, math.nan))
-    ]
-    if points:
-      tokens, values = zip(*points, strict=True)
-      axes.plot(tokens, values, label=f'{split} {values[-1]:.3f}', **style)
-      drawn += values
-  if drawn:
-    # The first updates would flatten all that comes after.
-    low, high = min(drawn), sorted(drawn)[math.ceil(0.9 * (len(drawn) - 1))]
-    margin = 0.05 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + 2 * margin)
-    axes.legend(title=f'last {unit}')
-  axes.set(xlabel='tokens trained on', ylabel=unit)
-  axes.set_title(title, parse_math=False)  # Folders are called as anybody likes.
-  axes.grid(alpha=0.3)
-  with files.replacing(path) as f:
-    figure.savefig(f, format='png', dpi=120)
 
 
 def state_table(info: StateInfo) -> str:
@@ -63,20 +16,34 @@ def state_table(info: StateInfo) -> str:
     for row in info.rows
   ]
   head = ('array', 'shape', 'dtype', 'logical axes', 'sharding')
-  widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-  lines = [
-    '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    for row in [head, *rows]
-  ]
   return '\n'.join(
     [
-      *lines,
+      *_aligned([head, *rows]),
       '',
       f'parameters: {info.num_parameters:,}',
       f'train state: {words.size(info.num_bytes)}, '
       f'{words.size(info.num_bytes_per_device)} on each device',
     ]
   )
+
+
+def data_table(splits: Mapping[str, Counts | None]) -> str:
+  """A line for each split whose counts are known; '' if there is none."""
+  rows = [
+    (split, f'{x.documents:,}', f'{x.text_bytes:,}', f'{x.tokens:,}' if x.tokens else 'not counted')
+    for split, x in splits.items()
+    if x is not None
+  ]
+  return '\n'.join(_aligned([('split', 'documents', 'bytes', 'tokens'), *rows])) if rows else ''
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Rows as lines, whose cells lie below each other."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  ]
 
 
 def mesh(devices: jax.sharding.Mesh) -> str:

@@ -12,10 +12,10 @@ from absl import logging
 from tvq_t5x.checkpoints import layout, model_settings
 from tvq_t5x.common import errors, files, named_arrays
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.data import datasets
+from tvq_t5x.data import classification, datasets, registered
 from tvq_t5x.gin_support import descriptions
 from tvq_t5x.standalone.run_settings import RunSettings
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 from tvq_t5x.training.placement import StateInfo
 
 _PARAMS = 'params/'  # Before the names of parameters in a train state.
@@ -91,6 +91,17 @@ def _lock(file: IO[str]) -> None:
   fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def cuts(settings: RunSettings) -> list[str]:
+  """What is said of the examples that lose their tail, a line a split; nothing where none does."""
+  lines = []
+  for cfg in settings.dataset_cfgs:
+    task = registered.task_or_mixture(cfg.mixture_or_task_name, cfg.module)
+    length = cfg.task_feature_lengths[settings.model.LENGTH_FEATURE]
+    if number := classification.num_cut(task, cfg.split, length):
+      lines.append(f'{task.name}, {cfg.split}: {number:,} examples are cut to {length:,}')
+  return lines
+
+
 def record_of(settings: RunSettings, info: StateInfo) -> dict[str, Any]:
   """What a checkpoint says of the run that wrote it."""
   return {
@@ -101,9 +112,15 @@ def record_of(settings: RunSettings, info: StateInfo) -> dict[str, Any]:
     'data': datasets.identity(settings.train_dataset_cfg, settings.model.carry_state),
     'training': {
       'train.total_steps': settings.total_steps,
-      **descriptions.of_parameter(TransformerVQModel, 'optimizer'),
+      **_optimizer(settings.model),
     },
   }
+
+
+def _optimizer(model: Model) -> dict[str, Any]:
+  """How gin built it; a model's class may be gin's own subclass of one."""
+  described = (descriptions.of_parameter(cls, 'optimizer') for cls in type(model).__mro__)
+  return next(filter(None, described), {})
 
 
 def check_same_model(model_dir: pathlib.Path, record: dict[str, Any]) -> list[str]:
@@ -192,7 +209,7 @@ def check_initial_checkpoint(settings: RunSettings, record: dict[str, Any]) -> p
   step = layout.step_of(path)
   try:
     refused = named_arrays.differences(layout.param_shapes(path), _param_shapes(record))
-    other = layout.other_vocabulary(path, settings.model.output_vocabulary)
+    other = layout.other_vocabulary(path, settings.model.data_identity)
     saved = layout.read_metadata(path)
     if saved and not refused:
       found, _ = model_settings.differences(saved['model'], record['model'])

@@ -11,7 +11,7 @@ from absl import logging
 from clu import metric_writers
 
 from tvq_t5x.common import files, images, words
-from tvq_t5x.standalone import event_files
+from tvq_t5x.standalone import event_files, writers
 
 Record = dict[str, Any]
 
@@ -28,12 +28,18 @@ class RunLog:
   `metrics.jsonl` has one record for each step and split.
   """
 
-  def __init__(self, model_dir: pathlib.Path):
-    """Reads what the run has written so far."""
+  def __init__(self, model_dir: pathlib.Path, more_writers: Sequence[Any] = ()):
+    """Reads what the run has written so far.
+
+    Args:
+      model_dir: folder of the run.
+      more_writers: that get the metrics too, see `writers`.
+    """
     self._dir = model_dir
     self._path = model_dir / 'metrics.jsonl'
     self._records = read_records(self._path)
     self._writers: dict[str, metric_writers.SummaryWriter] = {}
+    self._given, self._more = more_writers, writers.make((), model_dir, 0)
 
   def go_on_after(self, last_step: int) -> None:
     """Drops records, events and samples after a step, since the run writes them again."""
@@ -47,11 +53,13 @@ class RunLog:
       if path.stem.isdecimal() and int(path.stem) > last_step:
         path.unlink()
 
+    self._more = writers.make(self._given, self._dir, last_step)
+
   def __enter__(self) -> 'RunLog':
     return self
 
   def __exit__(self, *unused: Any) -> None:
-    for writer in self._writers.values():
+    for writer in (*self._writers.values(), self._more):
       writer.close()
 
   def write(
@@ -73,6 +81,8 @@ class RunLog:
     writer = self._writer(split)
     writer.write_scalars(step, {**extra, **metrics})
     writer.flush()
+    self._more.write_scalars(step, {f'{split}/{k}': x for k, x in {**extra, **metrics}.items()})
+    self._more.flush()
     logging.info('%s%s', where, _summary(metrics))
 
   def write_samples(self, step: int, samples: Sequence[str] | np.ndarray) -> None:

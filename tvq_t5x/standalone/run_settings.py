@@ -1,14 +1,18 @@
 """The settings of a run of the standalone runner."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from tvq_t5x.common.errors import A_SEED, ConfigError, is_count, is_seed
 from tvq_t5x.data.datasets import DatasetConfig
+from tvq_t5x.standalone import writers
 from tvq_t5x.standalone.run_log import TEST, VALIDATION
 from tvq_t5x.standalone.samples import SampleConfig
 from tvq_t5x.training import random_keys
+from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.settings import TrainingSettings
 
 
@@ -26,9 +30,10 @@ class RunSettings(TrainingSettings):
     sample_period: steps between samples; None means none but at the end.
     keep_checkpoints: how many of the latest to keep, besides that of the lowest validation loss;
       None keeps all.
-    sample_cfg: which samples; None means none at all.
+    sample_cfg: which samples; None means none at all. Models that write nothing have none.
     initial_checkpoint: of another run, whose parameters, optimizer state and step a new run starts
       from, at its own first batch: a checkpoint's folder, or that of the run. None means scratch.
+    writers: that get the metrics besides the run's own files, see `writers`.
     ...: those of `TrainingSettings`.
   """
 
@@ -39,6 +44,7 @@ class RunSettings(TrainingSettings):
   keep_checkpoints: int | None = 2
   sample_cfg: SampleConfig | None = None
   initial_checkpoint: str | None = None
+  writers: Sequence[Any] = ()
 
   @property
   def evaluated(self) -> dict[str, DatasetConfig]:
@@ -73,6 +79,7 @@ class RunSettings(TrainingSettings):
         self.keep_checkpoints,
         'a whole number of at least 1, or None to keep all',
       )
+    writers.check(self.writers)
     self.check_placement(self.partitioner)
-    if self.sample_cfg:
+    if self.sample_cfg and isinstance(self.model, TransformerVQModel):
       self.sample_cfg.encoded_prompt(self.model.output_vocabulary)

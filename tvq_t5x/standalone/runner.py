@@ -50,9 +50,14 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
   initial = None
   if settings.initial_checkpoint is not None and not layout.steps_in(directory):
     initial = run_checks.check_initial_checkpoint(settings, record)
+  cuts = run_checks.cuts(settings)
   if dry_run:
-    print(f'{parsing.config_str()}\n{reports.state_table(info)}')
+    counts = {cfg.split: datasets.survey(cfg) for cfg in settings.dataset_cfgs}
+    tables = reports.state_table(info), reports.data_table(counts), '\n'.join(cuts)
+    print('\n\n'.join([parsing.config_str().rstrip('\n'), *filter(None, tables)]))
     return None
+  for text in cuts:
+    logging.info('%s', text)
   with run_checks.locked(directory):
     batches = _batches(settings)
     with files.replacing(directory / 'config.gin') as f:

@@ -109,4 +109,6 @@ class Sampler:
     tokens = tokens[: self._config.num_samples]
     if isinstance(self._vocabulary, ImageVocabulary):
       return self._vocabulary.images(tokens)
-    return [self._vocabulary.decode(row.tolist()) for row in tokens]
+    texts: list[Any] = [self._vocabulary.decode(row.tolist()) for row in tokens]
+    # A vocabulary whose ids stand for no text, as SeqIO's PassThroughVocabulary, returns them.
+    return [x if isinstance(x, str) else ' '.join(map(str, x)) for x in texts]

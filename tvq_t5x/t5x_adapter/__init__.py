@@ -5,5 +5,9 @@ file imports any of them, as those in `gin/runs/` do, T5X's programs refuse miss
 scopes and values of a wrong type.
 """
 
+from tvq_t5x.common import jax_modes
+
 # `gin.finalize` makes its checks once it is imported.
 from tvq_t5x.gin_support import checks  # noqa: F401
+
+jax_modes.allow_promotion()  # As the package's own commands do; T5X and flax need it, too.

@@ -11,9 +11,10 @@ from t5x import utils
 
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.data import cutting, datasets, streaming, vocabularies
+from tvq_t5x.data import cutting, datasets, registered, streaming, vocabularies
 from tvq_t5x.data.datasets import FeatureConverterFactory
 from tvq_t5x.gin_support import origins
+from tvq_t5x.training.base_model import Model
 
 
 def get_dataset(
@@ -44,9 +45,9 @@ def get_dataset(
     dataset = streaming.training_dataset(cfg, shard_id, num_shards)
   else:
     dataset = datasets.training_dataset(cfg, feature_converter_cls, shard_id, num_shards)
-  length = cfg.task_feature_lengths['targets']
   identity = datasets.identity(cfg, carry_state)
-  return TrainingIterator(dataset, model_dir, length // (update_len or length), identity)
+  updates = cfg.task_feature_lengths['targets'] // update_len if update_len else 1
+  return TrainingIterator(dataset, model_dir, updates, identity)
 
 
 def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
@@ -63,7 +64,7 @@ def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> s
   Raises:
     ConfigError: if there is no such module, or none has this name.
   """
-  provider = datasets.task_or_mixture(mixture_or_task_name, module)
+  provider = registered.task_or_mixture(mixture_or_task_name, module)
   found = cutting.cut(provider, other_features=True)
   if found is provider:
     return provider.name
@@ -72,6 +73,16 @@ def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> s
   registry.remove(name)  # Of an earlier call.
   registry.add_provider(name, found)
   return name
+
+
+@origins.added_to_errors()
+def check_task(cfg: utils.DatasetConfig, model: Model) -> None:
+  """T5X's `verify_matching_vocabs_fn`; its own knows nothing of classes, nor of real numbers.
+
+  Raises:
+    ConfigError: if the task is not what the model is for.
+  """
+  model.check_task(cfg.mixture_or_task_name, cfg.module)
 
 
 class TrainingIterator(dataset_iterator.TfDatasetIterator):

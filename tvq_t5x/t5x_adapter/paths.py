@@ -8,7 +8,7 @@ from tvq_t5x.checkpoints import layout
 from tvq_t5x.common import files
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import origins
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 
 
 def absolute(path: str) -> str:
@@ -23,7 +23,7 @@ def absolute(path: str) -> str:
 
 
 @origins.added_to_errors()
-def trained(path: str, model: TransformerVQModel) -> str:
+def trained(path: str, model: Model) -> str:
   """The absolute path of a checkpoint, whose parameters are to be used and not trained.
 
   Args:
@@ -34,7 +34,7 @@ def trained(path: str, model: TransformerVQModel) -> str:
     ConfigError: if the checkpoint says that it was trained with another vocabulary.
   """
   found = absolute(path)
-  if other := layout.other_vocabulary(epath.Path(found), model.output_vocabulary):
+  if other := layout.other_vocabulary(epath.Path(found), model.data_identity):
     raise ConfigError(
       f'{found} was trained with another vocabulary: {other}. Give the one that it was trained '
       'with.'

@@ -82,6 +82,7 @@ class CheckedTrainer(TrainingSettings):
     rate = self.learning_rate
     return Trainer(
       update_len=self.update_len,
+      segment_len=self.segment_len,
       num_microbatches=self.num_microbatches,
       learning_rate_fn=rate if callable(rate) else optax.constant_schedule(rate),
       **kwargs,
@@ -107,16 +108,23 @@ class Trainer(t5x_trainer.Trainer):
   `trainer_cls = @trainer.checked_trainer()`, which looks at the settings first.
   """
 
-  def __init__(self, *args: Any, update_len: int | None = None, **kwargs: Any):
+  def __init__(
+    self,
+    *args: Any,
+    update_len: int | None = None,
+    segment_len: int | None = None,
+    **kwargs: Any,
+  ):
     """Creates the trainer.
 
     Args:
       *args: as T5X's.
       update_len: tokens of each sequence that an update sees; None means all.
+      segment_len: tokens of each sequence that are held at once; None means update_len.
       **kwargs: as T5X's.
     """
     super().__init__(*args, **kwargs)
-    self._update_len = update_len
+    self._update_len, self._segment_len = update_len, segment_len
 
   def train(self, batch_iter: Any, num_steps: int, start_step: int | None = None) -> Any:
     """Trains for some updates.
@@ -162,7 +170,7 @@ class Trainer(t5x_trainer.Trainer):
       )
 
   def _updates(self, batch: Mapping[str, jax.Array]) -> int:
-    length = batch['decoder_target_tokens'].shape[1]
+    length = self._model.batch_shape(batch)[1]
     return length // (self._update_len or length)
 
   @functools.cached_property
@@ -170,7 +178,7 @@ class Trainer(t5x_trainer.Trainer):
     state_axes, batch_axes = self._train_state_axes, self._partitioner.data_partition_spec
 
     def train_step(train_state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Metrics]:
-      num_sequences, length = batch['decoder_target_tokens'].shape
+      num_sequences, length = self._model.batch_shape(batch)
       state, metrics = train_on_sequences(
         self._model,
         TrainState(
@@ -184,6 +192,7 @@ class Trainer(t5x_trainer.Trainer):
         self._update_len or length,
         self._num_microbatches or 1,
         num_shards=self._partitioner.get_data_layout(num_sequences).num_shards,
+        segment_len=self._segment_len,
       )
       optimizer_state = t5x_optimizers.OptimizerState(state.step, state.opt_state)
       arrays = self._model.optimizer_def.state_dict(state.params, optimizer_state)
@@ -212,8 +221,8 @@ class Trainer(t5x_trainer.Trainer):
   def _partitioned_eval_step(self) -> Any:
     def step(train_state: Any, batch: Mapping[str, jax.Array]) -> Metrics:
       # As in training, a part at a time: whole sequences would need more memory than training.
-      length = batch['decoder_target_tokens'].shape[1]
-      segment_len = self._update_len or length
+      length = self._model.batch_shape(batch)[1]
+      segment_len = self._segment_len or self._update_len or length
       return eval_step.batch_metrics(self._model, train_state.params, batch, segment_len)
 
     return self._partitioner.partition(

@@ -4,22 +4,22 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tvq_t5x.training import placement
-from tvq_t5x.training.models import Batch, TransformerVQModel
+from tvq_t5x.training.base_model import Batch, Model
 from tvq_t5x.training.partitioning import Partitioner
 from tvq_t5x.training.train_state import TrainState, init_train_state
 from tvq_t5x.training.train_step import train_on_sequences
 
 
 def lower_train_step(
-  model: TransformerVQModel,
+  model: Model,
   partitioner: Partitioner,
   batch_size: int,
   length: int,
   update_len: int,
   num_microbatches: int = 1,
+  segment_len: int | None = None,
 ) -> jax.stages.Lowered:
   """Lowers `train_on_sequences` for a batch, compiling nothing.
 
@@ -30,6 +30,7 @@ def lower_train_step(
     length: T, tokens of a sequence.
     update_len: tokens of each sequence that an update sees.
     num_microbatches: parts of a batch that are computed one after the other.
+    segment_len: tokens of each sequence that are held at once; None means update_len.
 
   Returns:
     The function of the train state, whose memory the new one takes, of the batch and of the key.
@@ -37,14 +38,12 @@ def lower_train_step(
   shardings = placement.train_state_shardings(partitioner, model)
   init = functools.partial(init_train_state, model, batch_size=batch_size)
   state = jax.eval_shape(init, jax.random.key(0))
-  batch = {
-    'decoder_input_tokens': jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
-    'decoder_target_tokens': jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
-    'decoder_loss_weights': jax.ShapeDtypeStruct((batch_size, length), jnp.float32),
-  }
+  batch = model.batch_spec(batch_size, length)
 
   def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> Any:
-    return train_on_sequences(model, state, batch, rng, update_len, num_microbatches)
+    return train_on_sequences(
+      model, state, batch, rng, update_len, num_microbatches, segment_len=segment_len
+    )
 
   jitted = partitioner.jit(
     train_step,

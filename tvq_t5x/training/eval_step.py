@@ -1,15 +1,13 @@
 """Metrics of sequences without training: a part of each at a time, in the memory of training."""
 
-import jax
-import jax.numpy as jnp
-
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import metrics as metrics_lib
-from tvq_t5x.training.models import Batch, Params, TransformerVQModel
+from tvq_t5x.training.base_model import Batch, Model, Params
+from tvq_t5x.training.segments import sequence_loss
 
 
 def batch_metrics(
-  model: TransformerVQModel, params: Params, batch: Batch, segment_len: int
+  model: Model, params: Params, batch: Batch, segment_len: int
 ) -> metrics_lib.Metrics:
   """Metrics of a batch of whole sequences, summed over segments with carried state.
 
@@ -23,12 +21,12 @@ def batch_metrics(
 
 
 def continued_metrics(
-  model: TransformerVQModel,
+  model: Model,
   params: Params,
   state: DecoderState | None,
   batch: Batch,
   segment_len: int,
-) -> tuple[DecoderState, metrics_lib.Metrics]:
+) -> tuple[DecoderState | None, metrics_lib.Metrics]:
   """Metrics of a batch of sequences that continue others, summed over segments.
 
   Args:
@@ -41,19 +39,7 @@ def continued_metrics(
   Returns:
     The state after them, and the metrics.
   """
-  num_sequences, length = batch['decoder_target_tokens'].shape
-
-  def segment(state: DecoderState | None, part: Batch) -> tuple[DecoderState, metrics_lib.Metrics]:
-    _, (after, metrics) = model.segment_loss(params, part, state, None, 1.0)
-    return after, metrics
-
-  if segment_len == length:
-    return segment(state, batch)
-  if state is None:
-    state = model.init_state(num_sequences)
-
-  def split(x: jax.Array) -> jax.Array:  # [B, T] to [T / segment_len, B, segment_len]
-    return x.reshape(num_sequences, length // segment_len, segment_len).swapaxes(0, 1)
-
-  state, metrics = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
-  return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+  _, (after, metrics) = sequence_loss(
+    model, params, batch, state, None, 1.0, segment_len=segment_len
+  )
+  return after, metrics

@@ -1,12 +1,11 @@
-"""The model object that T5X and the standalone runner drive: losses, scores and samples of batches.
+"""The language model that T5X and the standalone runner drive: losses, scores, samples of batches.
 
-It has the interface of `t5x.models.BaseModel` by duck typing and imports no T5X. SeqIO is imported
-with the first model: reading this module loads no TensorFlow.
+It imports no T5X. SeqIO is imported with the first model: reading this module loads no TensorFlow.
 """
 
-import itertools
+import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,8 @@ from flax import serialization, traverse_util
 from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.tokens import PAD
 from tvq_t5x.network import decoding
-from tvq_t5x.network.config import TransformerConfig
-from tvq_t5x.network.layers import DROPOUT, SEQUENCE_DROPOUT
-from tvq_t5x.network.mixers import Loss, Statistics
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import (
   DecoderState,
@@ -28,32 +25,22 @@ from tvq_t5x.network.transformer import (
   init_decoder_state,
 )
 from tvq_t5x.training import metrics as metrics_lib
-from tvq_t5x.training import optimizers
+from tvq_t5x.training.base_model import Batch, DropoutRngs, Model, Params, sublayer_losses
 
 if TYPE_CHECKING:
   import seqio
 
-Batch = Mapping[str, jax.Array]
-Params = Any
 
-
-class DropoutRngs(NamedTuple):
-  """Keys of the two dropouts; masks depend on them and on the examples' ids only."""
-
-  update: jax.Array  # New for each parameter update.
-  sequence: jax.Array  # The same for all updates of a sequence.
-
-  def collections(self) -> dict[str, jax.Array]:
-    """As flax's `rngs`."""
-    return {DROPOUT: self.update, SEQUENCE_DROPOUT: self.sequence}
-
-
-class TransformerVQModel:
+class TransformerVQModel(Model):
   """Decoder-only language model over batches of a `TransformerVQFeatureConverter`.
 
   Batches have `decoder_input_tokens` and `decoder_target_tokens` [B, T] int32, and
-  `decoder_loss_weights` [B, T], 0 on padding.
+  `decoder_loss_weights` [B, T], 0 on padding and on other targets that are not to be learned. Keys
+  of these, unlike those of padding, have a commitment loss and belong to the codebooks' statistics.
   """
+
+  LENGTH_FEATURE: ClassVar[str] = 'targets'
+  UNIT: ClassVar[str] = 'token'
 
   def __init__(
     self,
@@ -71,8 +58,7 @@ class TransformerVQModel:
       optimizer: of all parameters but the codebooks.
       carry_state: whether training carries window and cache on from each batch to the next, row by
         row; `streaming.training_batches` has such batches.
-      optimizer_wrapper: makes T5X's `optimizer_def` of the optimizer and the codebooks' averages;
-        `t5x_adapter.optimizer.OptaxWrapper`. None means that T5X does not train the model.
+      optimizer_wrapper: as `Model`'s.
 
     Raises:
       ConfigError: if the vocabulary has more ids than the network.
@@ -84,32 +70,25 @@ class TransformerVQModel:
         f'TransformerConfig.vocab_size = {module.config.vocab_size} is not accepted: '
         f'TransformerVQModel.vocabulary needs at least {vocabulary.vocab_size}.'
       )
-    self.module = module
+    super().__init__(module, optimizer, optimizer_wrapper)
     self.carry_state = carry_state
     self.input_vocabulary = self.output_vocabulary = vocabulary
-    self.optimizer = optimizers.with_codebook_ema(optimizer, module.config.ema_decay)
     self.bytes_per_token = vocabularies.bytes_per_token(vocabulary, module.config.vocab_size)
     self.sampled_ids = vocabularies.sampled_ids(vocabulary, module.config.vocab_size)
-    self.optimizer_wrapper = optimizer_wrapper
 
-  @property
-  def config(self) -> TransformerConfig:
-    """The network's hyperparameters."""
-    return self.module.config
+  def __init_subclass__(cls, **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    # gin can give the settings of this method a class at a time, and refuses a class that shares
+    # it with another one: so each has its own.
+    if 'predict_batch_with_aux' not in vars(cls):
 
-  @property
-  def optimizer_def(self) -> Any:
-    """The optimizer as T5X takes it.
+      @functools.wraps(cls.predict_batch_with_aux)
+      def predict_batch_with_aux(self: 'TransformerVQModel', *args: Any, **kwargs: Any) -> Any:
+        return super(cls, self).predict_batch_with_aux(*args, **kwargs)  # pyright: ignore
 
-    Raises:
-      ConfigError: without an `optimizer_wrapper`.
-    """
-    if self.optimizer_wrapper is None:
-      raise ConfigError(
-        'TransformerVQModel.optimizer_wrapper = None: T5X trains with one; give '
-        '@optimizer.OptaxWrapper of tvq_t5x.t5x_adapter, as gin/runs/pretrain.gin does.'
-      )
-    return self.optimizer_wrapper(self.optimizer)
+      predict_batch_with_aux.__module__ = cls.__module__
+      predict_batch_with_aux.__qualname__ = f'{cls.__qualname__}.predict_batch_with_aux'
+      cls.predict_batch_with_aux = predict_batch_with_aux
 
   @property
   def FEATURE_CONVERTER_CLS(self) -> 'type[seqio.FeatureConverter]':
@@ -117,6 +96,42 @@ class TransformerVQModel:
     from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
 
     return TransformerVQFeatureConverter
+
+  @property
+  def data_identity(self) -> str:
+    """The identity of the vocabulary."""
+    from tvq_t5x.data import vocabularies
+
+    return vocabularies.identity(self.output_vocabulary)
+
+  def check_task(self, mixture_or_task_name: Any, module: str | None) -> None:
+    """Refuses a task with another vocabulary."""
+    from tvq_t5x.data import datasets
+
+    vocabulary = datasets.vocabulary(mixture_or_task_name, module)
+    if vocabulary != self.output_vocabulary:
+      raise ConfigError(
+        f'TransformerVQModel.vocabulary = {self.output_vocabulary} is not the one of '
+        f'DatasetConfig.mixture_or_task_name = {mixture_or_task_name!r}: give {vocabulary}.'
+      )
+
+  def batch_spec(self, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a batch holds."""
+    dtypes = {
+      'decoder_input_tokens': jnp.int32,
+      'decoder_target_tokens': jnp.int32,
+      'decoder_loss_weights': jnp.float32,
+    }
+    return {n: jax.ShapeDtypeStruct((batch_size, length), dtype) for n, dtype in dtypes.items()}
+
+  def batch_shape(self, batch: Batch) -> tuple[int, int]:
+    """B and T of a batch."""
+    num_sequences, length = batch['decoder_target_tokens'].shape
+    return num_sequences, length
+
+  def normalizing_factor(self, num_sequences: int, length: int) -> int:
+    """All tokens: the loss is a mean over them."""
+    return num_sequences * length
 
   def get_initial_variables(
     self,
@@ -129,12 +144,9 @@ class TransformerVQModel:
     Where the state is carried on, also that of as many sequences as `decoder_input_tokens` has, as
     `carried` and `carried_axes`.
     """
-    del input_types
-    batch_size = input_shapes['decoder_input_tokens'][0]
-    tokens = jnp.zeros([batch_size, 1], jnp.int32)
-    variables = dict(self.module.init(rng, tokens))
+    variables = dict(super().get_initial_variables(rng, input_shapes, input_types))
     if self.carry_state:
-      variables |= self._carried_variables(batch_size)
+      variables |= self._carried_variables(input_shapes['decoder_input_tokens'][0])
     return variables
 
   def _carried_variables(self, batch_size: int) -> dict[str, Any]:
@@ -159,62 +171,49 @@ class TransformerVQModel:
     rngs: DropoutRngs | None,
     normalizing_factor: float,
     example_ids: jax.Array | None = None,
+    num_examples: int | None = None,
   ) -> tuple[jax.Array, tuple[DecoderState, metrics_lib.Metrics]]:
-    """Loss of a segment that continues the sequences of `state`.
-
-    Args:
-      params: of the module.
-      batch: the segment, [B, T] each.
-      state: of the tokens before it; None at the start of the sequences.
-      rngs: of dropout; None means no dropout.
-      normalizing_factor: what the summed losses are divided by. Gradients of parts of a batch that
-        share it add up to those of the whole.
-      example_ids: [B] int32, place of each example in the global batch.
-
-    Returns:
-      `(cross entropy + losses of the sublayers) / factor`, for VQ beta times the commitment, plus a
-      zero whose gradient carries the codebook statistics; the state after the segment and the
-      metrics.
-    """
+    """See `Model`; arrays of the segment are [B, T]."""
     targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
     weights = weights.astype(jnp.float32)
+    mask = (targets != PAD).astype(jnp.float32)
     logits, state, aux = self._apply(
       params,
       batch['decoder_input_tokens'],
       state,
-      loss_mask=weights,
+      loss_mask=mask,
       example_ids=example_ids,
+      num_examples=num_examples,
       deterministic=rngs is None,
       rngs=rngs.collections() if rngs else None,
     )
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    metrics = metrics_lib.token_metrics(logits, nats, targets, weights, self.bytes_per_token)
-    metrics |= metrics_lib.sublayer_metrics(aux, jnp.sum(weights))
-    total, statistics = jnp.sum(weights * nats), 0.0
-    for said in itertools.chain.from_iterable(x.values() for x in aux):
-      if isinstance(said, Loss):
-        total = total + jnp.sum(said.weight * said.total)
-      elif isinstance(said, Statistics):
-        statistics = statistics + jnp.sum(said.zero)
+    with jax.named_scope('loss'):
+      nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+      metrics = metrics_lib.token_metrics(logits, nats, targets, weights, self.bytes_per_token)
+      total = jnp.sum(weights * self.token_losses(logits, targets, nats))
+    metrics |= metrics_lib.sublayer_metrics(aux, jnp.sum(mask))
+    losses, statistics = sublayer_losses(aux)
+    total = total + losses
     return total / normalizing_factor + statistics, (state, metrics)
+
+  def token_losses(self, logits: jax.Array, targets: jax.Array, nats: jax.Array) -> jax.Array:
+    """What is minimized at each token; subclasses have other losses.
+
+    Args:
+      logits: [B, T, W] float32.
+      targets: [B, T] int32.
+      nats: [B, T] float32, the cross entropy, which metrics and evaluation have in any case.
+
+    Returns:
+      [B, T] float32; by default `nats`.
+    """
+    del logits, targets
+    return nats
 
   def _apply(
     self, params: Params, tokens: jax.Array, state: DecoderState | None, **kwargs: Any
   ) -> tuple[jax.Array, DecoderState, LayerAux]:
     return self.module.apply({'params': params}, tokens, state, **kwargs)  # pyright: ignore
-
-  def loss_fn(
-    self, params: Params, batch: Batch, dropout_rng: jax.Array | None
-  ) -> tuple[jax.Array, metrics_lib.Metrics]:
-    """Loss and metrics of whole sequences, as one update."""
-    rngs = None if dropout_rng is None else DropoutRngs(*jax.random.split(dropout_rng))
-    size = batch['decoder_target_tokens'].size
-    loss, (_, metrics) = self.segment_loss(params, batch, None, rngs, size)
-    return loss, metrics
-
-  def eval_fn(self, params: Params, batch: Batch) -> tuple[jax.Array, metrics_lib.Metrics]:
-    """Loss and metrics of whole sequences, without dropout."""
-    return self.loss_fn(params, batch, dropout_rng=None)
 
   def score_batch(
     self, params: Params, batch: Batch, return_intermediates: bool = False
@@ -235,7 +234,7 @@ class TransformerVQModel:
     (logits, _, _), intermediates = self.module.apply(
       {'params': params},
       batch['decoder_input_tokens'],
-      loss_mask=weights,
+      loss_mask=targets != PAD,
       mutable=['intermediates'] if return_intermediates else [],
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -295,3 +294,37 @@ class TransformerVQModel:
     if return_all_decodes:
       return tokens, {'scores': scores}
     return tokens[:, -1], {'scores': scores[:, -1]}
+
+  def evaluation_report(
+    self, values: Mapping[str, float], count: Callable[[str], int]
+  ) -> dict[str, Any]:
+    """The metrics, `perplexity` (of tokens), `tokens` and, where it is known, `bytes` of text.
+
+    Of images there are `dimensions` and `bits_per_dimension`, in place of bytes.
+    """
+    from tvq_t5x.data import likelihood, vocabularies
+
+    bits, size, found = 'bits_per_byte', 'bytes', dict(values)
+    if isinstance(self.output_vocabulary, vocabularies.ImageVocabulary):
+      bits, size = 'bits_per_dimension', 'dimensions'  # As the literature has it.
+      found[bits] = found.pop('bits_per_byte')
+    return {
+      'tokens': count('cross_entropy'),
+      **({size: count('bits_per_byte')} if bits in found else {}),
+      **found,
+      'perplexity': likelihood.perplexity(values['cross_entropy']),
+    }
+
+
+def language_model_of(model: Model) -> TransformerVQModel:
+  """The model of a checkpoint, if it can read and write.
+
+  Raises:
+    ConfigError: if it is a classifier.
+  """
+  if not isinstance(model, TransformerVQModel):
+    raise ConfigError(
+      f'--checkpoint is of a {type(model).__name__}, an encoder, which neither writes nor scores '
+      'texts: give one of a language model, or try python -m tvq_t5x.evaluate.'
+    )
+  return model

@@ -45,15 +45,39 @@ def warmup_cosine(
   Raises:
     ConfigError: if the warm-up does not end before the cosine does.
   """
-  if not 0 <= warmup_steps < total_steps:
-    raise ConfigError(
-      'warmup_cosine.warmup_steps',
-      warmup_steps,
-      f'an integer from 0 to warmup_cosine.total_steps - 1 = {total_steps - 1}',
-    )
+  _check_warmup('warmup_cosine', warmup_steps, total_steps)
   return optax.warmup_cosine_decay_schedule(
     0.0 if warmup_steps else peak, peak, warmup_steps, total_steps, final_share * peak
   )
+
+
+def warmup_linear(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+  """Learning rate: linear from 0 to `peak`, then linear to 0.
+
+  Args:
+    peak: the highest learning rate.
+    warmup_steps: parameter updates until then.
+    total_steps: parameter updates until 0 again, warm-up included.
+
+  Returns:
+    Learning rate as a function of the update's index.
+
+  Raises:
+    ConfigError: if the warm-up does not end before that.
+  """
+  _check_warmup('warmup_linear', warmup_steps, total_steps)
+  rise = optax.linear_schedule(0.0, peak, warmup_steps)
+  fall = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
+  return optax.join_schedules([rise, fall], [warmup_steps])
+
+
+def _check_warmup(schedule: str, warmup_steps: int, total_steps: int) -> None:
+  if not 0 <= warmup_steps < total_steps:
+    raise ConfigError(
+      f'{schedule}.warmup_steps',
+      warmup_steps,
+      f'an integer from 0 to {schedule}.total_steps - 1 = {total_steps - 1}',
+    )
 
 
 def adamw(
@@ -63,8 +87,9 @@ def adamw(
   eps: float = 1e-9,
   weight_decay: float = 0.0,
   clip_norm: float | None = None,
+  decay_follows_rate: bool = False,
 ) -> optax.GradientTransformation:
-  """Adam with clipping by global norm and fully decoupled weight decay.
+  """Adam with clipping by global norm and decoupled weight decay.
 
   Args:
     learning_rate: constant or schedule.
@@ -74,11 +99,16 @@ def adamw(
     weight_decay: share of each decayed parameter that an update removes, whatever the learning
       rate.
     clip_norm: largest global norm of the gradients; None means no clipping.
+    decay_follows_rate: whether that share is `weight_decay` times the learning rate instead, as in
+      optax's and PyTorch's AdamW.
 
   Returns:
     The transformation.
   """
   scale = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
+  if decay_follows_rate:
+    decay = optax.add_decayed_weights(weight_decay, mask=_decayed)
+    scale, weight_decay = optax.chain(scale, decay), 0.0
   return _chain(clip_norm, scale, learning_rate, weight_decay)
 
 

@@ -27,7 +27,7 @@ _UNSHARDED = ('relpos_buckets', 'abspos_buckets', 'length', 'layers', 'stack', '
 
 def own_axis_rules() -> LogicalAxisRules:
   """What T5X's rules lack: under T5X, its `standard_logical_axis_rules.additional_rules`."""
-  return (('code', MODEL), ('single_head', None), ('modes', None))
+  return (('code', MODEL), ('single_head', None), ('modes', None), ('classes', None))
 
 
 def standard_logical_axis_rules(

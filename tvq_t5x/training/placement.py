@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 
 from tvq_t5x.common import named_arrays
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.network.classifier import Classifier
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.transformer import DecoderState, Transformer, decoder_state_axes
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 from tvq_t5x.training.optimizer_axes import optimizer_axes
 from tvq_t5x.training.partitioning import Partitioner
 from tvq_t5x.training.train_state import TrainState, init_train_state
@@ -69,7 +70,9 @@ def validate(
 
 
 def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) -> None:
-  shapes, axes = _abstract_variables(Transformer(config))
+  shapes, axes = _abstract_variables(
+    Classifier(config, num_classes=1) if config.bidirectional else Transformer(config)
+  )
   units = {}  # The field's value has to be a multiple of this.
   for name, names in axes.items():
     for size, axis, mesh_axis in zip(
@@ -94,13 +97,13 @@ def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) ->
     raise ConfigError('\n'.join(map(str, problems)))
 
 
-def train_state_shardings(partitioner: Partitioner, model: TransformerVQModel) -> TrainState:
+def train_state_shardings(partitioner: Partitioner, model: Model) -> TrainState:
   """Shardings of everything that training changes, as a TrainState of them."""
   state, axes = _abstract_train_state(model)
   return jax.tree.map(lambda _, axes: partitioner.sharding(axes), state, axes)
 
 
-def abstract_params(partitioner: Partitioner, model: TransformerVQModel) -> Any:
+def abstract_params(partitioner: Partitioner, model: Model) -> Any:
   """Shape, dtype and sharding of each parameter, as a tree of `jax.ShapeDtypeStruct`."""
   shapes, axes = _abstract_variables(model.module)
   params = {
@@ -116,7 +119,7 @@ def decoder_state_shardings(partitioner: Partitioner, config: TransformerConfig)
 
 
 def init_state(
-  partitioner: Partitioner, model: TransformerVQModel, rng: jax.Array, batch_size: int = 1
+  partitioner: Partitioner, model: Model, rng: jax.Array, batch_size: int = 1
 ) -> TrainState:
   """The state before the first update, created in place; the same numbers on every mesh.
 
@@ -132,7 +135,7 @@ def init_state(
   )
 
 
-def describe(partitioner: Partitioner, model: TransformerVQModel, batch_size: int = 1) -> StateInfo:
+def describe(partitioner: Partitioner, model: Model, batch_size: int = 1) -> StateInfo:
   """What the TrainState takes on this mesh, compiling nothing; arguments as in `init_state`."""
   state, axes = _abstract_train_state(model, batch_size)
 
@@ -159,18 +162,15 @@ def describe(partitioner: Partitioner, model: TransformerVQModel, batch_size: in
 
 
 @functools.lru_cache(maxsize=8)  # Tracing takes a second and more.
-def _abstract_variables(module: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
+def _abstract_variables(module: Transformer | Classifier) -> tuple[dict[str, Any], dict[str, Any]]:
   """Shapes and logical axes of a module's parameters, each by name."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), tokens)
+  variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example_inputs(1)))
   axes = nn_partitioning.get_axis_names(variables['params_axes'])
   axes = {name: tuple(x) for name, x in named_arrays.leaves_of(axes).items()}
   return named_arrays.leaves_of(variables['params']), axes
 
 
-def _abstract_train_state(
-  model: TransformerVQModel, batch_size: int = 1
-) -> tuple[TrainState, TrainState]:
+def _abstract_train_state(model: Model, batch_size: int = 1) -> tuple[TrainState, TrainState]:
   """The TrainState's shapes and, in the same structure, the logical axes of each array."""
   shapes, axes = _abstract_variables(model.module)
   params = traverse_util.unflatten_dict(shapes, sep='/')

@@ -1,22 +1,20 @@
 """What is wrong with the settings of a run, in either engine, said before anything is compiled."""
 
+import jax
+
 from tvq_t5x.common.errors import ConfigError, is_count
-from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.network.config import TransformerConfig
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.network.quadratic import KeyValueState
+from tvq_t5x.network.transformer import init_decoder_state
+from tvq_t5x.training.base_model import Model
 
 _UPDATE_LEN, _LENGTHS = 'train.update_len', 'DatasetConfig.task_feature_lengths'
 
 
-def check_vocabulary(cfg: DatasetConfig, model: TransformerVQModel) -> None:
-  """Refuses a task with another vocabulary than the model's."""
-  vocabulary = datasets.vocabulary(cfg.mixture_or_task_name, cfg.module)
-  if vocabulary != model.output_vocabulary:
-    raise ConfigError(
-      f'TransformerVQModel.vocabulary = {model.output_vocabulary} is not the one of '
-      f'DatasetConfig.mixture_or_task_name = {cfg.mixture_or_task_name!r}: give {vocabulary}.'
-    )
+def check_vocabulary(cfg: DatasetConfig, model: Model) -> None:
+  """Refuses a task that is not of the model's kind, with its vocabulary or classes."""
+  model.check_task(cfg.mixture_or_task_name, cfg.module)
 
 
 def updates_in_batch(length: int, config: TransformerConfig, update_len: int | None) -> int:
@@ -34,6 +32,12 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
     raise ConfigError(
       _UPDATE_LEN, update_len, 'a whole number of tokens, or None for whole sequences'
     )
+  if config.bidirectional:
+    if update_len not in (None, length):
+      raise ConfigError(
+        _UPDATE_LEN, update_len, 'None, as an encoder sees a sequence as a whole or not at all'
+      )
+    return 1
   lengths = {'targets': length}
   segment = length if update_len is None else update_len
   block = config.block_len
@@ -47,9 +51,7 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
       problem='is not a whole number of blocks',
     )
   if length % segment:
-    accepted = [
-      n for n in range(1, length + 1) if length % n == 0 and (n % block == 0 or n < block)
-    ]
+    accepted = [n for n in _parts(length) if n % block == 0 or n < block]
     raise ConfigError(
       _UPDATE_LEN,
       segment,
@@ -57,6 +59,56 @@ def updates_in_batch(length: int, config: TransformerConfig, update_len: int | N
       problem=f'does not divide {_LENGTHS} = {lengths}',
     )
   return length // segment
+
+
+def check_segment_len(
+  segment_len: int | None, length: int, updates: int, config: TransformerConfig
+) -> None:
+  """Refuses segments that would not give the numbers of all tokens of an update at once.
+
+  Args:
+    segment_len: tokens of each sequence that are held at once; None means all that an update sees.
+    length: T, tokens of a sequence.
+    updates: that a batch gives.
+    config: of the model.
+
+  Raises:
+    ConfigError: naming the setting, and what it accepts.
+  """
+  of_update, block = length // updates, config.block_len
+  if segment_len in (None, of_update):
+    return
+  accepted = [n for n in _parts(of_update) if n == of_update or n % block == 0]
+  if config.bidirectional or config.codes_from_keys or config.replace_below:
+    accepted = [of_update]  # Every position, or key to choose from, has to be there.
+  if not is_count(segment_len) or segment_len not in accepted:
+    raise ConfigError(
+      'train.segment_len',
+      segment_len,
+      f'one of {", ".join(map(str, accepted))}: equal parts, in blocks of '
+      f'TransformerConfig.block_len = {block}, of the {of_update} tokens of an update, which an '
+      'encoder, codes_from_keys and replace_below need at once; or None for all',
+    )
+  needed = length - segment_len
+  if config.kv_cache_len < needed and _keeps_keys(config):
+    raise ConfigError(
+      'TransformerConfig.kv_cache_len',
+      config.kv_cache_len,
+      f'at least {needed} with train.segment_len = {segment_len}',
+      problem='would hide from quadratic attention what is older in a sequence',
+    )
+
+
+def _keeps_keys(config: TransformerConfig) -> bool:
+  """Whether a sublayer remembers single positions, as many as `kv_cache_len`."""
+  state = jax.eval_shape(lambda: init_decoder_state(config, 1))
+  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KeyValueState))
+  return any(isinstance(x, KeyValueState) for x in nodes)
+
+
+def _parts(length: int) -> list[int]:
+  """The lengths of equal parts."""
+  return [n for n in range(1, length + 1) if length % n == 0]
 
 
 def check_steps(updates: int, total_steps: int, **periods: int | None) -> None:

@@ -6,7 +6,7 @@ import optax
 
 from tvq_t5x.data.datasets import DatasetConfig
 from tvq_t5x.training import placement, run_limits
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 from tvq_t5x.training.partitioning import Partitioner
 
 
@@ -24,6 +24,9 @@ class TrainingSettings:
     partitioner: places arrays on the devices.
     total_steps: step to end after.
     update_len: tokens of each sequence that an update sees; None means whole sequences.
+    segment_len: tokens of each sequence that are held in memory at once, by computing the
+      activations of each segment again in the backward pass. It changes no number; None means all
+      that an update sees. Evaluation reads sequences in the same parts.
     num_microbatches: parts of a batch that are computed one after the other.
     learning_rate: what the optimizer was given, to be logged.
     log_period: steps between training metrics, which are means over the steps since the last ones.
@@ -31,12 +34,13 @@ class TrainingSettings:
     checkpoint_period: steps between checkpoints.
   """
 
-  model: TransformerVQModel
+  model: Model
   train_dataset_cfg: DatasetConfig
   eval_dataset_cfg: DatasetConfig
   partitioner: Partitioner
   total_steps: int
   update_len: int | None = None
+  segment_len: int | None = None
   num_microbatches: int = 1
   learning_rate: optax.ScalarOrSchedule | None = None
   log_period: int = 100
@@ -46,7 +50,7 @@ class TrainingSettings:
   @property
   def length(self) -> int:
     """T, tokens of a training sequence."""
-    return self.train_dataset_cfg.task_feature_lengths['targets']
+    return self.train_dataset_cfg.task_feature_lengths[self.model.LENGTH_FEATURE]
 
   @property
   def batch_size(self) -> int:
@@ -59,9 +63,14 @@ class TrainingSettings:
     return run_limits.updates_in_batch(self.length, self.model.config, self.update_len)
 
   @property
-  def segment_len(self) -> int:
+  def update_tokens(self) -> int:
     """Tokens of each sequence that an update sees."""
     return self.length // self.updates
+
+  @property
+  def tokens_at_once(self) -> int:
+    """Tokens of each sequence that are held in memory at once."""
+    return self.segment_len or self.update_tokens
 
   @property
   def dataset_cfgs(self) -> tuple[DatasetConfig, ...]:
@@ -82,8 +91,9 @@ class TrainingSettings:
     """
     for cfg in self.dataset_cfgs:
       run_limits.check_vocabulary(cfg, self.model)
-      length = cfg.task_feature_lengths['targets']
-      run_limits.updates_in_batch(length, self.model.config, self.update_len)
+      length = cfg.task_feature_lengths[self.model.LENGTH_FEATURE]
+      updates = run_limits.updates_in_batch(length, self.model.config, self.update_len)
+      run_limits.check_segment_len(self.segment_len, length, updates, self.model.config)
     run_limits.check_steps(self.updates, self.total_steps, **self.periods)
 
   def check_placement(self, partitioner: Partitioner) -> None:

@@ -9,7 +9,7 @@ from flax import serialization, traverse_util
 from flax.core import unfreeze
 
 from tvq_t5x.network.transformer import DecoderState
-from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.base_model import Model
 
 
 class TrainState(NamedTuple):
@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
   carried: DecoderState | None = None
 
 
-def init_train_state(model: TransformerVQModel, rng: jax.Array, batch_size: int = 1) -> TrainState:
+def init_train_state(model: Model, rng: jax.Array, batch_size: int = 1) -> TrainState:
   """The state before the first update; its axis names are in `model.get_initial_variables`.
 
   Args:
@@ -30,7 +30,7 @@ def init_train_state(model: TransformerVQModel, rng: jax.Array, batch_size: int 
     rng: key of the parameters.
     batch_size: B, of a model that carries its state on.
   """
-  params = model.get_initial_variables(rng, {'decoder_input_tokens': (1, 1)})['params']
+  params = model.init_params(rng)
   carried = model.init_state(batch_size) if model.carry_state else None
   return TrainState(jnp.zeros([], jnp.int32), params, model.optimizer.init(params), carried)
 

@@ -12,19 +12,21 @@ from tvq_t5x.common.tokens import EOS
 from tvq_t5x.network import xla
 from tvq_t5x.network.transformer import DecoderState, batch_axes
 from tvq_t5x.training import metrics as metrics_lib
-from tvq_t5x.training.models import Batch, DropoutRngs, TransformerVQModel
+from tvq_t5x.training.base_model import Batch, DropoutRngs, Model
 from tvq_t5x.training.optimizers import codebook_labels
+from tvq_t5x.training.segments import sequence_loss
 from tvq_t5x.training.train_state import TrainState
 
 
 def train_on_sequences(
-  model: TransformerVQModel,
+  model: Model,
   train_state: TrainState,
   batch: Batch,
   rng: jax.Array,
   update_len: int,
   num_microbatches: int = 1,
   num_shards: int = 1,
+  segment_len: int | None = None,
 ) -> tuple[TrainState, metrics_lib.Metrics]:
   """Trains on B sequences in T / update_len updates (truncated backpropagation).
 
@@ -42,15 +44,19 @@ def train_on_sequences(
       B and changes no number.
     num_shards: readers of the data that took turns: the rows of the batch are those of the first,
       then those of the second, ... It changes which mask a row gets: that of its turn.
+    segment_len: see `segments.sequence_loss`; divides update_len.
 
   Returns:
     The new state, and the metrics of each update, [T / update_len] each.
   """
-  num_sequences, length = batch['decoder_target_tokens'].shape
+  num_sequences, length = model.batch_shape(batch)
   num_updates = length // update_len
   sequence_rng = jax.random.fold_in(jax.random.fold_in(rng, 0), train_state.step)
 
   def split(x):  # [B, T] to [updates, microbatches, B / microbatches, update_len]
+    if x.ndim == 1:  # Of whole sequences, which one update sees: to [1, microbatches, ...]
+      x = x.reshape(1, num_sequences // num_microbatches, num_microbatches).swapaxes(1, 2)
+      return nn_partitioning.with_sharding_constraint(x, (None, None, 'batch'))
     # Strided, so that every microbatch lies on all devices that share the batch.
     x = x.reshape(num_sequences // num_microbatches, num_microbatches, num_updates, update_len)
     return nn_partitioning.with_sharding_constraint(
@@ -70,6 +76,7 @@ def train_on_sequences(
       states,
       example_ids,
       DropoutRngs(update=update_rng, sequence=sequence_rng),
+      segment_len,
     )
     return (apply_gradients(model, train_state, gradients), states), metrics
 
@@ -93,7 +100,7 @@ def train_on_sequences(
   return train_state, metrics
 
 
-def _emptied(model: TransformerVQModel, state: DecoderState, rows: jax.Array) -> DecoderState:
+def _emptied(model: Model, state: DecoderState, rows: jax.Array) -> DecoderState:
   """The state, with that of no token in some rows [B] bool."""
 
   def row(empty: jax.Array, new: DecoderState, old: DecoderState) -> DecoderState:
@@ -103,7 +110,7 @@ def _emptied(model: TransformerVQModel, state: DecoderState, rows: jax.Array) ->
   return jax.vmap(row, (0, axes, axes), axes)(rows, model.init_state(len(rows)), state)
 
 
-def _map_rows(function: Any, model: TransformerVQModel, state: DecoderState) -> DecoderState:
+def _map_rows(function: Any, model: Model, state: DecoderState) -> DecoderState:
   """Maps the arrays of a state, each given with its batch axis."""
   return jax.tree.map(function, state, batch_axes(model.config))
 
@@ -121,12 +128,13 @@ def _join_rows(x: jax.Array, axis: int) -> jax.Array:
 
 
 def accumulate_gradients(
-  model: TransformerVQModel,
+  model: Model,
   params: Any,
   segment: Batch,
   states: DecoderState | None,
   example_ids: jax.Array,
   rngs: DropoutRngs,
+  segment_len: int | None = None,
 ) -> tuple[Any, metrics_lib.Metrics, DecoderState]:
   """Gradients of one update, summed over microbatches.
 
@@ -138,19 +146,21 @@ def accumulate_gradients(
       sequences.
     example_ids: [microbatches, B / microbatches] int32.
     rngs: of dropout.
+    segment_len: see `segments.sequence_loss`.
 
   Returns:
     The gradients (minus the statistics, for codebooks), the metrics and the states after the
     segment without gradient.
   """
-  normalizing_factor = segment['decoder_target_tokens'].size
+  rows, length = model.batch_shape(jax.tree.map(lambda x: x[0], dict(segment)))
+  normalizing_factor = model.normalizing_factor(rows * example_ids.shape[0], length)
 
   def microbatch(inputs):
     batch, state, ids = inputs
-    loss_fn = jax.value_and_grad(model.segment_loss, has_aux=True)
+    loss_fn = functools.partial(sequence_loss, model, segment_len=segment_len)
     with xla.training_gradients():
-      (loss, (after, metrics)), gradients = loss_fn(
-        params, batch, state, rngs, normalizing_factor, ids
+      (loss, (after, metrics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+        params, batch, state, rngs, normalizing_factor, ids, example_ids.size
       )
     # A token, as the cross entropy is: padding, which the gradient counts as zero, is in neither.
     num_tokens = metrics['cross_entropy'].count
@@ -175,15 +185,15 @@ def accumulate_gradients(
   return gradients, metrics, after
 
 
-def apply_gradients(
-  model: TransformerVQModel, train_state: TrainState, gradients: Any
-) -> TrainState:
+@jax.named_scope('optimizer')
+def apply_gradients(model: Model, train_state: TrainState, gradients: Any) -> TrainState:
   """One parameter update."""
   updates, opt_state = model.optimizer.update(gradients, train_state.opt_state, train_state.params)
   params = optax.apply_updates(train_state.params, updates)
   return train_state._replace(step=train_state.step + 1, params=params, opt_state=opt_state)
 
 
+@jax.named_scope('optimizer')
 def _main_norm(gradients: Any) -> jax.Array:
   """Global norm of the gradients of all parameters but the codebooks."""
   labels = codebook_labels(gradients)

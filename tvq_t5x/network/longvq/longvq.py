@@ -28,9 +28,6 @@ from tvq_t5x.network.layers import (
 from tvq_t5x.network.longvq.ssm import SSM, Initialization
 from tvq_t5x.network.mixers import Aux, Call, Mixer
 from tvq_t5x.network.vq import mixer as vq
-from tvq_t5x.network.vq.attention import Keys
-from tvq_t5x.network.vq.bidirectional import bidirectional_attention
-from tvq_t5x.network.vq.quantizer import VectorQuantizer
 
 _ATTENTION = {
   'vq': vq.VQAttention,
@@ -64,8 +61,6 @@ class LongVQ(Mixer):
   Attributes:
     use_ssm: whether there is a state-space layer; else G is silu of the normalized input.
     attention: see `AttentionKind`; without any, O is 0.
-    bidirectional: whether all positions attend to all; segments are whole sequences then, and
-      `loss_mask` says where they are padded.
     state_size: N of the state-space layer.
     initialization: of its modes, see `ssm.Initialization`.
     complex_modes: whether they oscillate.
@@ -74,7 +69,6 @@ class LongVQ(Mixer):
 
   use_ssm: bool = True
   attention: str = AttentionKind.VQ
-  bidirectional: bool = False
   state_size: int = 64
   initialization: str = Initialization.LIN
   complex_modes: bool = True
@@ -82,6 +76,8 @@ class LongVQ(Mixer):
 
   KIND: ClassVar[str] = 'longvq'
   SAVES_MARKED: ClassVar[bool] = True
+  SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({'chunk_len'})
+  ENCODES: ClassVar[bool] = True
 
   def __post_init__(self):
     self._check()
@@ -113,14 +109,14 @@ class LongVQ(Mixer):
   ) -> tuple[jax.Array, LongVQState, Aux]:
     """[B, T, D] to the residual branch `Y - X` [B, T, D]; see `Mixer`."""
     normed = RMSNorm(name='norm')(x)
-    if self.bidirectional:
+    if self.config.bidirectional:
       normed = normed * call.loss_mask[..., None].astype(normed.dtype)
     g, after_ssm = self._filter(normed, state, call)
-    h = self._project(g, 'candidate', self.config.emb_dim)
+    h = self._project(g, 'candidate')
     out, after_attention, aux = self._attend(normed, g, state, call)
     if out is not None:
       h = h + out
-    u = jax.nn.sigmoid(self._project(g, 'update', self.config.emb_dim))
+    u = jax.nn.sigmoid(self._project(g, 'update'))
     branch = u * (jax.nn.silu(h) - x)
     return branch.astype(x.dtype), LongVQState(after_ssm, after_attention), aux
 
@@ -132,14 +128,14 @@ class LongVQ(Mixer):
       self.state_size,
       self.initialization,
       self.complex_modes,
-      self.bidirectional,
+      self.config.bidirectional,
       self.chunk_len,
       name='ssm',
     )
-    before = None if state is None or self.bidirectional else state.ssm
+    before = None if state is None or self.config.bidirectional else state.ssm
     y, after = ssm(with_sharding_constraint(x, ('batch', 'length', 'mlp')), before, call.lengths)
     g = save_for_backward(jax.nn.silu(y).astype(self.config.dtype))
-    return g, () if self.bidirectional else after
+    return g, () if self.config.bidirectional else after
 
   def _attend(
     self, x: jax.Array, g: jax.Array, state: LongVQState | None, call: Call
@@ -152,9 +148,7 @@ class LongVQ(Mixer):
     values = jax.nn.silu(self._heads(x, 'value', c.value_width, c.value_axis))
     args = Queries(queries[:, :, :, None], queries[:, :, :, None]), keys, values
     before = None if state is None else state.attention
-    if self.bidirectional:
-      out, after, aux = self._attend_both_ways(*args, call)
-    elif self.attention == AttentionKind.QUADRATIC:
+    if self.attention == AttentionKind.QUADRATIC:
       out, after, aux = quadratic.attend(*args, self._window_bias(), before, call, c)
     else:
       out, after, aux = vq.attend(*args, self._window_bias(), before, call, self)
@@ -163,24 +157,6 @@ class LongVQ(Mixer):
     axes = c.heads_axis(c.num_heads), c.value_axis, 'embed'
     project = Einsum('BTHV,HVD->BTD', shape, axes, 2, dtype=c.dtype, name='out')
     return project(reset * out[:, :, :, 0]), after, aux
-
-  def _attend_both_ways(
-    self, queries: Queries, keys: jax.Array, values: jax.Array, call: Call
-  ) -> tuple[jax.Array, Any, Aux]:
-    c = self.config
-    if self.attention == AttentionKind.QUADRATIC:
-      raise ConfigError("LongVQ.attention = 'quadratic' is not there for bidirectional blocks.")
-    quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call.loss_mask)
-    self.sow('intermediates', 'codes', codes)
-    out = bidirectional_attention(
-      queries,
-      Keys(quantized, codes, values),
-      self._window_bias(),
-      codebook,
-      call.loss_mask,
-      c.block_len,
-    )
-    return out, (), aux
 
   def _queries_and_keys(self, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[B, T, H, K] each: affine maps of one projection, normalized as those of Transformer-VQ."""
@@ -203,7 +179,7 @@ class LongVQ(Mixer):
   def _window_bias(self) -> jax.Array:
     """What a key's distance adds to its score: [M + 1, H], or both ways [2M + 1, H]."""
     c = self.config
-    number = 2 * c.window_len + 1 if self.bidirectional else c.window_len + 1
+    number = 2 * c.window_len + 1 if c.bidirectional else c.window_len + 1
     bias = nn_partitioning.param_with_axes(
       'window_bias',
       initializers.zeros,
@@ -220,10 +196,10 @@ class LongVQ(Mixer):
     einsum = Einsum('BTD,DHK->BTHK', shape, axes, dtype=c.dtype, use_bias=True, name=name)
     return save_for_backward(einsum(x))
 
-  def _project(self, x: jax.Array, name: str, width: int) -> jax.Array:
-    """[B, T, D] to [B, T, width]."""
+  def _project(self, x: jax.Array, name: str) -> jax.Array:
+    """[B, T, D] to [B, T, D]."""
     c = self.config
-    shape, axes = (c.emb_dim, width), ('mlp', 'embed')
+    shape, axes = (c.emb_dim, c.emb_dim), ('mlp', 'embed')
     einsum = Einsum('BTD,DF->BTF', shape, axes, dtype=c.dtype, use_bias=True, name=name)
     return save_for_backward(einsum(x))
 
@@ -231,7 +207,7 @@ class LongVQ(Mixer):
   def init_state(self, batch_size: int) -> LongVQState:
     """No positions."""
     c, number = self.config, self.state_size // 2 if self.complex_modes else self.state_size
-    has_ssm = self.use_ssm and not self.bidirectional
+    has_ssm = self.use_ssm and not self.config.bidirectional
     ssm = jnp.zeros([batch_size, c.emb_dim, number, 2]) if has_ssm else ()
     attention = self._attention()
     return LongVQState(ssm, attention.init_state(batch_size) if attention else ())
@@ -239,7 +215,7 @@ class LongVQ(Mixer):
   @nn.nowrap
   def state_axes(self) -> LongVQState:
     """See `Mixer`."""
-    has_ssm = self.use_ssm and not self.bidirectional
+    has_ssm = self.use_ssm and not self.config.bidirectional
     ssm = PartitionSpec('batch', 'mlp', None, None) if has_ssm else ()
     attention = self._attention()
     return LongVQState(ssm, attention.state_axes() if attention else ())
@@ -261,6 +237,6 @@ class LongVQ(Mixer):
   @nn.nowrap
   def _attention(self) -> Mixer | None:
     """The sublayer whose state the block's attention has."""
-    if self.attention == AttentionKind.NONE or self.bidirectional:
+    if self.attention == AttentionKind.NONE or self.config.bidirectional:
       return None
     return _ATTENTION[self.attention](self.config, parent=None)

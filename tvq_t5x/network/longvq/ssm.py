@@ -16,6 +16,9 @@ import numpy as np
 from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
 
+# The time steps that channels start with, as S4D's.
+_STEPS = (1e-3, 1e-1)
+
 
 class Initialization(enum.StrEnum):
   """Of the modes `A_j = -exp(a_j) + i w_j` and of B."""
@@ -35,8 +38,6 @@ class SSM(nn.Module):
     complex_modes: whether modes oscillate.
     bidirectional: whether a second C looks ahead, from the next position on.
     chunk_len: Q, positions that are convolved at once; changes speed and memory, not values.
-    min_step: least of the time steps that channels start with.
-    max_step: largest of them.
   """
 
   state_size: int = 64
@@ -44,8 +45,6 @@ class SSM(nn.Module):
   complex_modes: bool = True
   bidirectional: bool = False
   chunk_len: int = 1024
-  min_step: float = 1e-3
-  max_step: float = 1e-1
 
   @nn.compact
   def __call__(
@@ -102,7 +101,7 @@ class SSM(nn.Module):
     def like(value):
       return lambda key, shape, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
-    low, high = np.log(self.min_step), np.log(self.max_step)
+    low, high = np.log(_STEPS)
     log_dt = parameter(
       'log_dt', lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
     )

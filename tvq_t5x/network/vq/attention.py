@@ -5,26 +5,30 @@ of M positions before it, and the compressed cache of everything older (paper, s
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from tvq_t5x.network.attention import MASKED, Queries, distance_scores
+from tvq_t5x.network import xla
+from tvq_t5x.network.attention import MASKED, Queries
 from tvq_t5x.network.config import Reduction, Remat, TransformerConfig
 from tvq_t5x.network.layers import SAVE_MARKED, save_for_backward
-from tvq_t5x.network.positions import last_positions, relative_shift, window_mask
+from tvq_t5x.network.positions import last_positions, window_mask
+from tvq_t5x.network.softmax import softmax_average
 from tvq_t5x.network.vq.cache import (
   AttentionState,
   CompressedCache,
   caches_before_blocks,
   summarize,
 )
-from tvq_t5x.network.xla import einsum
+from tvq_t5x.network.vq.nearness import window_nearness
 
-# So that time and memory for the caches of blocks stay linear in T.
-_MOST_BLOCKS_AT_ONCE = 8
+_X = TypeVar('_X')
+
+# So that memory for the caches and scores of blocks stays bounded. On CPU more are slower.
+_BLOCKS_AT_ONCE = 64
+_BLOCKS_AT_ONCE_ON_CPU = 8
 
 
 class Keys(NamedTuple):
@@ -75,64 +79,149 @@ def vq_attention(
     The values [B, T, N, G, V] averaged with softmax weights, and the state after the segment.
   """
   c = config
+  # [B, M + T, N(, K or V)]: the first T of them leave the window, the last M are the next window.
+  joined = Keys(
+    quantized=jnp.concatenate([state.keys, keys.quantized], axis=1),
+    codes=jnp.concatenate([state.codes, keys.codes], axis=1),
+    values=jnp.concatenate([state.values, keys.values], axis=1),
+  )
+  blocks = _to_blocks(queries, keys, joined, position, lengths, c)
+  cache, out = _attend_in_groups(blocks, state.cache, distances, codebook, c)
+  out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
+  codes, quantized, values = (
+    last_positions(x, c.window_len, lengths)
+    for x in (joined.codes, joined.quantized, joined.values)
+  )
+  new_state = _through_cache(AttentionState(codes, quantized, values, cache), c)
+  return out.reshape(*keys.codes.shape, *out.shape[4:]), new_state
+
+
+def _through_cache(x: _X, config: TransformerConfig) -> _X:
+  """Arrays that come from earlier blocks, with gradient where the configuration wants it."""
+  return x if config.grad_through_cache else jax.lax.stop_gradient(x)
+
+
+def _to_blocks(
+  queries: Queries,
+  keys: Keys,
+  joined: Keys,
+  position: jax.Array,
+  lengths: jax.Array | None,
+  c: TransformerConfig,
+) -> _Blocks:
+  """Cuts a segment into blocks; `joined` has the keys of the window before it, too."""
   length = keys.codes.shape[1]
   num_blocks = c.num_blocks(length)
   block_len = length // num_blocks
 
-  def to_blocks(x: jax.Array) -> jax.Array:
+  def cut(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], num_blocks, block_len, *x.shape[2:])
 
-  def maybe_stop_gradient(x):
-    return x if c.grad_through_cache else jax.lax.stop_gradient(x)
-
-  # [B, M + T, N(, K or V)]: the first T of them leave the window, the last M are the next window.
-  all_codes = jnp.concatenate([state.codes, keys.codes], axis=1)
-  all_keys = jnp.concatenate([state.keys, keys.quantized], axis=1)
-  all_values = jnp.concatenate([state.values, keys.values], axis=1)
-  leaving_codes = all_codes[:, :length]
+  leaving_codes = joined.codes[:, :length]
   if lengths is not None:
     taken = jnp.arange(length) < lengths[:, None]
     leaving_codes = jnp.where(taken[..., None], leaving_codes, c.num_codes)
-  blocks = _Blocks(
-    queries=jax.tree.map(lambda x: jnp.moveaxis(to_blocks(x), 2, 4), queries),
-    present_keys=_heads_first(to_blocks(keys.quantized)),
-    present_values=_heads_first(to_blocks(keys.values)),
-    window_keys=_heads_first(maybe_stop_gradient(_windows(all_keys, num_blocks, block_len))),
-    window_values=_heads_first(maybe_stop_gradient(_windows(all_values, num_blocks, block_len))),
+  windows = (_windows(x, num_blocks, block_len) for x in (joined.quantized, joined.values))
+  window_keys, window_values = (_heads_first(_through_cache(x, c)) for x in windows)
+  return _Blocks(
+    queries=jax.tree.map(lambda x: jnp.moveaxis(cut(x), 2, 4), queries),
+    present_keys=_heads_first(cut(keys.quantized)),
+    present_values=_heads_first(cut(keys.values)),
+    window_keys=window_keys,
+    window_values=window_values,
     num_empty=jnp.maximum(c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0),
-    leaving_codes=_heads_first(to_blocks(leaving_codes)),
+    leaving_codes=_heads_first(cut(leaving_codes)),
   )
 
-  def leaving(x: _Blocks) -> CompressedCache:
-    values = jnp.concatenate([x.window_values, maybe_stop_gradient(x.present_values)], axis=-2)
-    return summarize(x.leaving_codes, values[..., :block_len, :], c.num_codes)
 
-  def attend(x: _Blocks, cache: CompressedCache) -> jax.Array:
-    return _attend(x, cache, distances, codebook, c)
+def _attend_in_groups(
+  blocks: _Blocks,
+  cache: CompressedCache,
+  distances: jax.Array,
+  codebook: jax.Array,
+  c: TransformerConfig,
+) -> tuple[CompressedCache, jax.Array]:
+  """Attends with as many blocks at once as memory allows, group after group.
+
+  Returns:
+    The cache after the last block, and the outputs [B, R, N, G, L, V].
+  """
+  num_blocks = blocks.num_empty.shape[1]
+  reduction, at_once = _reduction(num_blocks, c)
+  dtype = blocks.present_values.dtype
+  attend = functools.partial(_attend, config=c)
+  if c.remat == Remat.ATTENTION and 1 < at_once < num_blocks:
+    attend = jax.checkpoint(attend, policy=SAVE_MARKED)
 
   def step(cache: CompressedCache, x: _Blocks) -> tuple[CompressedCache, jax.Array]:
-    before, after = caches_before_blocks(cache, leaving(x), c.reduction)
-    return after, attend(x, before)
+    before, after = caches_before_blocks(cache, _leaving(x, c), reduction)
+    if at_once == num_blocks:
+      before = before._replace(means=save_for_backward(before.means.astype(dtype)))
+    return after, attend(x, before, distances, codebook)
 
-  at_once = _blocks_at_once(num_blocks, c.reduction)
+  if at_once == num_blocks:
+    return step(cache, blocks)
   if c.remat == Remat.ATTENTION and at_once == 1:
     # The scan keeps the cache before each block anyway.
     step = jax.checkpoint(step, policy=SAVE_MARKED)
-  elif c.remat == Remat.ATTENTION:
-    attend = jax.checkpoint(attend, policy=SAVE_MARKED)
-  if at_once == num_blocks:
-    cache, out = step(state.cache, blocks)
-  else:
-    cache, out = _scan_blocks(step, state.cache, blocks, at_once)
-  out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
 
-  def window(x: jax.Array) -> jax.Array:
-    return last_positions(x, c.window_len, lengths)
+  def groups(x: jax.Array) -> jax.Array:  # [B, R, ...] to [R / g, B, g, ...]
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, at_once, *x.shape[2:]), 1, 0)
 
-  new_state = maybe_stop_gradient(
-    AttentionState(window(all_codes), window(all_keys), window(all_values), cache)
+  cache, out = jax.lax.scan(step, cache, jax.tree.map(groups, blocks))
+  out = jnp.moveaxis(out, 0, 1)
+  return cache, out.reshape(out.shape[0], -1, *out.shape[3:])
+
+
+def _reduction(num_blocks: int, config: TransformerConfig) -> tuple[Reduction, int]:
+  """The reduction, and how many blocks have caches and scores at once: a divisor of R."""
+  on_cpu, reduction = xla.platform() == 'cpu', config.reduction
+  if reduction == Reduction.AUTO:
+    reduction = Reduction.SERIAL if on_cpu else Reduction.MATMUL
+  most = _BLOCKS_AT_ONCE_ON_CPU if on_cpu else _BLOCKS_AT_ONCE
+  most = 1 if reduction == Reduction.SERIAL else most
+  return reduction, max(n for n in range(1, most + 1) if num_blocks % n == 0)
+
+
+def _leaving(x: _Blocks, c: TransformerConfig) -> CompressedCache:
+  """What each block folds into the cache: the first L positions of its window and of itself."""
+  block_len, values = x.leaving_codes.shape[-1], x.window_values
+  if block_len > c.window_len:
+    values = jnp.concatenate([values, _through_cache(x.present_values, c)], axis=-2)
+  return summarize(x.leaving_codes, values[..., :block_len, :], c.num_codes)
+
+
+def _attend(
+  x: _Blocks,
+  cache: CompressedCache,
+  distances: jax.Array,
+  codebook: jax.Array,
+  config: TransformerConfig,
+) -> jax.Array:
+  """One softmax over window, present block and cache: [B, R, N, G, L, V]."""
+  dtype = x.present_values.dtype
+  block_len, window_len = x.present_keys.shape[-2], x.window_keys.shape[-2]
+
+  near_window, near_present = window_nearness(x.queries.position, distances)
+  in_window, in_present = window_mask(
+    block_len, window_len, x.num_empty[:, :, None, None], within_window=not config.compressed_cache
   )
-  return out.reshape(out.shape[0], length, *out.shape[3:]), new_state
+
+  def key_scores(keys, near, visible):
+    scores: jax.Array = xla.einsum('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
+    return jnp.where(visible, scores + near, MASKED)
+
+  scores = [
+    key_scores(x.window_keys, near_window, in_window),
+    key_scores(x.present_keys, near_present, in_present),
+  ]
+  values = [x.window_values, x.present_values]
+  if config.compressed_cache:
+    codes = codebook.astype(dtype)
+    codes = xla.einsum('BRNGLK,NSK->BRNGLS', x.queries.content, codes, jnp.float32)
+    scores.append(codes + log_counts(cache.counts)[..., None, None, :])
+    values.append(cache.means.astype(dtype))
+  return softmax_average('BRNGLJ,BRNJV->BRNGLV', scores, values)
 
 
 def log_counts(counts: jax.Array) -> jax.Array:
@@ -155,71 +244,3 @@ def _windows(x: jax.Array, num_blocks: int, block_len: int) -> jax.Array:
   chunks = chunks.reshape(x.shape[0], -1, block_len, *x.shape[2:])
   windows = [chunks[:, i : i + num_blocks] for i in range(num_chunks)]
   return jnp.concatenate(windows, axis=2)[:, :, :window_len]
-
-
-def _blocks_at_once(num_blocks: int, reduction: Reduction) -> int:
-  """How many blocks have their caches at the same time: a divisor of their number."""
-  most = 1 if reduction == Reduction.SERIAL else _MOST_BLOCKS_AT_ONCE
-  return max(n for n in range(1, most + 1) if num_blocks % n == 0)
-
-
-def _scan_blocks(
-  step: Callable[[CompressedCache, _Blocks], tuple[CompressedCache, jax.Array]],
-  cache: CompressedCache,
-  blocks: _Blocks,
-  at_once: int,
-) -> tuple[CompressedCache, jax.Array]:
-  """Attends group after group; returns the last cache and the outputs [B, R, N, G, L, V]."""
-
-  def groups(x: jax.Array) -> jax.Array:  # [B, R, ...] to [R / g, B, g, ...]
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, at_once, *x.shape[2:]), 1, 0)
-
-  cache, out = jax.lax.scan(step, cache, jax.tree.map(groups, blocks))
-  out = jnp.moveaxis(out, 0, 1)
-  return cache, out.reshape(out.shape[0], -1, *out.shape[3:])
-
-
-def _attend(
-  x: _Blocks,
-  cache: CompressedCache,
-  distances: jax.Array,
-  codebook: jax.Array,
-  c: TransformerConfig,
-) -> jax.Array:
-  """One softmax over window, present block and cache: [B, R, N, G, L, V]."""
-  dtype = x.present_values.dtype
-  block_len, window_len = x.present_keys.shape[-2], x.window_keys.shape[-2]
-  f32 = {'preferred_element_type': jnp.float32}
-
-  nearness = distance_scores(x.queries.position, distances[::-1])
-  nearness = relative_shift(nearness, window_len + block_len)
-  visible = window_mask(block_len, window_len, x.num_empty, within_window=not c.compressed_cache)
-  visible = visible[:, :, None, None]  # [B, R, N, G, L, M + L]
-
-  def key_scores(keys, part):
-    scores: jax.Array = einsum('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
-    return jnp.where(visible[..., part], scores + nearness[..., part], MASKED)
-
-  scores = [
-    key_scores(x.window_keys, slice(window_len)),
-    key_scores(x.present_keys, slice(window_len, None)),
-  ]
-  values = [x.window_values, x.present_values]
-  if c.compressed_cache:
-    codes = codebook.astype(x.present_keys.dtype)
-    codes = jnp.einsum('BRNGLK,NSK->BRNGLS', x.queries.content, codes, **f32)
-    scores.append(codes + log_counts(cache.counts)[..., None, None, :])
-    values.append(cache.means.astype(dtype))
-
-  peaks = [jnp.max(group, axis=-1, keepdims=True) for group in scores]
-  peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
-  peak = save_for_backward(peak)
-  weights = [jnp.exp(group - peak) for group in scores]
-  mass = sum(jnp.sum(group, axis=-1, keepdims=True) for group in weights)
-  total = sum(
-    jnp.einsum('BRNGLJ,BRNJV->BRNGLV', group.astype(dtype), group_values, **f32)
-    for group, group_values in zip(weights, values, strict=True)
-  )
-  mass = save_for_backward(mass)
-  total = save_for_backward(total)
-  return (total / mass).astype(dtype)

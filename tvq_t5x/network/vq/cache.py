@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tvq_t5x.network import xla
 from tvq_t5x.network.config import Reduction, TransformerConfig
 
 X = TypeVar('X')
@@ -64,16 +65,16 @@ def summarize(codes: jax.Array, values: jax.Array, num_codes: int) -> Compressed
   """Compresses the positions of each block.
 
   Args:
-    codes: [..., N, L] int32; a code outside [0, S) adds nothing.
-    values: [..., N, L, V].
+    codes: [B, R, N, L] int32; a code outside [0, S) adds nothing.
+    values: [B, R, N, L, V].
     num_codes: S.
 
   Returns:
-    The cache of just these positions, [..., N, S] and [..., N, S, V].
+    The cache of just these positions, [B, R, N, S] and [B, R, N, S, V].
   """
-  one_hot = jax.nn.one_hot(codes, num_codes, dtype=values.dtype)  # [..., N, L, S]
+  one_hot = jax.nn.one_hot(codes, num_codes, dtype=values.dtype)  # [B, R, N, L, S]
   counts = jnp.sum(one_hot, axis=-2, dtype=jnp.float32)
-  sums = jnp.einsum('...ls,...lv->...sv', one_hot, values, preferred_element_type=jnp.float32)
+  sums = xla.einsum('BRNLS,BRNLV->BRNSV', one_hot, values, jnp.float32)
   return CompressedCache(counts, sums / jnp.maximum(counts, 1.0)[..., None])
 
 
@@ -105,15 +106,22 @@ def caches_before_blocks(
     before = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *caches[:-1])
     return before, caches[-1]
 
-  parts = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), initial, blocks)
   if reduction == Reduction.ASSOCIATIVE:
+    parts = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), initial, blocks)
     prefixes = jax.lax.associative_scan(merge, parts, axis=1)
-  else:
-    counts = jnp.cumsum(parts.counts, axis=1)  # [B, R+1, N, S]
-    # Entry [r, p]: the share of part p in the mean over the parts up to r.
-    shares = jnp.einsum('brns,bpns->bnsrp', 1.0 / jnp.maximum(counts, 1.0), parts.counts)
-    means = jnp.einsum('bnsrp,bpnsv->brnsv', jnp.tril(shares), parts.means)
-    prefixes = CompressedCache(counts, means)
-  before = jax.tree.map(lambda x: x[:, :-1], prefixes)
-  after = jax.tree.map(lambda x: x[:, -1], prefixes)
+    before = jax.tree.map(lambda x: x[:, :-1], prefixes)
+    after = jax.tree.map(lambda x: x[:, -1], prefixes)
+    return before, after
+
+  # Products with a matrix of blocks by blocks; means are sums again only in here.
+  earlier = jnp.tril(jnp.ones([blocks.counts.shape[1]] * 2), -1)
+  sums = blocks.means * blocks.counts[..., None]
+  initial_sums = initial.means * initial.counts[..., None]
+  # A product would round counts where the default precision is that of bfloat16.
+  counts = initial.counts[:, None] + jnp.cumsum(blocks.counts, axis=1) - blocks.counts
+  means = initial_sums[:, None] + jnp.einsum('rp,bpnsv->brnsv', earlier, sums)
+  last_counts = initial.counts + jnp.sum(blocks.counts, axis=1)
+  last_means = initial_sums + jnp.sum(sums, axis=1)
+  before = CompressedCache(counts, means / jnp.maximum(counts, 1.0)[..., None])
+  after = CompressedCache(last_counts, last_means / jnp.maximum(last_counts, 1.0)[..., None])
   return before, after

@@ -6,6 +6,7 @@ from tvq_t5x.network.attention import Attention, Queries
 from tvq_t5x.network.mixers import Aux, Call, Mixer
 from tvq_t5x.network.vq import cache
 from tvq_t5x.network.vq.attention import Keys, vq_attention
+from tvq_t5x.network.vq.bidirectional import bidirectional_attention
 from tvq_t5x.network.vq.cache import AttentionState
 from tvq_t5x.network.vq.quantizer import VectorQuantizer
 from tvq_t5x.network.vq.token_attention import RingState, in_order, to_ring, token_attention
@@ -22,17 +23,17 @@ class VQAttention(Attention):
     distances: jax.Array,
     state: AttentionState | RingState | None,
     call: Call,
-  ) -> tuple[jax.Array, AttentionState | RingState, Aux]:
+  ) -> tuple[jax.Array, AttentionState | RingState | tuple[()], Aux]:
     """See `Attention`."""
     return attend(queries, keys, values, distances, state, call, self)
 
-  def init_state(self, batch_size: int) -> AttentionState:
-    """An empty window and an empty cache."""
-    return cache.init_attention_state(self.config, batch_size)
+  def init_state(self, batch_size: int) -> AttentionState | tuple[()]:
+    """An empty window and an empty cache; () in an encoder."""
+    return () if self.config.bidirectional else cache.init_attention_state(self.config, batch_size)
 
-  def state_axes(self) -> AttentionState:
+  def state_axes(self) -> AttentionState | tuple[()]:
     """See `Mixer`."""
-    return cache.attention_state_axes(self.config)
+    return () if self.config.bidirectional else cache.attention_state_axes(self.config)
 
   def for_tokens(self, state: AttentionState) -> RingState:
     """The window as a ring, which a token changes in one slot."""
@@ -51,13 +52,15 @@ def attend(
   state: AttentionState | RingState | None,
   call: Call,
   module: Mixer,
-) -> tuple[jax.Array, AttentionState | RingState, Aux]:
+) -> tuple[jax.Array, AttentionState | RingState | tuple[()], Aux]:
   """`Attention.attend` over quantized keys; the codebook is a part of `module`, which is called."""
   c = module.config
-  quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call.loss_mask)
+  quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call)
   module.sow('intermediates', 'keys', keys)
   module.sow('intermediates', 'codes', codes)
   args = queries, Keys(quantized, codes, values), distances, codebook
+  if c.bidirectional:
+    return bidirectional_attention(*args, call.loss_mask, c.block_len), (), aux
   if isinstance(state, RingState):
     assert call.step is not None
     out, new_state = token_attention(*args, state, call.step % c.window_len, c)

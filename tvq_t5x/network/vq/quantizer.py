@@ -13,9 +13,9 @@ from jax.nn import initializers
 
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import save_for_backward
-from tvq_t5x.network.mixers import Aux, Loss, Ratio, Statistics
+from tvq_t5x.network.mixers import Aux, Call, Loss, Ratio, Statistics
+from tvq_t5x.network.vq.replacement import MIN_COUNT, NOT_STARTED, set_codes
 
-MIN_COUNT = 0.01
 # A code used less than this share of its fair part of the keys counts as dead.
 DEAD_SHARE = 0.01
 
@@ -39,7 +39,8 @@ def nearest_codes(keys: jax.Array, codes: jax.Array) -> jax.Array:
 
 def usage_perplexity(counts: jax.Array) -> jax.Array:
   """exp(entropy) of the distribution over codes, mean over heads; counts are [N, S]."""
-  shares = counts / jnp.sum(counts, axis=-1, keepdims=True)
+  total = jnp.sum(counts, axis=-1, keepdims=True)
+  shares = counts / jnp.where(total > 0, total, 1.0)  # Codes that have not started have no counts.
   return jnp.mean(jnp.exp(jnp.sum(jax.scipy.special.entr(shares), axis=-1)))
 
 
@@ -49,14 +50,12 @@ class VectorQuantizer(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(
-    self, keys: jax.Array, loss_mask: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array, Aux]:
+  def __call__(self, keys: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, jax.Array, Aux]:
     """Quantizes.
 
     Args:
       keys: [B, T, N, K].
-      loss_mask: [B, T] float32; positions with 0 count in no loss and no statistic.
+      call: positions that its `loss_mask` leaves out count in no loss and no statistic.
 
     Returns:
       The quantized keys [B, T, N, K] with straight-through gradient, their codes [B, T, N] int32,
@@ -68,15 +67,17 @@ class VectorQuantizer(nn.Module):
     """
     c = self.config
     heads, axes = c.num_kv_heads, codebook_axes(c)
+    # Codes that start from keys begin where others do, with averages of next to nothing.
+    scale, count = (MIN_COUNT, NOT_STARTED) if c.codes_from_keys else (1.0, 1.0)
     c_sum = nn_partitioning.param_with_axes(
       'c_sum',
-      initializers.variance_scaling(1.0, 'fan_in', 'normal'),
+      initializers.variance_scaling(scale**2, 'fan_in', 'normal'),
       (heads, c.num_codes, c.key_dim),
       jnp.float32,
       axes=axes,
     )
     c_count = nn_partitioning.param_with_axes(
-      'c_count', initializers.ones, (heads, c.num_codes), jnp.float32, axes=axes[:2]
+      'c_count', initializers.constant(count), (heads, c.num_codes), jnp.float32, axes=axes[:2]
     )
     # Distances need every code: gather the codebook once instead of communicating per position.
     table = nn_partitioning.with_sharding_constraint(
@@ -87,14 +88,17 @@ class VectorQuantizer(nn.Module):
     nearest = table[jnp.arange(heads), codes]
     quantized = nearest.astype(keys.dtype) + (keys - jax.lax.stop_gradient(keys))
 
-    mask = loss_mask[:, :, None, None]
+    mask = call.loss_mask[:, :, None, None]
     commit = jnp.sum(mask * jnp.square(float_keys - nearest))
-    masked = jnp.where(loss_mask[:, :, None] > 0, codes, c.num_codes)
+    masked = jnp.where(call.loss_mask[:, :, None] > 0, codes, c.num_codes)
     one_hot = jax.nn.one_hot(masked, c.num_codes, dtype=jnp.float32)
-    batch_count = save_for_backward(jnp.sum(one_hot, axis=(0, 1)))
-    batch_sum = save_for_backward(
-      jnp.einsum('btns,btnk->nsk', one_hot, jax.lax.stop_gradient(float_keys))
-    )
+    batch_count = jnp.sum(one_hot, axis=(0, 1))
+    batch_sum = jnp.einsum('btns,btnk->nsk', one_hot, jax.lax.stop_gradient(float_keys))
+    if c.codes_from_keys or c.replace_below:
+      statistics, averages = jax.lax.stop_gradient(((batch_sum, batch_count), (c_sum, c_count)))
+      detached = jax.lax.stop_gradient(keys)
+      batch_sum, batch_count = set_codes(statistics, averages, detached, call, c)
+    batch_count, batch_sum = save_for_backward(batch_count), save_for_backward(batch_sum)
     squared_norm = jax.lax.stop_gradient(jnp.sum(mask * jnp.square(float_keys)))
     dead = jnp.mean(c_count < DEAD_SHARE * jnp.mean(c_count, axis=-1, keepdims=True))
     aux = {

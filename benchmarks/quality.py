@@ -1,0 +1,116 @@
+"""Language models on the King James Bible, byte by byte: as many parameters and tokens, the same
+optimizer.
+
+  python benchmarks/quality.py --seeds=3 --steps=1600 --out=runs/quality
+
+trains quadratic attention, Transformer-VQ, LongVQ and its state-space layers without attention, and
+writes a table and curves into docs/. The same command goes on where it was interrupted;
+`--table_only` runs nothing.
+"""
+
+import pathlib
+import statistics
+from collections.abc import Sequence
+
+import matplotlib
+import runs
+from absl import app, flags
+from runs import Model, Run
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+_SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of each model.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 1600, 'Updates, of 1,024 tokens each.', lower_bound=8)
+_OUT = flags.DEFINE_string('out', 'runs/quality', 'Folder of the runs.')
+_DOCS = flags.DEFINE_string(
+  'docs', str(runs.ROOT / 'docs'), 'Folder of quality.md and quality.png.'
+)
+_TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Writes what there is.')
+
+_WIDTH = 'config.TransformerConfig.mlp_dim'
+# The widths make the parameters the same within 3%.
+MODELS = (
+  runs.QUADRATIC,
+  runs.TRANSFORMER_VQ,
+  Model('LongVQ', runs.LONGVQ, {_WIDTH: 336}),
+  Model('SSM only', runs.LONGVQ, {_WIDTH: 768, 'longvq.LongVQ.attention': 'none'}),
+)
+_TOKENS_OF_A_STEP = 1024
+_MOST_APART = 0.03
+
+
+def _run(model: Model, seed: int) -> Run:
+  steps = _STEPS.value
+  name = f'{model.name.lower().replace(" ", "_")}_{steps}_{seed}'
+  settings = {
+    'RANDOM_SEED': seed,
+    'WARMUP_STEPS': min(100, steps // 8),
+    'EVAL_PERIOD': max(4, steps // 16 * 4),
+    'SAMPLE_PERIOD': steps,
+    'CHECKPOINT_PERIOD': max(4, steps // 32 * 4),
+    'samples.SampleConfig.length': 1,
+  }
+  folder = pathlib.Path(_OUT.value).absolute() / name
+  return Run(model, folder, steps, ('gin/kjv_tiny.gin',), settings)
+
+
+def _table(found: dict[str, list[Run]]) -> str:
+  lines = [
+    '| | parameters | test bits per byte: mean (range) | tokens/s |',
+    '| --- | ---: | ---: | ---: |',
+  ]
+  for name, of_model in found.items():
+    sizes = [run.num_params for run in of_model if run.num_params]
+    speeds = [run.tokens_per_second for run in of_model if run.tokens_per_second]
+    size = f'{sizes[0]:,}' if sizes else ''
+    speed = f'{statistics.median(speeds):,.0f}' if speeds else ''
+    lines.append(f'| {name} | {size} | {runs.cell(of_model, "bits_per_byte")} | {speed} |')
+  return '\n'.join(lines)
+
+
+def _plot(found: dict[str, list[Run]], path: pathlib.Path) -> None:
+  figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+  for i, (name, of_model) in enumerate(found.items()):
+    for run in of_model:
+      records = run.records('train')
+      tokens = [r['tokens'] for r in records]
+      label = name if run is of_model[0] else None
+      axis.plot(tokens, [r['bits_per_byte'] for r in records], f'C{i}', lw=1, label=label)
+      records = run.records('validation')
+      axis.plot([r['tokens'] for r in records], [r['bits_per_byte'] for r in records], f'C{i}o')
+  axis.set(xlabel='tokens trained on', ylabel='bits per byte', ylim=(1.7, 3.5))
+  axis.grid(alpha=0.3)
+  axis.legend(title='lines: training, dots: validation')
+  figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
+  found = {model.name: [_run(model, seed) for seed in range(_SEEDS.value)] for model in MODELS}
+  if not _TABLE_ONLY.value:
+    # Seed after seed, so that what there is can be compared.
+    runs.finish_all(
+      (of_model[i] for i in range(_SEEDS.value) for of_model in found.values()), 'bits_per_byte'
+    )
+  sizes = [of_model[0].num_params for of_model in found.values() if of_model[0].num_params]
+  if sizes and max(sizes) / min(sizes) > (1 + _MOST_APART) / (1 - _MOST_APART):
+    raise SystemExit(f'The models are of different sizes: {sizes}.')
+  table = _table(found)
+  print(table)
+  docs = pathlib.Path(_DOCS.value)
+  _plot(found, docs / 'quality.png')
+  text = f"""{table}
+
+After {_STEPS.value:,} updates, {_STEPS.value * _TOKENS_OF_A_STEP:,} tokens, of each of
+{_SEEDS.value} seeds; {runs.machine()}. Made by
+
+    python benchmarks/quality.py --seeds={_SEEDS.value} --steps={_STEPS.value}
+
+![Bits per byte over training](quality.png)"""
+  runs.write_part(docs / 'quality.md', 'language modeling', text)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,1 @@
+"""Models in and out: folders with safetensors and code for PyTorch, the author's checkpoints."""
