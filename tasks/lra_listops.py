@@ -32,10 +32,7 @@ def folder(path: str | None = None) -> str:
   Raises:
     ConfigError: if it is not set.
   """
-  found = locations.data_path(_MACRO, path)
-  if found is None:
-    raise ConfigError(f'{_MACRO} is not set: {_get_it()}.')
-  return found
+  return locations.needed_data_path(_MACRO, path, _get_it)
 
 
 def _get_it() -> str:

@@ -8,7 +8,6 @@ quoting. Of each text, the first 4,000 bytes are read.
 
 import seqio
 
-from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import classification, locations, tables
 from tvq_t5x.gin_support.configurables import configurable
 
@@ -33,10 +32,7 @@ def folder(path: str | None = None) -> str:
   Raises:
     ConfigError: if it is not set.
   """
-  found = locations.data_path(_MACRO, path)
-  if found is None:
-    raise ConfigError(f'{_MACRO} is not set: {_get_it()}.')
-  return found
+  return locations.needed_data_path(_MACRO, path, _get_it)
 
 
 def _get_it() -> str:

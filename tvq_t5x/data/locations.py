@@ -1,6 +1,7 @@
 """Where data and other files lie: said in gin, by an environment variable or by --data_dir."""
 
 import os
+from collections.abc import Callable
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import configurables
@@ -39,6 +40,23 @@ def data_path(name: str, value: str | None) -> str | None:
   if found is None:
     _unread.clear()
     found = path(_DATA_DIR, None)
+  return found
+
+
+def needed_data_path(name: str, value: str | None, get_it: Callable[[], str]) -> str:
+  """`data_path` of data that a task can't do without.
+
+  Args:
+    name: as there.
+    value: as there.
+    get_it: says what to do about it.
+
+  Raises:
+    ConfigError: if it is not set.
+  """
+  found = data_path(name, value)
+  if found is None:
+    raise ConfigError(f'{name} is not set: {get_it()}.')
   return found
 
 
