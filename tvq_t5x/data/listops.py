@@ -176,20 +176,23 @@ def _chunks(settings: Settings, num_processes: int) -> Generator[list[Expression
   if num_processes == 1:
     for i in itertools.count():
       yield _chunk(settings, i)
-  pool = concurrent.futures.ProcessPoolExecutor(
-    num_processes,
-    # Threads of the process that asks don't survive a fork.
-    multiprocessing.get_context('spawn'),
-    initializer=signal.signal,
-    initargs=(signal.SIGINT, signal.SIG_IGN),  # The process that asks ends this.
+  # Threads of the process that asks don't survive a fork.
+  pool = concurrent.futures.ProcessPoolExecutor(num_processes, multiprocessing.get_context('spawn'))
+  # Processes are started by a thread, which no signal interrupts halfway, and without the signals
+  # that end this one: it ends them.
+  starter = concurrent.futures.ThreadPoolExecutor(
+    1,
+    initializer=signal.pthread_sigmask,
+    initargs=(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}),
   )
   try:
-    numbers = itertools.count()
-    ahead = deque(pool.submit(_chunk, settings, next(numbers)) for _ in range(2 * num_processes))
+    submitted = (starter.submit(pool.submit, _chunk, settings, i) for i in itertools.count())
+    ahead = deque(itertools.islice(submitted, 2 * num_processes))
     while True:
-      yield ahead.popleft().result()
-      ahead.append(pool.submit(_chunk, settings, next(numbers)))
+      yield ahead.popleft().result().result()
+      ahead.append(next(submitted))
   finally:
+    starter.shutdown(wait=True, cancel_futures=True)
     pool.shutdown(wait=True, cancel_futures=True)
 
 
