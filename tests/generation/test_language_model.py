@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 import tempfile
+import zipfile
 
 import jax
 import numpy as np
@@ -286,10 +287,16 @@ def test_what_is_no_state_is_refused(lm, tmp_path):
   np.savez_compressed(tmp_path / 'compressed.npz', **arrays)  # It may be much larger than its file.
   name = next(name for name in arrays if name.endswith('values'))
   np.savez(tmp_path / 'short.npz', **{**arrays, name: arrays[name][:, :-1]})
+  np.savez(tmp_path / 'kind.npz', **{**arrays, name: arrays[name].view(np.int32)})
+  np.savez(tmp_path / 'id.npz', **{**arrays, 'token': np.full_like(arrays['token'], 264)})
   np.savez(tmp_path / 'lacking.npz', **{n: x for n, x in arrays.items() if n != name})
+  shutil.copy(tmp_path / 'lacking.npz', tmp_path / 'bytes.npz')
+  with zipfile.ZipFile(tmp_path / 'bytes.npz', 'a') as archive:
+    archive.writestr(f'{name}.npy', b'no array')
   content = (tmp_path / 'cut.npz').read_bytes()
   (tmp_path / 'cut.npz').write_bytes(content[: len(content) // 2])
-  for name in ('text', 'other', 'cut', 'compressed', 'short', 'lacking'):
+  names = ('text', 'other', 'cut', 'compressed', 'short', 'kind', 'id', 'lacking', 'bytes')
+  for name in names:
     with pytest.raises(ConfigError, match='is no state of a generation'):
       lm.load_state(tmp_path / f'{name}.npz')
 

@@ -71,11 +71,16 @@ def load(path: str | os.PathLike[str], loaded: Loaded) -> GenerationState:
 
   def array(key: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
     found = arrays.get(named_arrays.array_name(key))
-    if found is None or (found.shape, found.itemsize) != (x.shape, x.dtype.itemsize):
+    # What is no array is bytes.
+    numbers = isinstance(found, np.ndarray) and (found.shape, found.dtype)
+    if numbers != (x.shape, _stored(x.dtype)):
       raise ConfigError(f'{path} is no state of a generation, or not all of one.')
     return found.view(x.dtype)
 
-  return jax.tree_util.tree_map_with_path(array, expected)
+  state = jax.tree_util.tree_map_with_path(array, expected)
+  if not np.all((0 <= state.token) & (state.token < loaded.model.config.vocab_size)):
+    raise ConfigError(f'{path} is no state of a generation: it ends with a token that is none.')
+  return state
 
 
 def _arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -131,7 +136,11 @@ def _check(path: str | os.PathLike[str], saved: dict[str, Any], ours: dict[str, 
     )
 
 
-def _as_numbers(x: np.ndarray) -> np.ndarray:
+def _stored(dtype: np.dtype) -> np.dtype:
   """Bits instead of a dtype that NumPy has no name for: bfloat16."""
+  return np.dtype(np.uint16) if dtype.kind == 'V' else dtype
+
+
+def _as_numbers(x: np.ndarray) -> np.ndarray:
   x = np.asarray(x)
-  return x.view(np.uint16) if x.dtype.kind == 'V' else x
+  return x.view(_stored(x.dtype))
