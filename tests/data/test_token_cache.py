@@ -15,6 +15,7 @@ from data_util import BOOKS, processor, sentencepiece_model, sequences
 
 from tvq_t5x.common import errors
 from tvq_t5x.data import datasets, indexed, token_cache, token_store, vocabularies
+from tvq_t5x.data.documents import Document
 from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
 
 TEXTS = [book.encode() for book in BOOKS]
@@ -164,6 +165,44 @@ def test_damage_is_told(corpus, model, damage):
   for read in (datasets.training_batches, datasets.evaluation_batches):
     with pytest.raises(errors.ConfigError, match='token_cache.*is damaged: remove it'):
       next(read(cfg, TransformerVQFeatureConverter))
+
+
+@pytest.mark.parametrize('name', ['documents', 'tokens', 'text_bytes', 'words'])
+def test_a_wrong_record_is_told(corpus, model, name):
+  task = make_task(corpus, model)
+  task.read('train')
+  (path,) = _files(corpus, 'parts/0.json')
+  record = json.loads(path.read_text())
+  wrong = [json.dumps({**record, name: value}) for value in (-1, 1.5, 'x', [], True, 10**30)]
+  for text in (*wrong, '', '{', '[]', 'null', '{}', '[' * 100_000):
+    path.write_text(text)
+    with pytest.raises(errors.ConfigError, match='is damaged: remove it'):
+      task.read('train')
+
+
+def test_more_tokens_than_there_are_files(corpus, model):
+  task = make_task(corpus, model)
+  task.read('train')
+  (path,) = _files(corpus, 'parts/0.json')
+  path.write_text(json.dumps({**json.loads(path.read_text()), 'tokens': 10**14}))
+  assert task.read('train').tokens[:].tolist() == expected_tokens(model)
+
+
+def test_ids_that_stand_for_nothing_are_told(tmp_path):
+  def store(num_ids):
+    identity = {'dtype': 'uint16'}
+    return token_store.TokenStore(str(tmp_path), 'train', identity, range(1, num_ids), 1)
+
+  part, _ = store(300).begin({})
+  store(300).write(part, [Document(np.array([5, 299]), None)])
+  for num_ids in (300, 299):
+    complete = store(num_ids).complete_parts()
+    read = store(num_ids).open(complete).tokens
+    if num_ids == 300:
+      assert read[:].tolist() == [5, 299]
+    else:
+      with pytest.raises(errors.ConfigError, match='ids that stand for nothing'):
+        read[:]
 
 
 def test_the_record_says_what_the_file_is(corpus, model):

@@ -94,4 +94,6 @@ class CachedTask(IndexedTask):
     }
     folder = directory() or os.path.join(corpus.folder, 'token_cache')
     name = f'{self.name}-{split}'
-    return corpus, token_store.TokenStore(folder, name, identity, *self._shares(corpus, split))
+    ids = range(self._first_id, vocabulary.vocab_size)
+    shares = self._shares(corpus, split)
+    return corpus, token_store.TokenStore(folder, name, identity, ids, *shares)

@@ -24,6 +24,7 @@ MACRO = 'TOKEN_CACHE_DIR'
 _SECONDS_BETWEEN_REPORTS = 30
 _MOST_PARTS = 64
 _TOKENS_OF_FILE = 2**22
+_MOST_TOKENS = 2**48  # Of a part.
 _TOKENS_OF_READ = 2**13  # So many in a file are read at once.
 # Where things lie in a file is read before them, and kept for later.
 _CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 100_000_000}})
@@ -32,16 +33,16 @@ _CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 100_000_000}})
 class StoredTokens:
   """Tokens in the rows of an array, one after the other."""
 
-  def __init__(self, array: ts.TensorStore, sizes: Sequence[int], first_id: int, folder: str):
+  def __init__(self, array: ts.TensorStore, sizes: Sequence[int], ids: range, folder: str):
     """Reads nothing.
 
     Args:
       array: [rows, N] of unsigned integers.
       sizes: how many tokens each row has.
-      first_id: what is added to each.
+      ids: that tokens may have; the first is added to each number.
       folder: where they lie, for messages.
     """
-    self._array, self._first_id, self._folder = array, first_id, folder
+    self._array, self._ids, self._folder = array, ids, folder
     self._ends = np.cumsum(sizes, dtype=np.int64)
     self._starts = self._ends - sizes
 
@@ -60,7 +61,9 @@ class StoredTokens:
       found = np.concatenate([part.result() for part in parts] or [[]])
     except ValueError as e:  # TensorStore's.
       raise ConfigError(f'{self._folder} is damaged: remove it. {reason(e)}') from e
-    return found.astype(np.int32) + self._first_id
+    if len(found) and found.max() >= len(self._ids):
+      raise ConfigError(f'{self._folder} is damaged: remove it. It has ids that stand for nothing.')
+    return found.astype(np.int32) + self._ids.start
 
 
 class TokenStore:
@@ -84,6 +87,7 @@ class TokenStore:
     folder: str,
     name: str,
     identity: Mapping[str, Any],
+    ids: range,
     num_documents: int,
     least: int = 50,
   ):
@@ -92,7 +96,8 @@ class TokenStore:
     Args:
       folder: of this and other stores; local, or in a bucket as gs://bucket/folder.
       name: of the split, for its folder's name and for messages.
-      identity: what differs from other stores, 'dtype' and 'first_id' of the tokens among it.
+      identity: what differs from other stores, the 'dtype' of the tokens among it.
+      ids: that tokens may have.
       num_documents: of the split, or of files of them: what parts share.
       least: documents in a part, where there are that many.
 
@@ -100,7 +105,7 @@ class TokenStore:
       ConfigError: if the folder can't be one.
     """
     self._identity = json.dumps(identity, indent=2, sort_keys=True)
-    self._dtype, self._first_id = np.dtype(identity['dtype']), identity['first_id']
+    self._dtype, self._ids = np.dtype(identity['dtype']), ids
     key = hashlib.sha256(self._identity.encode()).hexdigest()[:12]
     self._name, self.folder = name, os.path.join(folder, f'{name}-{key}')
     self._num_documents = num_documents
@@ -120,10 +125,15 @@ class TokenStore:
     with self._refusals('read'):
       keys = {key.decode() for key in self._store.list().result()}
       reads = {i: self._store.read(_record(i)) for i in self._parts() if _record(i) in keys}
-      counts = {i: Counts(**json.loads(read.result().value)) for i, read in reads.items()}
+      records = {i: read.result().value for i, read in reads.items()}
+    counts = {i: self._counts(record) for i, record in records.items()}
     self._begun = {i for i in self._parts() if _mark(i) in keys}
     # A file that is lost would be read as zeros.
-    return {i: found for i, found in counts.items() if keys.issuperset(_files(i, found.tokens))}
+    return {
+      i: found
+      for i, found in counts.items()
+      if all(file in keys for file in _files(i, found.tokens))
+    }
 
   def begin(self, complete: Mapping[int, Counts]) -> tuple[int, range]:
     """Chooses a part to write, and tells other processes.
@@ -155,7 +165,7 @@ class TokenStore:
 
     Raises:
       ConfigError: if the folder can't be written.
-      ValueError: for ids below `first_id` or above what the type holds.
+      ValueError: for other ids than a store may have.
     """
     array, counts = self._array(create=True), Counts()
     waiting, place = [np.zeros([0], self._dtype)], 0
@@ -183,7 +193,7 @@ class TokenStore:
     if not counts:
       return IndexedSplit(np.zeros([0], np.int32), Counts())
     array, sizes = self._array(create=False), [x.tokens for x in counts]
-    tokens = StoredTokens(array, sizes, self._first_id, self.folder)
+    tokens = StoredTokens(array, sizes, self._ids, self.folder)
     return IndexedSplit(tokens, sum(counts, Counts()))
 
   def _parts(self) -> range:
@@ -193,13 +203,28 @@ class TokenStore:
     start, stop = (i * self._num_documents // self.num_parts for i in (part, part + 1))
     return range(start, stop)
 
+  def _counts(self, record: bytes) -> Counts:
+    """What the record of a part says."""
+    try:
+      values = json.loads(record)
+      counts = Counts(**values)
+      numbers = [value for value in values.values() if value is not None]
+      if not values.keys() >= {'documents', 'tokens', 'text_bytes'} or not all(
+        type(number) is int and 0 <= number < _MOST_TOKENS for number in numbers
+      ):
+        raise ValueError('wrong numbers in the record of a part')
+      counts + Counts()  # What may be None is.
+    except (TypeError, ValueError, RecursionError) as e:
+      raise ConfigError(f'{self.folder} is damaged: remove it. {reason(e)}') from e
+    return counts
+
   def _array(self, create: bool) -> ts.TensorStore:
     """The array [parts, N]: rows have room for more than there is, and files for what there is."""
     codecs = [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}]
     inner = {'chunk_shape': [1, _TOKENS_OF_READ], 'codecs': codecs}
     outer = {'chunk_shape': [1, _TOKENS_OF_FILE]}
     metadata = {
-      'shape': [self.num_parts, 2**48],
+      'shape': [self.num_parts, _MOST_TOKENS],
       'data_type': str(self._dtype),
       'chunk_grid': {'name': 'regular', 'configuration': outer},
       'codecs': [{'name': 'sharding_indexed', 'configuration': inner}],
@@ -219,8 +244,8 @@ class TokenStore:
       ).result()
 
   def _narrow(self, document: Document | Piece, part: int, counts: Counts) -> np.ndarray:
-    values, largest = document.tokens - self._first_id, np.iinfo(self._dtype).max
-    if len(values) and not 0 <= values.min() <= values.max() <= largest:
+    values = document.tokens - self._ids.start
+    if len(values) and not 0 <= values.min() <= values.max() < len(self._ids):
       number = self._documents_of(part).start + counts.documents
       raise ValueError(f'{self._name}: document {number} has ids out of range')
     return values.astype(self._dtype)
@@ -267,6 +292,6 @@ def _mark(part: int) -> str:
   return f'begun/{part}'
 
 
-def _files(part: int, tokens: int) -> list[str]:
+def _files(part: int, tokens: int) -> Iterator[str]:
   """The files that hold so many tokens of a part."""
-  return [f'tokens/c/{part}/{i}' for i in range(-(-tokens // _TOKENS_OF_FILE))]
+  return (f'tokens/c/{part}/{i}' for i in range(-(-tokens // _TOKENS_OF_FILE)))
