@@ -99,9 +99,17 @@ def test_the_path_is_asked_for_when_it_is_needed(model, tmp_path, monkeypatch):
   assert vocabulary.sentencepiece_model_file == other
 
 
-def test_what_is_no_model_is_refused(tmp_path):
-  path = tmp_path / 'text.model'
-  path.write_text('no model')
+@pytest.mark.parametrize('damage', ['text', 'cut', 'not UTF-8'])
+def test_what_is_no_model_is_refused(tmp_path, model, damage):
+  whole = pathlib.Path(model).read_bytes()
+  path = tmp_path / 'broken.model'
+  path.write_bytes(
+    {
+      'text': b'no model',
+      'cut': whole[: len(whole) // 2],
+      'not UTF-8': whole.replace(b'<0xFA>', b'<0x\xc6A>'),
+    }[damage]
+  )
   vocabulary = vocabularies.SentencePieceVocabulary(lambda: str(path))
   with pytest.raises(errors.ConfigError, match='is not a SentencePiece model'):
     len(vocabulary.encode('the sea'))

@@ -125,7 +125,8 @@ def _load(model: bytes, path: str) -> _Model:
   try:
     with _loading:
       tokenizer.LoadFromSerializedProto(model)
-  except RuntimeError as e:
+  # The second where its message quotes bytes of the file.
+  except (RuntimeError, UnicodeDecodeError) as e:
     raise ConfigError(
       f'SENTENCEPIECE_MODEL = {path!r} is not a SentencePiece model; {_TRAIN_IT}.'
     ) from e
