@@ -327,6 +327,15 @@ def test_layer_drop_leaves_the_residual_stream():
   assert abs(both[:, 0].mean() - 0.16) < 4 * (0.16 * 0.84 / 500) ** 0.5
 
 
+@pytest.mark.parametrize('position', [None, jnp.zeros([2], jnp.int32)], ids=['rows', 'tokens'])
+def test_dropout_knows_keys_of_both_kinds(position):
+  x, ids = jnp.ones([2, 5, 3]), jnp.arange(2)
+  new, old = (
+    dropout(key(3), x, 0.5, ids, position) for key in (jax.random.key, jax.random.PRNGKey)
+  )
+  np.testing.assert_array_equal(new, old)
+
+
 def test_sinusoid_dropout():
   """One mask for the whole batch, drawn before the projection of distances."""
   width = 8

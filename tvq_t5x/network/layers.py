@@ -135,15 +135,16 @@ def dropout(
   Returns:
     [B, T, D], kept entries scaled by `1 / (1 - rate)`.
   """
+  # One of T5X's keys is an array of two numbers, so what a key is for is counted.
   keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(example_ids)  # [B]
-  shape = (1, 1)
+  num_axes, shape = 1, (1, 1)
   if position is not None:
     positions = position[:, None] + jnp.arange(x.shape[1])
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)  # [B, T]
-    shape = x.shape[2:]
+    num_axes, shape = 2, x.shape[2:]
   # Of a Python number, JAX with numbers of 64 bits makes other draws.
   draw = functools.partial(jax.random.bernoulli, p=jnp.float32(1.0 - rate), shape=shape)
-  for _ in range(keys.ndim):
+  for _ in range(num_axes):
     draw = jax.vmap(draw)
   return jnp.where(draw(keys), x / (1.0 - rate), jnp.zeros_like(x))
 
