@@ -40,21 +40,6 @@ _TOKENS_OF_A_STEP = 1024
 _MOST_APART = 0.03
 
 
-def _run(model: Model, seed: int) -> Run:
-  steps = _STEPS.value
-  name = f'{model.name.lower().replace(" ", "_")}_{steps}_{seed}'
-  settings = {
-    'RANDOM_SEED': seed,
-    'WARMUP_STEPS': min(100, steps // 8),
-    'EVAL_PERIOD': max(4, steps // 16 * 4),
-    'SAMPLE_PERIOD': steps,
-    'CHECKPOINT_PERIOD': max(4, steps // 32 * 4),
-    'samples.SampleConfig.length': 1,
-  }
-  folder = pathlib.Path(_OUT.value).absolute() / name
-  return Run(model, folder, steps, ('gin/kjv_tiny.gin',), settings)
-
-
 def _table(found: dict[str, list[Run]]) -> str:
   lines = [
     '| | parameters | test bits per byte: mean (range) | tokens/s |',
@@ -88,7 +73,10 @@ def _plot(found: dict[str, list[Run]], path: pathlib.Path) -> None:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
-  found = {model.name: [_run(model, seed) for seed in range(_SEEDS.value)] for model in MODELS}
+  found = {
+    model.name: [runs.of_kjv(_OUT.value, model, _STEPS.value, seed) for seed in range(_SEEDS.value)]
+    for model in MODELS
+  }
   if not _TABLE_ONLY.value:
     # Seed after seed, so that what there is can be compared.
     runs.finish_all(

@@ -108,6 +108,21 @@ class Run:
       raise SystemExit(code)
 
 
+def of_kjv(out: str, model: Model, steps: int, seed: int) -> Run:
+  """A run of gin/kjv_tiny.gin in the folder `out`, with its schedule scaled to so many steps."""
+  name = f'{model.name.lower().replace(" ", "_")}_{steps}_{seed}'
+  settings = {
+    'RANDOM_SEED': seed,
+    'WARMUP_STEPS': min(100, steps // 8),
+    'EVAL_PERIOD': max(4, steps // 16 * 4),
+    'SAMPLE_PERIOD': steps,
+    'CHECKPOINT_PERIOD': max(4, steps // 32 * 4),
+    'samples.SampleConfig.length': 1,
+  }
+  folder = pathlib.Path(out).absolute() / name
+  return Run(model, folder, steps, ('gin/kjv_tiny.gin',), settings)
+
+
 def finish_all(runs: Iterable[Run], metric: str) -> None:
   """Runs what is not finished, in this order, and prints each result."""
   for run in runs:
