@@ -1,7 +1,11 @@
 """A classifier in a run: it trains, goes on after an interruption, and is evaluated."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -49,6 +53,25 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
   assert found[0]['model']['bidirectional']
   assert found[0]['data']['vocabulary'] == 'bytes, 3 classes'
   assert found[0]['training']['adamw.clip_norm'] == 1.0
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(whole, tmp_path):
+  folder = tmp_path / 'run'
+  settings = {**SETTINGS, 'MODEL_DIR': str(folder), 'CHECKPOINT_PERIOD': 1}
+  flags = [f'--gin.{name}={value!r}' for name, value in settings.items()]
+  command = [sys.executable, '-m', 'tvq_t5x.train', f'--gin_file={TINY}', *flags]
+  one = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')
+  env = {**os.environ, 'XLA_FLAGS': one, 'PYTHONPATH': str(ROOT / 'tests')}
+  with subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    while not folder.exists() or (layout.steps_in(folder) or [0])[-1] < 2:
+      assert process.poll() is None
+      time.sleep(0.01)
+    process.kill()
+  assert 2 <= layout.steps_in(folder)[-1] < 8
+  run(folder)
+  found = [layout.read_metadata(layout.folder(f, 8)) for f in (whole, folder)]
+  assert found[0]['checksums'] == found[1]['checksums']
 
 
 @pytest.mark.parametrize('batch_size', [5, 32])
