@@ -26,6 +26,7 @@ needs_libtpu = pytest.mark.skipif(
   not importlib.util.find_spec('libtpu'), reason='libtpu is not installed'
 )
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
+_CLASSIFIER = str(pathlib.Path(__file__).parents[1] / 'tiny_classifier.gin')
 _REFUSAL = (
   'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
   '(27.94G) exceeds available HBM (15.48G).'
@@ -182,6 +183,15 @@ def test_the_models_flops_do_not_depend_on_what_is_computed_again():
 
   everything = flops("config.TransformerConfig.remat = 'layer'")
   assert everything == flops("config.TransformerConfig.remat = 'none'")
+
+
+def test_an_encoder_is_planned_as_a_language_model_is():
+  def flops(batch_size):
+    _configure(f'BATCH_SIZE = {batch_size}', files=(_CLASSIFIER,))
+    return model_flops.model_flops(program_lib.configured_program(jax.devices()))
+
+  # All but the projected distances is of an example.
+  assert flops(24) - flops(16) == flops(16) - flops(8) > 0
 
 
 def _refused(estimate, text):

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
 from tvq_t5x.planning.program import Program
@@ -20,12 +19,7 @@ def model_flops(program: Program) -> int:
   transforms count nothing.
   """
   model, rows = program.model, program.batch_size // program.num_microbatches
-  tokens = jax.ShapeDtypeStruct((rows, program.update_len), jnp.int32)
-  batch = {
-    'decoder_input_tokens': tokens,
-    'decoder_target_tokens': tokens,
-    'decoder_loss_weights': jax.ShapeDtypeStruct(tokens.shape, jnp.float32),
-  }
+  batch = model.batch_spec(rows, program.update_len)
   params = placement.abstract_params(program.partitioner, model)
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   state = None
