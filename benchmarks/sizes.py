@@ -1,7 +1,9 @@
 """Flags for the size of the model, and for how often to time it, that the benchmarks share."""
 
+import os
 from typing import Any
 
+import jax
 from absl import flags
 
 from tvq_t5x.network.config import TransformerConfig
@@ -13,6 +15,7 @@ _EMB_DIM = flags.DEFINE_integer('emb_dim', 256, 'Model width D; values are twice
 _NUM_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Layers, of two attention sublayers each.')
 _NUM_CODES = flags.DEFINE_integer('num_codes', 512, 'Codebook size S.')
 _BLOCK_LEN = flags.DEFINE_integer('block_len', 512, 'Block length L and window length M.')
+_MEMORY = flags.DEFINE_float('memory_gb', 0.0, 'Most to use; 0 means what is free.')
 
 VOCAB_SIZE = 256
 
@@ -30,3 +33,13 @@ def config(**fields: Any) -> TransformerConfig:
     dtype=_DTYPE.value,
     **fields,
   )
+
+
+def free_bytes() -> float:
+  """What a program may take of the first device."""
+  if _MEMORY.value:
+    return _MEMORY.value * 1e9
+  stats = jax.devices()[0].memory_stats()
+  if stats:
+    return stats['bytes_limit']
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES')

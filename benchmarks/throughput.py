@@ -34,7 +34,6 @@ _VARIANTS = flags.DEFINE_list(
   'variants', ['serial', 'matmul', 'associative', 'quadratic'], 'Reductions, or `quadratic`.'
 )
 _REMAT = flags.DEFINE_enum('remat', 'attention', ['none', 'attention', 'layer'], 'See config.py.')
-_MEMORY = flags.DEFINE_float('memory_gb', 0.0, 'Largest step to run; 0 means what is free.')
 _OUT = flags.DEFINE_string('out_dir', 'runs/throughput', 'Where table and plot go.')
 flags.adopt_module_key_flags(sizes)
 
@@ -99,19 +98,10 @@ class Step:
     return time.perf_counter() - begin
 
 
-def _free_bytes() -> float:
-  if _MEMORY.value:
-    return _MEMORY.value * 1e9
-  stats = jax.devices()[0].memory_stats()
-  if stats:
-    return stats['bytes_limit']
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES')
-
-
 def _measure(length: int, variants: Sequence[str]) -> Iterator[Result]:
   steps = {variant: Step(variant, length) for variant in variants}
   results = {v: Result(v, length, step.temp_bytes) for v, step in steps.items()}
-  fitting = {v: step for v, step in steps.items() if step.temp_bytes < 0.8 * _free_bytes()}
+  fitting = {v: step for v, step in steps.items() if step.temp_bytes < 0.8 * sizes.free_bytes()}
   for step in fitting.values():
     step.start()
   for _ in range(sizes.ROUNDS.value):

@@ -208,12 +208,10 @@ class TokenStore:
     try:
       values = json.loads(record)
       counts = Counts(**values)
-      numbers = [value for value in values.values() if value is not None]
-      if not values.keys() >= {'documents', 'tokens', 'text_bytes'} or not all(
-        type(number) is int and 0 <= number < _MOST_TOKENS for number in numbers
-      ):
+      missing = {'documents', 'tokens', 'text_bytes'} - values.keys()
+      numbers = [n for name, n in values.items() if (name, n) != ('words', None)]
+      if missing or not all(type(n) is int and 0 <= n < _MOST_TOKENS for n in numbers):
         raise ValueError('wrong numbers in the record of a part')
-      counts + Counts()  # What may be None is.
     except (TypeError, ValueError, RecursionError) as e:
       raise ConfigError(f'{self.folder} is damaged: remove it. {reason(e)}') from e
     return counts

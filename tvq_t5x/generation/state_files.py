@@ -72,10 +72,9 @@ def load(path: str | os.PathLike[str], loaded: Loaded) -> GenerationState:
   def array(key: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
     found = arrays.get(named_arrays.array_name(key))
     # What is no array is bytes.
-    numbers = isinstance(found, np.ndarray) and (found.shape, found.dtype)
-    if numbers != (x.shape, _stored(x.dtype)):
-      raise ConfigError(f'{path} is no state of a generation, or not all of one.')
-    return found.view(x.dtype)
+    if isinstance(found, np.ndarray) and (found.shape, found.dtype) == (x.shape, _stored(x.dtype)):
+      return found.view(x.dtype)
+    raise ConfigError(f'{path} is no state of a generation, or not all of one.')
 
   state = jax.tree_util.tree_map_with_path(array, expected)
   if not np.all((0 <= state.token) & (state.token < loaded.model.config.vocab_size)):
