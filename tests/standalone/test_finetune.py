@@ -73,6 +73,7 @@ def test_steps_go_on_and_the_data_begins(source, tuned):
   assert next_batch(folder, 16) == next_batch(source, 8)
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on_by_itself(source, tuned, tmp_path):
   folder = tmp_path / 'run'
   initial = shutil.copytree(source, tmp_path / 'source')

@@ -43,6 +43,7 @@ def whole(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
   for steps in (4, 8):
     run(tmp_path / 'run', TRAIN_STEPS=steps)

@@ -322,6 +322,7 @@ def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog
   _assert_same_end(folder, whole)
 
 
+@pytest.mark.slow
 def test_carried_state_is_saved(tmp_path, caplog):
   macros = {'CARRY_STATE': True, 'TRAIN_STEPS': 8, 'EVAL_PERIOD': 8, 'SAMPLE_PERIOD': 8}
   whole, folder = tmp_path / 'whole', tmp_path / 'run'
@@ -422,6 +423,7 @@ def test_a_run_that_diverges_stops_after_its_metrics(tmp_path, capsys):
     assert all(jax.tree.leaves(finite))
 
 
+@pytest.mark.slow
 def test_a_run_on_the_kjv(tmp_path, caplog):
   """The quick start, made small: its model, task and files."""
   macros = {
