@@ -1,6 +1,6 @@
 """The quick start with codes that start from keys and codes that are replaced, and without.
 
-  python benchmarks/codebooks.py --seeds=3 --steps=4800 --out=runs/codebooks
+  python benchmarks/codebooks.py --seeds=3 --steps=800 --out=runs/codebooks
 
 trains gin/kjv_tiny.gin both ways and writes a table into docs/codebooks.md. The same command goes
 on where it was interrupted; `--table_only` runs nothing.
@@ -15,7 +15,7 @@ from absl import app, flags
 from runs import Model, Run
 
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of each.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 4800, 'Updates, of 1,024 tokens each.', lower_bound=8)
+_STEPS = flags.DEFINE_integer('steps', 800, 'Updates, of 1,024 tokens each.', lower_bound=8)
 _OUT = flags.DEFINE_string('out', 'runs/codebooks', 'Folder of the runs.')
 _DOCS = flags.DEFINE_string('docs', str(runs.ROOT / 'docs'), 'Folder of codebooks.md.')
 _TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Writes what there is.')

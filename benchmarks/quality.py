@@ -1,15 +1,15 @@
 """Language models on the King James Bible, byte by byte: as many parameters and tokens, the same
 optimizer.
 
-  python benchmarks/quality.py --seeds=3 --steps=1600 --out=runs/quality
+  python benchmarks/quality.py --seeds=3 --steps=800 --out=runs/quality
 
 trains quadratic attention, Transformer-VQ, LongVQ and its state-space layers without attention, and
-writes a table and curves into docs/. The same command goes on where it was interrupted;
+writes a table and curves into docs/. At last a short run of each, one after the other, tells how
+fast they are: nothing else should run then. The same command goes on where it was interrupted;
 `--table_only` runs nothing.
 """
 
 import pathlib
-import statistics
 from collections.abc import Sequence
 
 import matplotlib
@@ -21,7 +21,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of each model.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 1600, 'Updates, of 1,024 tokens each.', lower_bound=8)
+_STEPS = flags.DEFINE_integer('steps', 800, 'Updates, of 1,024 tokens each.', lower_bound=8)
 _OUT = flags.DEFINE_string('out', 'runs/quality', 'Folder of the runs.')
 _DOCS = flags.DEFINE_string(
   'docs', str(runs.ROOT / 'docs'), 'Folder of quality.md and quality.png.'
@@ -38,6 +38,11 @@ MODELS = (
 )
 _TOKENS_OF_A_STEP = 1024
 _MOST_APART = 0.03
+_STEPS_FOR_SPEED = 200
+
+
+def _speed_run(model: Model) -> Run:
+  return runs.of_kjv(f'{_OUT.value}/speed', model, _STEPS_FOR_SPEED, seed=0)
 
 
 def _table(found: dict[str, list[Run]]) -> str:
@@ -47,9 +52,9 @@ def _table(found: dict[str, list[Run]]) -> str:
   ]
   for name, of_model in found.items():
     sizes = [run.num_params for run in of_model if run.num_params]
-    speeds = [run.tokens_per_second for run in of_model if run.tokens_per_second]
+    tokens_per_second = _speed_run(of_model[0].model).tokens_per_second
     size = f'{sizes[0]:,}' if sizes else ''
-    speed = f'{statistics.median(speeds):,.0f}' if speeds else ''
+    speed = f'{tokens_per_second:,.0f}' if tokens_per_second else ''
     lines.append(f'| {name} | {size} | {runs.cell(of_model, "bits_per_byte")} | {speed} |')
   return '\n'.join(lines)
 
@@ -82,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
     runs.finish_all(
       (of_model[i] for i in range(_SEEDS.value) for of_model in found.values()), 'bits_per_byte'
     )
+    runs.finish_all(map(_speed_run, MODELS), 'bits_per_byte')
   sizes = [of_model[0].num_params for of_model in found.values() if of_model[0].num_params]
   if sizes and max(sizes) / min(sizes) > (1 + _MOST_APART) / (1 - _MOST_APART):
     raise SystemExit(f'The models are of different sizes: {sizes}.')
