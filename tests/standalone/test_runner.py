@@ -110,6 +110,7 @@ def test_everything_is_written(whole):
   names = {path.name for path in whole.iterdir()}
   assert {'checkpoint_40', 'config.gin', 'curve.png', 'metrics.jsonl', 'samples'} <= names
   assert (whole / 'curve.png').read_bytes().startswith(b'\x89PNG')
+  assert (whole / 'curve.pdf').read_bytes().startswith(b'%PDF')
   samples = sorted(path.name for path in whole.glob('samples/*'))
   assert samples == ['00000020.txt', '00000040.txt']
   parsing.parse_gin([str(whole / 'config.gin')], [])

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from tvq_t5x.checkpoints.manager import Checkpoints
-from tvq_t5x.common import words
+from tvq_t5x.common import machines, words
 from tvq_t5x.common.errors import Stopped, TrainingDiverged
 from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import TrainingIterator
@@ -230,10 +230,12 @@ class TrainingLoop:
       where = f'{split} after step {self._step} ({seconds}): '
       self._log.write(split, self._step, metrics, where, tokens=self._tokens(self._step))
 
-  def _draw(self) -> None:
+  def _draw(self) -> np.ndarray | None:
+    """Writes the curve; returns it as a picture."""
     directory = self._plan.directory
     unit = self._settings.model.UNIT
-    curves.write_curve(directory / 'curve.png', self._log.records(), directory.name, unit)
+    records, path = self._log.records(), directory / 'curve.png'
+    return curves.write_curve(path, records, directory.name, unit, machines.name())
 
   def _finish(self) -> None:
     settings, step = self._settings, self._step
@@ -253,8 +255,8 @@ class TrainingLoop:
       values = ', '.join(f'{k} {v:.4f}' for k, v in metrics.items())
       logging.info('Finished, step %d, %s: %s', step, split, values)
     logging.info(
-      'In %s: curve.png, metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints of steps '
-      '%s (lowest validation loss: %s).',
+      'In %s: curve.png (and .pdf), metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints '
+      'of steps %s (lowest validation loss: %s).',
       self._plan.directory, self._checkpoints.steps(), self._log.best_step(),
     )  # fmt: skip
 
