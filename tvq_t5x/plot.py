@@ -42,7 +42,8 @@ def run(folders: Sequence[str], output: str, metric: str | None = None) -> int:
     Exit code: 0, or 2 for a wrong setting.
   """
   with quiet.imports():
-    from tvq_t5x.standalone import curves, run_log
+    from tvq_t5x.standalone import curves
+    from tvq_t5x.standalone.run import Run
   try:
     if not folders:
       raise ConfigError('no run was given: try python -m tvq_t5x.plot runs/a runs/b')
@@ -53,10 +54,7 @@ def run(folders: Sequence[str], output: str, metric: str | None = None) -> int:
     command_line.check_output('--output', output)
     runs = {}
     for folder in dict.fromkeys(os.path.normpath(os.path.expanduser(x)) for x in folders):
-      path = pathlib.Path(folder, 'metrics.jsonl')
-      if not path.is_file():
-        raise ConfigError(f'{folder} is no folder of a run: there is no {path}.')
-      runs[folder] = run_log.read_records(path)
+      runs[folder] = Run(folder).records()
     plots.save(curves.of_runs(runs, metric), pathlib.Path(output))
   except ConfigError as e:
     return command_line.fail(str(e), 2)

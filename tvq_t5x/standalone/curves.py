@@ -10,7 +10,7 @@ from absl import logging
 
 from tvq_t5x.common import errors, plots
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, Record
+from tvq_t5x.standalone.run_records import LOSS, TEST, TRAIN, VALIDATION, Record
 
 _BITS = 'bits_per_byte'
 _BITS_UNIT = 'bits per byte'
