@@ -87,7 +87,7 @@ def train_model(
   try:
     _train(gin_files, bindings, folders, data, profile=profile)
   except (ConfigError, CheckpointError, TrainingDiverged) as e:
-    raise type(e)(parsing.message(e)) from e
+    raise type(e)(parsing.message(e)) from None
   except Stopped as e:
     if e.number == signal.SIGINT:
       raise KeyboardInterrupt(*e.args) from None
