@@ -26,6 +26,8 @@ def _gin_folders() -> list[str]:
 _LIBRARY = setuptools.find_packages(include=['tvq_t5x', 'tvq_t5x.*'])
 _TASKS = ['tvq_t5x.tasks']
 _GIN = _gin_folders()
+# The site. CI builds it, so that `test` has it too.
+_DOCS = ['mkdocs>=1.6.1,<2', 'mkdocs-material>=9.8', 'mkdocstrings-python>=2.0']
 
 setuptools.setup(
   name='tvq_t5x',
@@ -84,8 +86,12 @@ setuptools.setup(
     'text': ['pyarrow>=20', 'zstandard>=0.23'],
     'wandb': ['wandb>=0.22'],  # A writer of metrics.
     'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
+    'docs': _DOCS,
     'test': [
+      *_DOCS,
       'hypothesis>=6.170',
+      'ipykernel>=7.4',
+      'nbclient>=0.11',
       'pyarrow>=20',
       'pyright>=1.1.400',
       'pytest>=9.1',
