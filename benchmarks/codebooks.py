@@ -14,6 +14,8 @@ import runs
 from absl import app, flags
 from runs import Model, Run
 
+from tvq_t5x.common import machines
+
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of each.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 800, 'Updates, of 1,024 tokens each.', lower_bound=8)
 _OUT = flags.DEFINE_string('out', 'runs/codebooks', 'Folder of the runs.')
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
   print(table)
   text = f"""{table}
 
-`gin/kjv_tiny.gin` after {_STEPS.value:,} updates, {_SEEDS.value} seeds; {runs.machine()}. Made by
+`gin/kjv_tiny.gin` after {_STEPS.value:,} updates, {_SEEDS.value} seeds; {machines.name()}. Made by
 
     python benchmarks/codebooks.py --seeds={_SEEDS.value} --steps={_STEPS.value}"""
   runs.write_part(pathlib.Path(_DOCS.value) / 'codebooks.md', 'the quick start', text)

@@ -6,12 +6,12 @@ memory is shown; compiling is not in the time, but in the memory.
 
   python benchmarks/long_context.py --lengths=8192,32768,131072,262144,524288,1048576
 
-writes a table, `long_context.json` and `long_context.png`.
+writes a table, `long_context.json`, `long_context.png` and `.pdf`.
 """
 
 import dataclasses
 import json
-import os
+import pathlib
 import resource
 import statistics
 import subprocess
@@ -28,6 +28,7 @@ import sizes
 from absl import app, flags
 from report import Line
 
+from tvq_t5x.common import machines
 from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.training import compilation, eval_step, models, optimizers, placement
 from tvq_t5x.training.partitioning import Partitioner
@@ -156,8 +157,9 @@ def main(argv: Sequence[str]) -> None:
   results = [_measure_apart(kind, int(n)) for kind in _KINDS for n in _LENGTHS.value]
   _print_table(results)
   report.write(_OUT.value, 'long_context', argv[0], results)
-  path = os.path.join(_OUT.value, 'long_context.png')
-  report.plot(path, 'sequence length T', _panels(results))
+  path = pathlib.Path(_OUT.value, 'long_context.png')
+  caption = f'One sequence, {sizes.described()}; {machines.name()}'
+  report.plot(path, 'sequence length T', _panels(results), caption)
 
 
 if __name__ == '__main__':

@@ -12,13 +12,12 @@ fast they are: nothing else should run then. The same command goes on where it w
 import pathlib
 from collections.abc import Sequence
 
-import matplotlib
 import runs
 from absl import app, flags
+from matplotlib.ticker import EngFormatter
 from runs import Model, Run
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from tvq_t5x.common import machines, plots
 
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of each model.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 800, 'Updates, of 1,024 tokens each.', lower_bound=8)
@@ -60,19 +59,21 @@ def _table(found: dict[str, list[Run]]) -> str:
 
 
 def _plot(found: dict[str, list[Run]], path: pathlib.Path) -> None:
-  figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-  for i, (name, of_model) in enumerate(found.items()):
-    for run in of_model:
-      records = run.records('train')
-      tokens = [r['tokens'] for r in records]
-      label = name if run is of_model[0] else None
-      axis.plot(tokens, [r['bits_per_byte'] for r in records], f'C{i}', lw=1, label=label)
-      records = run.records('validation')
-      axis.plot([r['tokens'] for r in records], [r['bits_per_byte'] for r in records], f'C{i}o')
+  caption = f'The King James Bible, byte by byte, {_SEEDS.value} seeds; {machines.name()}'
+  figure = plots.figure(7, 4.5, caption)
+  axis = figure.subplots()
+  for name, color in plots.colors(list(found)).items():
+    for run in found[name]:
+      for split, style in (('train', {'lw': 1, 'alpha': 0.5}), ('validation', {'marker': '.'})):
+        records = run.records(split)
+        tokens, bits = ([r[x] for r in records] for x in ('tokens', 'bits_per_byte'))
+        label = f'{name}, {split}' if run is found[name][0] else None
+        axis.plot(tokens, bits, color=color, label=label, **style)
   axis.set(xlabel='tokens trained on', ylabel='bits per byte', ylim=(1.7, 3.5))
+  axis.xaxis.set_major_formatter(EngFormatter(sep=''))
   axis.grid(alpha=0.3)
-  axis.legend(title='lines: training, dots: validation')
-  figure.savefig(path, dpi=120)
+  axis.legend(fontsize='small')
+  plots.save_both(figure, path)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -98,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
   text = f"""{table}
 
 After {_STEPS.value:,} updates, {_STEPS.value * _TOKENS_OF_A_STEP:,} tokens, of each of
-{_SEEDS.value} seeds; {runs.machine()}. Made by
+{_SEEDS.value} seeds; {machines.name()}. Made by
 
     python benchmarks/quality.py --seeds={_SEEDS.value} --steps={_STEPS.value}
 

@@ -14,6 +14,8 @@ import runs
 from absl import app, flags
 from runs import Model, Run
 
+from tvq_t5x.common import machines
+
 _LENGTHS = flags.DEFINE_list('lengths', ['128', '512'], 'Of sequences.')
 _PAIRS = flags.DEFINE_list('pairs', ['4', '16'], 'Of a key and a value, in a sequence.')
 _STEPS = flags.DEFINE_integer('steps', 500, 'Updates.', lower_bound=1)
@@ -77,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
   text = f"""{table}
 
 Share of the values that are recalled on the test split, after {_STEPS.value:,} updates of
-{_TOKENS_OF_A_STEP:,} tokens, one run each, {_VOCAB.value} ids; {runs.machine()}. Made by
+{_TOKENS_OF_A_STEP:,} tokens, one run each, {_VOCAB.value} ids; {machines.name()}. Made by
 
     python benchmarks/recall.py --lengths={','.join(_LENGTHS.value)} \\
         --pairs={','.join(_PAIRS.value)} --steps={_STEPS.value} --vocab_size={_VOCAB.value}"""

@@ -3,22 +3,24 @@
 import dataclasses
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib
 from absl import flags
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from tvq_t5x.common import plots
+
+_STYLES = ('o-', 's--', '^:')
 
 
 class Line(NamedTuple):
   """A line of a plot: the values at some sizes."""
 
-  sizes: Sequence[int]
-  values: Sequence[float]
+  sizes: list[float]
+  values: list[float]
 
 
 def write(out_dir: str, name: str, module: str, results: Sequence[Any]) -> None:
@@ -42,14 +44,39 @@ def write(out_dir: str, name: str, module: str, results: Sequence[Any]) -> None:
     json.dump(record, f, indent=2)
 
 
-def plot(path: str, xlabel: str, panels: Mapping[str, Mapping[str, Line]]) -> None:
-  """Draws panels side by side, by title, with a line for each variant; all axes logarithmic."""
-  figure, axes = plt.subplots(1, len(panels), figsize=(10, 4), constrained_layout=True)
-  for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-    for variant, line in lines.items():
-      axis.plot(line.sizes, line.values, 'o-', label=variant)
-    axis.set(yscale='log', xlabel=xlabel, title=title)
-    axis.set_xscale('log', base=2)
+def name_of(variant: str) -> str:
+  """A variant of the tables as it is called in pictures: the model, and how it is computed."""
+  if variant.startswith('quadratic'):
+    return variant
+  return 'Transformer-VQ' if variant == 'vq' else f'Transformer-VQ, {variant}'
+
+
+def plot(
+  path: pathlib.Path, xlabel: str, panels: Mapping[str, Mapping[str, Line]], caption: str
+) -> None:
+  """Draws panels side by side, by title, with a line for each variant; all axes logarithmic.
+
+  Args:
+    path: of a PNG file, with a PDF file beside it.
+    xlabel: what the sizes are.
+    panels: by title, lines by the name of the variant, 'MODEL' or 'MODEL, HOW'.
+    caption: what was measured, on which machine.
+  """
+  figure = plots.figure(10, 4.2, caption)
+  for axis, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    models = [variant.partition(', ')[0] for variant in lines]
+    colors = plots.colors(models)
+    for i, (variant, line) in enumerate(lines.items()):
+      style = _STYLES[models[:i].count(models[i])]  # Of a model's first, second, ... variant.
+      axis.plot(line.sizes, line.values, style, color=colors[models[i]], label=variant)
+    axis.set(xscale='log', yscale='log', xlabel=xlabel, title=title)
+    sizes = sorted({size for line in lines.values() for size in line.sizes})
+    axis.set_xticks(sizes, [f'{size:,.0f}' for size in sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,g}'))
     axis.grid(alpha=0.3)
-  axes[0].legend()
-  figure.savefig(path, dpi=120)
+    if axis is figure.axes[0]:
+      axis.legend(fontsize='small')
+  plots.save_both(figure, path)

@@ -7,18 +7,13 @@ run, which saves itself first.
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import platform
-import re
 import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import jax
 
 from tvq_t5x.checkpoints import layout
 
@@ -146,19 +141,6 @@ def cell(runs: Sequence[Run], metric: str, digits: int = 3) -> str:
   if unfinished:
     parts.append(f'[unfinished: {"; ".join(unfinished)}]')
   return ' '.join(parts)
-
-
-def machine() -> str:
-  """What the numbers were measured on."""
-  device = jax.devices()[0]
-  processor = platform.processor() or platform.machine()
-  path = pathlib.Path('/proc/cpuinfo')
-  if device.platform == 'cpu' and path.exists():
-    found = re.search(r'model name\s*: (.*)', path.read_text(encoding='utf-8'))
-    processor = found[1] if found else processor
-  cpu = f'{os.cpu_count()} cores of {processor}'
-  name = cpu if device.platform == 'cpu' else f'{len(jax.devices())} x {device.device_kind}'
-  return f'{name}, JAX {jax.__version__}'
 
 
 def write_part(path: pathlib.Path, name: str, text: str) -> None:

@@ -7,12 +7,13 @@ Memory is that of parameters and state.
 
   python benchmarks/sampling.py --positions=1024,8192,32768,100000 --out_dir=runs/sampling
 
-writes a table, `sampling.json` and `sampling.png`, without the caches that do not fit into memory.
+writes a table, `sampling.json`, `sampling.png` and `.pdf`, without the caches that do not fit into
+memory.
 """
 
 import dataclasses
 import functools
-import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ import sizes
 from absl import app, flags
 from report import Line
 
+from tvq_t5x.common import machines
 from tvq_t5x.network import decoding, sampling
 from tvq_t5x.network.transformer import Transformer
 
@@ -141,8 +143,9 @@ def _panels(results: Sequence[Result]) -> dict[str, dict[str, Line]]:
   for variant in (_VQ, _QUADRATIC):
     rows = [r for r in results if r.variant == variant]
     positions = [r.position for r in rows]
-    speed[variant] = Line(positions, [r.tokens_per_second for r in rows])
-    memory[variant] = Line(positions, [r.bytes / 1e6 for r in rows])
+    name = report.name_of(variant)
+    speed[name] = Line(positions, [r.tokens_per_second for r in rows])
+    memory[name] = Line(positions, [r.bytes / 1e6 for r in rows])
   return {'sampling, tokens/s': speed, 'memory, MB': memory}
 
 
@@ -161,7 +164,9 @@ def main(argv: Sequence[str]) -> None:
   results = [results[kind] for kind in kinds if kind in results]
   _print_table(results)
   report.write(_OUT.value, 'sampling', argv[0], results)
-  report.plot(os.path.join(_OUT.value, 'sampling.png'), 'tokens before', _panels(results))
+  path = pathlib.Path(_OUT.value, 'sampling.png')
+  caption = f'Sampling, {sizes.described()}; {machines.name()}'
+  report.plot(path, 'tokens before', _panels(results), caption)
 
 
 if __name__ == '__main__':

@@ -43,3 +43,11 @@ def free_bytes() -> float:
   if stats:
     return stats['bytes_limit']
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES')
+
+
+def described() -> str:
+  """The model that the flags describe, and how it is timed, in words."""
+  return (
+    f'batch {BATCH_SIZE.value}, {_DTYPE.value}, D = {_EMB_DIM.value}, {_NUM_LAYERS.value} layers, '
+    f'S = {_NUM_CODES.value}, L = M = {_BLOCK_LEN.value}; medians of {ROUNDS.value}'
+  )

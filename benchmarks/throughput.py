@@ -5,13 +5,14 @@ slows all of them alike. Peak memory is the compiler's own figure for the step's
 
   python benchmarks/throughput.py --lengths=2048,4096,8192,16384,32768 --out_dir=runs/throughput
 
-writes a table, `throughput.json` and `throughput.png`. A variant that would not fit into memory is
-compiled, but not run.
+writes a table, `throughput.json`, `throughput.png` and `.pdf`. A variant that would not fit into
+memory is compiled, but not run.
 """
 
 import ctypes
 import dataclasses
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ import sizes
 from absl import app, flags
 from report import Line
 
+from tvq_t5x.common import machines
 from tvq_t5x.network.config import AttentionType
 from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.training import compilation, models, optimizers, placement
@@ -130,8 +132,9 @@ def _panels(results: Sequence[Result]) -> dict[str, dict[str, Line]]:
   for variant in dict.fromkeys(r.variant for r in results):
     rows = [r for r in results if r.variant == variant]
     run = [r for r in rows if r.seconds]
-    speed[variant] = Line([r.length for r in run], [r.tokens_per_second for r in run])
-    memory[variant] = Line([r.length for r in rows], [r.temp_bytes / 1e9 for r in rows])
+    name = report.name_of(variant)
+    speed[name] = Line([r.length for r in run], [r.tokens_per_second for r in run])
+    memory[name] = Line([r.length for r in rows], [r.temp_bytes / 1e9 for r in rows])
   return {'training, tokens/s': speed, "step's temporaries, GB": memory}
 
 
@@ -159,7 +162,9 @@ def main(argv: Sequence[str]) -> None:
     jax.clear_caches()
   _print_table(results)
   report.write(_OUT.value, 'throughput', argv[0], results)
-  report.plot(os.path.join(_OUT.value, 'throughput.png'), 'sequence length T', _panels(results))
+  path = pathlib.Path(_OUT.value, 'throughput.png')
+  caption = f'A training step, {sizes.described()}; {machines.name()}'
+  report.plot(path, 'sequence length T', _panels(results), caption)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from util import one_device
 from tvq_t5x import train, train_vocab
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.generation import language_model
-from tvq_t5x.standalone import run_log
+from tvq_t5x.standalone import run_records
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = str(ROOT / 'tests' / 'tiny.gin')
@@ -56,7 +56,7 @@ def test_all_at_once(pieces, tmp_path, capsys):
   arrays = layout.newest_metadata(folder)[1]['arrays']
   assert any('trace' in name for name in arrays) and not any('/mu/' in name for name in arrays)
   lines = (folder / 'lines.txt').read_text().splitlines()
-  records = run_log.read_records(folder / 'metrics.jsonl')
+  records = run_records.read_records(folder / 'metrics.jsonl')
   assert len(lines) == sum(len(record) - 2 for record in records)
   train_records = [r for r in records if r['split'] == 'train']
   assert (folder / 'csv' / 'train.csv').read_text().count('\n') == 1 + len(train_records)

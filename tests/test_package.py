@@ -7,6 +7,7 @@ import runpy
 import pytest
 import setuptools
 import yaml
+from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.quick
 
@@ -73,3 +74,18 @@ def test_the_citation_is_of_this_version(settings):
   assert cited['version'] == settings['version']
   assert cited['license'] == settings['license']
   assert [author['name'] for author in cited['authors']] == [settings['author']]
+
+
+def test_ci_can_build_the_site_and_run_the_notebook(settings):
+  extras = settings['extras_require']
+  assert set(extras['docs']) <= set(extras['test'])
+  assert {'ipykernel', 'nbclient'} <= {x.partition('>')[0] for x in extras['test']}
+
+
+def test_versions_that_the_tests_had_are_those_that_are_asked_for(settings):
+  lines = (_ROOT / 'constraints.txt').read_text().splitlines()[1:]
+  had = {name.lower().replace('_', '-'): found for name, found in (x.split('==') for x in lines)}
+  for text in [*settings['install_requires'], *settings['extras_require']['test']]:
+    requirement = Requirement(text)
+    found = had[requirement.name.lower().replace('_', '-')]
+    assert found in requirement.specifier, text

@@ -16,7 +16,17 @@ with epy.lazy_api_imports(globals()):
   from tvq_t5x.network.config import TransformerConfig
   from tvq_t5x.network.sampling import SamplingConfig
   from tvq_t5x.network.transformer import Transformer
+  from tvq_t5x.standalone.run import Run
+  from tvq_t5x.train import train_model
   from tvq_t5x.training.models import TransformerVQModel
 
-__all__ = ['SamplingConfig', 'Transformer', 'TransformerConfig', 'TransformerVQModel', 'load']
+__all__ = [
+  'Run',
+  'SamplingConfig',
+  'Transformer',
+  'TransformerConfig',
+  'TransformerVQModel',
+  'load',
+  'train_model',
+]
 __version__ = '0.1.0'

@@ -100,7 +100,7 @@ def run(
 
     from tvq_t5x.interop import conversion
 
-  tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
+    tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
 
   def command() -> None:
     source, output = options.source, conversion.check_output(options.output)

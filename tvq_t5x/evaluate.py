@@ -75,7 +75,7 @@ def run(
     from tvq_t5x.data import locations
     from tvq_t5x.standalone import checkpoint_evaluation, configuration
 
-  tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
+    tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
 
   def command() -> None:
     if not checkpoint:

@@ -34,7 +34,9 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     'the others; repeat it for more.',
     flag_values,
   )
-  command_line.define_path_flag('png', None, 'File to draw where the cycles go in.', flag_values)
+  command_line.define_path_flag(
+    'png', None, 'File to draw where the cycles go in, and one in .pdf beside it.', flag_values
+  )
 
 
 def run(
@@ -60,6 +62,8 @@ def run(
     if not gin_files or not topology:
       raise ConfigError(f'--gin_file and --topology have to be given: try {_EXAMPLE}')
     topologies.chip_of(topology)
+    if png is not None and not png.endswith('.png'):
+      raise ConfigError(f'--png={png}: give a file that ends in .png; a .pdf comes beside it.')
     command_line.check_output('--png', png)
     configurations = {'as given': (gin_files, gin_bindings)}
     for text in compare:

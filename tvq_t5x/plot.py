@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from tvq_t5x.commands import command_line
-from tvq_t5x.common import quiet
+from tvq_t5x.common import plots, quiet
 from tvq_t5x.common.errors import ConfigError
-
-_FORMATS = ('.png', '.pdf', '.svg')
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
   """Adds the command's flags."""
   command_line.define_path_flag(
-    'output', 'curves.png', f'File to write: {", ".join(_FORMATS)}.', flag_values
+    'output', 'curves.png', f'File to write: {", ".join(plots.FORMATS)}.', flag_values
   )
   flags.DEFINE_string(
     'metric',
@@ -44,20 +42,20 @@ def run(folders: Sequence[str], output: str, metric: str | None = None) -> int:
     Exit code: 0, or 2 for a wrong setting.
   """
   with quiet.imports():
-    from tvq_t5x.standalone import curves, run_log
+    from tvq_t5x.standalone import curves
+    from tvq_t5x.standalone.run import Run
   try:
     if not folders:
       raise ConfigError('no run was given: try python -m tvq_t5x.plot runs/a runs/b')
-    if not output.endswith(_FORMATS):
-      raise ConfigError(f'--output={output}: give a file that ends in {" or ".join(_FORMATS)}.')
+    if not output.endswith(plots.FORMATS):
+      raise ConfigError(
+        f'--output={output}: give a file that ends in {" or ".join(plots.FORMATS)}.'
+      )
     command_line.check_output('--output', output)
     runs = {}
     for folder in dict.fromkeys(os.path.normpath(os.path.expanduser(x)) for x in folders):
-      path = pathlib.Path(folder, 'metrics.jsonl')
-      if not path.is_file():
-        raise ConfigError(f'{folder} is no folder of a run: there is no {path}.')
-      runs[folder] = run_log.read_records(path)
-    curves.write_comparison(pathlib.Path(output), runs, metric)
+      runs[folder] = Run(folder).records()
+    plots.save(curves.of_runs(runs, metric), pathlib.Path(output))
   except ConfigError as e:
     return command_line.fail(str(e), 2)
   print(f'Wrote {output}.')

@@ -17,7 +17,7 @@ from util import one_device, without_vocabulary
 from tvq_t5x import evaluate
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.data import datasets, indexed, locations, streaming, vocabularies
-from tvq_t5x.standalone import run_log
+from tvq_t5x.standalone import run_records
 
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 _SIZE = tiny_task.SIZES['test']
@@ -77,7 +77,7 @@ def _json(call, tiny_run, *args, **kwargs):
 @pytest.fixture(scope='module')
 def recorded(tiny_run):
   """What the training run found on the test split."""
-  records = run_log.read_records(tiny_run / 'metrics.jsonl')
+  records = run_records.read_records(tiny_run / 'metrics.jsonl')
   return next(r for r in records if r['split'] == 'test')
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from tvq_t5x import plot
+from tvq_t5x.common import plots
 
 STARTS = {'.png': b'\x89PNG', '.pdf': b'%PDF', '.svg': b'<?xml'}
 
@@ -33,6 +34,24 @@ def test_runs_beside_each_other(tmp_path, ending):
     # Both runs, the last values of both, and the unit.
     for word in ('_a $x', '/b, validation 0.500', 'train 0.250', 'nats'):
       assert f'{word} ' in text or f'{word}' in text, word
+
+
+def test_models_have_their_colors_and_others_have_what_is_left():
+  found = plots.colors(['LongVQ', 'runs/a', 'quadratic', 'runs/b'])
+  assert len(set(found.values())) == 4
+  assert found['quadratic'] == plots.colors(['quadratic', 'LongVQ'])['quadratic']
+
+
+def test_the_same_picture_is_the_same_file(tmp_path):
+  run = write_run(tmp_path / 'a', 1.0)
+  files = [tmp_path / f'{i}{ending}' for ending in STARTS for i in range(2)]
+  for path in files:
+    assert plot.run([run], str(path)) == 0
+  assert all(a.read_bytes() == b.read_bytes() for a, b in zip(files[::2], files[1::2], strict=True))
+  assert (
+    b'/TrueType' in (tmp_path / '0.pdf').read_bytes()
+    or b'/CIDFontType2' in (tmp_path / '0.pdf').read_bytes()
+  )  # Not Type 3, which conferences refuse.
 
 
 def test_bits_where_all_have_them(tmp_path):

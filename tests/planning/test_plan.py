@@ -290,6 +290,7 @@ def test_settings_to_compare_come_after_the_others(compiled, monkeypatch, capsys
     ({'compare': ['NUM_PARTITIONS=3']}, 'is not accepted with 8 devices'),
     ({'compare': [' ']}, '--compare is empty'),
     ({'png': 'no_such_folder/parts.png'}, 'there is no folder'),
+    ({'png': 'parts.jpg'}, 'give a file that ends in .png'),
   ],
 )
 def test_what_can_not_be_compared_or_drawn_is_refused_before_the_first_compile(

@@ -12,7 +12,7 @@ from tvq_t5x.checkpoints import layout
 from tvq_t5x.common.errors import CheckpointError, ConfigError
 from tvq_t5x.gin_support import parsing
 from tvq_t5x.standalone import configuration
-from tvq_t5x.standalone.run_log import TEST, VALIDATION
+from tvq_t5x.standalone.run_records import TEST, VALIDATION
 from tvq_t5x.standalone.run_settings import RunSettings
 
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')

@@ -11,7 +11,7 @@ from util import next_batch
 from tvq_t5x import train
 from tvq_t5x.checkpoints import layout, manager
 from tvq_t5x.common import named_arrays
-from tvq_t5x.standalone import run_log, start
+from tvq_t5x.standalone import run_records, start
 
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 _CHECKSUMS = 'checksums'
@@ -65,8 +65,8 @@ def test_it_starts_from_all_of_the_checkpoint(source, tuned):
 
 def test_steps_go_on_and_the_data_begins(source, tuned):
   folder, _ = tuned
-  records = run_log.read_records(folder / 'metrics.jsonl')
-  trained = {r['step']: r for r in records if r['split'] == run_log.TRAIN}
+  records = run_records.read_records(folder / 'metrics.jsonl')
+  trained = {r['step']: r for r in records if r['split'] == run_records.TRAIN}
   assert sorted(trained) == [12, 16]
   assert all(r['learning_rate'] == pytest.approx(1e-3) for r in trained.values())
   # Both have read as many batches.

@@ -24,7 +24,7 @@ from tvq_t5x import train
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.data import datasets
 from tvq_t5x.gin_support import parsing
-from tvq_t5x.standalone import loop, run_log
+from tvq_t5x.standalone import loop, run_log, run_records
 from tvq_t5x.standalone.signals import StopSignals
 from tvq_t5x.training.optimizers import warmup_cosine
 
@@ -77,7 +77,7 @@ def copied(whole, tmp_path):
 
 
 def _records(folder):
-  return run_log.read_records(folder / 'metrics.jsonl')
+  return run_records.read_records(folder / 'metrics.jsonl')
 
 
 def _comparable(folder):
@@ -110,6 +110,7 @@ def test_everything_is_written(whole):
   names = {path.name for path in whole.iterdir()}
   assert {'checkpoint_40', 'config.gin', 'curve.png', 'metrics.jsonl', 'samples'} <= names
   assert (whole / 'curve.png').read_bytes().startswith(b'\x89PNG')
+  assert (whole / 'curve.pdf').read_bytes().startswith(b'%PDF')
   samples = sorted(path.name for path in whole.glob('samples/*'))
   assert samples == ['00000020.txt', '00000040.txt']
   parsing.parse_gin([str(whole / 'config.gin')], [])
@@ -147,7 +148,11 @@ def test_tensorboard_has_the_same(whole):
     if split == 'train':
       assert 'codebook_perplexity/layer_0_1' in events.Tags()['tensors']
     if split == 'validation':
-      assert 'sample/0' in events.Tags()['tensors']
+      usage = {e.step: make_ndarray(e.tensor_proto) for e in events.Tensors('code_usage/layer_0_1')}
+      assert sorted(usage) == [20, 40] and usage[40][:, 2].sum() == 8  # Of 8 codes.
+      assert {'sample/0', 'code_usage/layer_0_0'} <= set(events.Tags()['tensors'])
+    if split != 'train':
+      assert [e.step for e in events.Tensors('curve')][-1] == 40
 
 
 def tf_value(event):

@@ -5,12 +5,15 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
+from clu import metric_writers
 from util import one_device
 
 from tvq_t5x import train
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.standalone import run_log, writers
+from tvq_t5x.standalone import run_log, run_records
+from tvq_t5x.training import writers
 
 TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
@@ -38,7 +41,7 @@ def table(folder, split):
 
 
 def records(folder, split):
-  found = [r for r in run_log.read_records(folder / 'metrics.jsonl') if r['split'] == split]
+  found = [r for r in run_records.read_records(folder / 'metrics.jsonl') if r['split'] == split]
   return [{name: str(x) for name, x in r.items() if name != 'split'} for r in found]
 
 
@@ -85,6 +88,40 @@ def test_each_step_once_also_after_a_kill(tmp_path):
     assert [row['step'] for row in found] == [row['step'] for row in rows]
     same = [{k: x for k, x in row.items() if 'second' not in k} for row in found]
     assert same == [{k: x for k, x in row.items() if 'second' not in k} for row in rows]
+
+
+class Everything(metric_writers.MetricWriter):
+  """Notes all calls."""
+
+  def __init__(self):
+    self.calls = []
+
+  def _note(self, kind):
+    return lambda step, values, *rest: self.calls.append((kind, step, sorted(values)))
+
+
+for _kind in ('summaries', 'scalars', 'images', 'videos', 'audios', 'texts', 'histograms'):
+  setattr(Everything, f'write_{_kind}', lambda self, *args, _k=_kind: self._note(_k)(*args))
+Everything.__abstractmethods__ = frozenset()
+
+
+def test_writers_get_samples_pictures_and_histograms(tmp_path):
+  writer = Everything()
+  writer.flush = writer.close = lambda: None
+  with run_log.RunLog(tmp_path, [lambda model_dir, last_step: writer]) as log:
+    log.go_on_after(0)
+    log.write('train', 4, {'loss': 1.5})
+    log.write_samples(4, ['one', 'two'])
+    log.write_histograms('validation', 4, {'code_usage/layer_0': np.ones(8)})
+    log.write_picture('test', 4, 'curve', np.zeros([2, 3, 3], np.uint8))
+    log.write_samples(8, np.zeros([1, 4, 4, 3], np.uint8))
+  assert writer.calls == [
+    ('scalars', 4, ['train/loss']),
+    ('texts', 4, ['validation/sample/0', 'validation/sample/1']),
+    ('histograms', 4, ['validation/code_usage/layer_0']),
+    ('images', 4, ['test/curve']),
+    ('images', 8, ['validation/samples']),
+  ]
 
 
 def test_a_table_gets_new_columns(tmp_path):

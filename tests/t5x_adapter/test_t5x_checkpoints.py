@@ -11,7 +11,7 @@ import t5x_runs
 from t5x_runs import STEPS, assert_same_arrays
 
 from tvq_t5x.checkpoints import layout
-from tvq_t5x.standalone import run_log
+from tvq_t5x.standalone import run_records
 
 
 def cut(source, folder):
@@ -22,7 +22,7 @@ def cut(source, folder):
 
 
 def losses_of_runner(folder):
-  records = run_log.read_records(folder / 'metrics.jsonl')
+  records = run_records.read_records(folder / 'metrics.jsonl')
   return {r['step']: r['loss'] for r in records if r['split'] == 'train'}
 
 

@@ -16,7 +16,7 @@ from util import one_device
 
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.data import datasets
-from tvq_t5x.standalone import configuration, run_log
+from tvq_t5x.standalone import configuration, run_records
 
 TINY = str(t5x_runs.ROOT / 'tests' / 'tiny_classifier.gin')
 MODEL = str(t5x_runs.ROOT / 'tests' / 'tiny_classifier_model.gin')
@@ -42,7 +42,7 @@ def test_it_trains_as_in_the_runner(in_t5x, standalone):
   assert_same_arrays(in_t5x, standalone)
   (record,) = (
     r
-    for r in run_log.read_records(standalone / 'metrics.jsonl')
+    for r in run_records.read_records(standalone / 'metrics.jsonl')
     if r['split'] == 'validation' and r['step'] == STEPS
   )
   found = t5x_runs.scalars(in_t5x / 'training_eval' / 'tiny_classes')
@@ -70,7 +70,7 @@ def test_it_is_evaluated(in_t5x, standalone, tmp_path, batch_size):
   }
   files = ['gin/runs/eval.gin', MODEL, 'gin/mesh/data_parallel.gin']
   t5x_runs.run('eval', 'evaluate', files, t5x_runs.bindings(**macros))
-  records = run_log.read_records(standalone / 'metrics.jsonl')
+  records = run_records.read_records(standalone / 'metrics.jsonl')
   (expected,) = (r for r in records if r['split'] == 'test')
   (path,) = tmp_path.glob('inference_eval/*metrics.jsonl')
   metrics = json.loads(path.read_text())

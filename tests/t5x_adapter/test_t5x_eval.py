@@ -11,7 +11,7 @@ import t5x_runs
 from t5x_runs import STEPS
 
 from tvq_t5x.checkpoints import layout
-from tvq_t5x.standalone import run_log
+from tvq_t5x.standalone import run_records
 
 
 @pytest.fixture(scope='module', params=[3, 16], ids=lambda size: f'batches_of_{size}')
@@ -31,7 +31,7 @@ def evaluated(request, trained, tmp_path_factory):
 @pytest.fixture(scope='module')
 def expected(standalone):
   """What the runner found at its end, on the same split and with the same parameters."""
-  records = run_log.read_records(standalone / 'metrics.jsonl')
+  records = run_records.read_records(standalone / 'metrics.jsonl')
   (record,) = (r for r in records if r['split'] == 'test')
   return record
 

@@ -9,7 +9,7 @@ pytest.importorskip('t5x.train', reason='T5X is not installed: its metrics')
 import t5x_runs
 from t5x_runs import STEPS
 
-from tvq_t5x.standalone import run_log
+from tvq_t5x.standalone import run_records
 
 HEALTH = {
   f'{name}/layer_0_{i}'
@@ -32,7 +32,7 @@ def test_training_metrics(trained):
 
 def test_evaluation_metrics_are_those_of_the_runner(trained, standalone):
   """Every token counts once, though the last batch is not full."""
-  records = run_log.read_records(standalone / 'metrics.jsonl')
+  records = run_records.read_records(standalone / 'metrics.jsonl')
   (expected,) = (r for r in records if r['split'] == 'validation')
   found = t5x_runs.scalars(trained / 'training_eval' / 'tiny_bytes')
   for name in OF_TOKENS | HEALTH:

@@ -11,7 +11,7 @@ import t5x_runs
 from t5x_runs import assert_same_arrays
 
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.standalone import run_log
+from tvq_t5x.standalone import run_records
 
 seqio.TaskRegistry.add(
   'ids',
@@ -22,7 +22,7 @@ seqio.TaskRegistry.add(
 
 def assert_same_curves(folder, standalone):
   found = t5x_runs.scalars(folder / 'train')
-  records = run_log.read_records(standalone / 'metrics.jsonl')
+  records = run_records.read_records(standalone / 'metrics.jsonl')
   expected = {r['step']: r for r in records if r['split'] == 'train'}
   assert sorted(expected) == list(range(2, t5x_runs.STEPS + 1, 2))
   names = expected[2].keys() - {'step', 'split', 'tokens', 'tokens_per_second'}

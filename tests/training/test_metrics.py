@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from util import computed
+from util import computed, random_params, random_tokens, small_config
 
 from tvq_t5x.data import likelihood
 from tvq_t5x.network.mixers import Loss, Ratio, Statistics
+from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.training import metrics as metrics_lib
 
 pytestmark = pytest.mark.quick
@@ -95,3 +96,24 @@ def test_likelihood_of_a_split():
   assert likelihood.likelihood(['ab', ''], ([-4.0, -1.5], aux)).keys() == {'cross_entropy'}
   with pytest.raises(ValueError, match='2 scores for 1 examples'):
     likelihood.likelihood(['ab'], ([-4.0, -1.5], aux))
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_code_usage_is_what_perplexity_is_of(scan_layers):
+  config = small_config(sublayers=('vq', 'mlp', 'vq'), scan_layers=scan_layers)
+  params = random_params(config)
+  usage = metrics_lib.code_usage(params, config)
+  assert list(usage) == [f'code_usage/layer_{i}_{j}' for i in (0, 1) for j in (0, 2)]
+  apply = jax.jit(lambda x: Transformer(config).apply({'params': params}, x)[2])
+  said = metrics_lib.sublayer_metrics(apply(random_tokens(config, 1, 8)), jnp.float32(8))
+  for name, value in computed(said).items():
+    if name.startswith('codebook_perplexity'):
+      shares = usage[name.replace('codebook_perplexity', 'code_usage')] / config.num_codes
+      np.testing.assert_allclose(np.exp(-np.sum(shares * np.log(shares))), value, rtol=1e-5)
+
+
+def test_code_usage_of_a_codebook_that_has_not_started():
+  config = small_config(head_type='mha', num_heads=2, num_layers=1)
+  params = jax.tree.map(lambda x: jnp.zeros(x.shape), random_params(config))
+  (usage,) = metrics_lib.code_usage(params, config).values()
+  np.testing.assert_array_equal(usage, np.zeros(2 * config.num_codes))

@@ -178,22 +178,24 @@ def prepare(args: Sequence[str]) -> None:
   """
   if len(args) > 1:
     raise app.UsageError(f'Not a flag: {args[1]}', exitcode=_USAGE)
-  _show_log()
+  _show_log(logging.get_absl_handler())
 
 
 def log_if_nobody_does() -> None:
   """Shows the log of a command that is called from Python, where nothing says what to do with it.
 
-  Without it, training from a notebook would not say a word.
+  Without it, training from a notebook would not say a word. A notebook shows stderr as what is
+  wrong, and so gets it as output.
   """
   if logging.get_verbosity() == logging.WARNING and not std_logging.getLogger().handlers:
     logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
-    _show_log()
+    # absl's own handler would complain that no flags were parsed.
+    handler = std_logging.StreamHandler(sys.stdout if 'ipykernel' in sys.modules else None)
+    std_logging.getLogger().addHandler(handler)
+    _show_log(handler)
 
 
-def _show_log() -> None:
-  handler = logging.get_absl_handler()
+def _show_log(handler: std_logging.Handler) -> None:
   handler.setFormatter(std_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   if logging.get_verbosity() <= logging.INFO:
     # Orbax has several lines to say of each step of a save, and JAX of devices that are not there.

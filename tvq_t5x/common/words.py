@@ -1,6 +1,7 @@
 """Sizes and durations in words, and text for a terminal."""
 
 import unicodedata
+from collections.abc import Sequence
 
 
 def size(num_bytes: float) -> str:
@@ -27,3 +28,12 @@ def printable(text: str) -> str:
   return ''.join(
     c if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cs') else repr(c)[1:-1] for c in text
   )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Rows as lines, whose cells lie below each other."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  ]

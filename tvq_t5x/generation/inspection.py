@@ -30,6 +30,10 @@ class Inspection(NamedTuple):
   hidden: np.ndarray
   codes: dict[str, np.ndarray]
 
+  def __repr__(self) -> str:
+    shapes = ', '.join(f'{name} {list(getattr(self, name).shape)}' for name in ('logits', 'hidden'))
+    return f'Inspection({len(self.tokens):,} tokens: {shapes}, codes of {", ".join(self.codes)})'
+
 
 def inspect(
   module: Transformer, params: Any, state: GenerationState, tokens: np.ndarray

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from tvq_t5x.checkpoints.restore import Loaded
-from tvq_t5x.common import jax_modes, quiet
+from tvq_t5x.common import arguments, jax_modes, quiet
 from tvq_t5x.common.errors import ConfigError, is_count
 from tvq_t5x.generation import inspection, state_files
 from tvq_t5x.generation.inspection import Inspection
@@ -51,6 +51,11 @@ class Generated(NamedTuple):
   log_likelihoods: np.ndarray
   state: GenerationState
 
+  def __repr__(self) -> str:
+    number, length = self.tokens.shape
+    nats = -float(np.mean(self.log_likelihoods)) if self.tokens.size else 0.0
+    return f'Generated(tokens {number} x {length:,}, {nats:.4f} nats a token)'
+
 
 class Score(NamedTuple):
   """How well a model predicts a text.
@@ -66,6 +71,10 @@ class Score(NamedTuple):
   nats: np.ndarray
   num_bytes: int | None
   state: GenerationState
+
+  def __repr__(self) -> str:
+    bits = '' if self.bits_per_byte is None else f', {self.bits_per_byte:.4f} bits per byte'
+    return f'Score({len(self.tokens):,} tokens, {self.total_nats:.2f} nats{bits})'
 
   @property
   def total_nats(self) -> float:
@@ -100,27 +109,14 @@ def load(
     ConfigError: for a wrong setting, or a checkpoint of another model.
     CheckpointError: if the checkpoint can't be read.
   """
-  gin_files = [] if gin_file is None else [_path('gin_file', gin_file)]
+  gin_files = [] if gin_file is None else [arguments.path('gin_file', gin_file)]
   lists = {'gin_bindings': gin_bindings, 'search_paths': search_paths, 'modules': modules}
-  lists = [_texts(name, values) for name, values in lists.items()]
-  path = _path('checkpoint', checkpoint)
+  lists = [arguments.texts(name, values) for name, values in lists.items()]
+  path = arguments.path('checkpoint', checkpoint)
   with quiet.imports():
     from tvq_t5x.standalone import configuration  # Slow to import: TensorFlow.
 
   return LanguageModel(configuration.load(path, gin_files, *lists))
-
-
-def _path(name: str, value: str | os.PathLike[str]) -> str:
-  if not isinstance(value, str | os.PathLike):
-    raise ConfigError(name, value, 'a path')
-  return os.fspath(value)
-
-
-def _texts(name: str, values: Sequence[str]) -> list[str]:
-  # Of one text each letter would be one.
-  if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-    raise ConfigError(name, values, 'a list of texts')
-  return list(values)
 
 
 class LanguageModel:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tvq_t5x.common.errors import ConfigError, reason
-from tvq_t5x.standalone import run_log
+from tvq_t5x.standalone import run_records
 
 # Of a record or of what `evaluate` writes, in this order.
 _SHOWN = (
@@ -61,9 +61,9 @@ class Numbers(NamedTuple):
 def of_run(model_dir: pathlib.Path, step: int) -> list[Numbers]:
   """The evaluations of a run at a step, from its `metrics.jsonl`; none if there is no such file."""
   found: dict[str, Numbers] = {}
-  for record in run_log.read_records(model_dir / 'metrics.jsonl'):
+  for record in run_records.read_records(model_dir / 'metrics.jsonl'):
     split = record.get('split')
-    if record.get('step') == step and split in (run_log.VALIDATION, run_log.TEST):
+    if record.get('step') == step and split in (run_records.VALIDATION, run_records.TEST):
       found[split] = Numbers(f'{split}, step {step}', _values(record))
   return list(found.values())
 

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.linen import partitioning as nn_partitioning
 from jax.typing import ArrayLike
 
+from tvq_t5x.common import words
 from tvq_t5x.common.named_arrays import array_name
 from tvq_t5x.common.tokens import EOS, PAD
 from tvq_t5x.network import sampling, sublayers
@@ -40,6 +42,14 @@ class GenerationState(NamedTuple):
 
   decoder: DecoderState  # Of all tokens but the last.
   token: jax.Array  # [B] int32, the last token: the next input.
+
+  def __repr__(self) -> str:
+    arrays = jax.tree.leaves(self)
+    if not all(isinstance(x, jax.Array | np.ndarray) for x in arrays):
+      return tuple.__repr__(self)  # Shapes or shardings in their place.
+    number = len(self.token)
+    size = words.size(sum(x.size * x.dtype.itemsize for x in arrays))
+    return f'GenerationState({number} {"sequence" if number == 1 else "sequences"}, {size})'
 
 
 def start(module: Transformer, batch_size: int) -> GenerationState:

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from tvq_t5x.common import files, words
+from tvq_t5x.common import plots, words
 from tvq_t5x.network.config import Reduction, Remat, Sublayer
 from tvq_t5x.planning.estimate import Estimate, Speed
 from tvq_t5x.planning.work import Work
@@ -133,29 +133,27 @@ def _assumptions(x: Estimate) -> str:
 
 
 def draw(path: str, estimates: Mapping[str, Estimate]) -> None:
-  """Draws where the cycles go, a bar for each part of the model; replaces the file at once."""
-  # Not at import: most plans draw nothing, and matplotlib takes its time.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
+  """Draws where the cycles go, a bar for each part of the model, and a PDF file beside the PNG."""
   works = {name: x.work for name, x in estimates.items() if x.work is not None}
   names = list(dict.fromkeys(part for work in works.values() for part in work.parts))
-  figure = Figure(figsize=(8, 1.5 + 0.25 * len(names) * len(works)), layout='constrained')
-  FigureCanvasAgg(figure)
+  caption = 'Compiled for TPUs that are not there; nothing was measured'
+  figure = plots.figure(8, 1.7 + 0.25 * len(names) * len(works), caption)
   axes = figure.subplots()
   height = 0.8 / max(1, len(works))
-  for i, (name, work) in enumerate(works.items()):
+  for i, ((name, work), color) in enumerate(
+    zip(works.items(), plots.colors(list(works)).values(), strict=True)
+  ):
     places = [row + i * height for row in range(len(names))]
     values = [work.parts.get(part, 0) / 1e6 for part in names]
-    bars = axes.barh(places, values, height, label=f'{name}: {work.cycles / 1e6:,.0f}')
+    label = f'{name}: {work.cycles / 1e6:,.0f}'
+    bars = axes.barh(places, values, height, label=label, color=color)
     axes.bar_label(bars, fmt='{:,.0f}', padding=2, fontsize=8)
   axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names)
   axes.invert_yaxis()
   axes.set(xlabel="millions of cycles for a batch, the compiler's estimate")
   axes.margins(x=0.1)
   axes.legend(fontsize=8, loc='lower right')
-  with files.replacing(pathlib.Path(path)) as f:
-    figure.savefig(f, format='png', dpi=120)
+  plots.save_both(figure, pathlib.Path(path))
 
 
 def advice(x: Estimate) -> str:

@@ -1,6 +1,7 @@
 """The loop of a standalone run: updates, metrics, samples, evaluations and checkpoints."""
 
 import collections
+import contextlib
 import math
 import pathlib
 import time
@@ -13,17 +14,20 @@ import numpy as np
 from absl import logging
 
 from tvq_t5x.checkpoints.manager import Checkpoints
-from tvq_t5x.common import words
+from tvq_t5x.common import machines, words
 from tvq_t5x.common.errors import Stopped, TrainingDiverged
 from tvq_t5x.data import datasets
 from tvq_t5x.data.datasets import TrainingIterator
-from tvq_t5x.standalone import curves, start
+from tvq_t5x.standalone import curves, run_records, start
 from tvq_t5x.standalone.evaluation import Evaluator, Sums
-from tvq_t5x.standalone.run_log import LOSS, TEST, TRAIN, VALIDATION, RunLog
+from tvq_t5x.standalone.profiling import Trace
+from tvq_t5x.standalone.run_log import RunLog
+from tvq_t5x.standalone.run_records import TEST, TRAIN, VALIDATION
 from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.standalone.samples import Sampler
 from tvq_t5x.standalone.signals import StopSignals
 from tvq_t5x.training import compilation, placement
+from tvq_t5x.training import metrics as metrics_lib
 from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.train_state import TrainState
 
@@ -40,6 +44,7 @@ class Plan(NamedTuple):
     batches: for training.
     initial_checkpoint: of another run, that a new run starts from.
     record: what is saved with each checkpoint.
+    profile: updates to trace, see `profiling`; 0 means none.
   """
 
   settings: RunSettings
@@ -47,6 +52,7 @@ class Plan(NamedTuple):
   batches: TrainingIterator
   initial_checkpoint: pathlib.Path | None
   record: Mapping[str, Any]
+  profile: int = 0
 
 
 def train(plan: Plan) -> TrainState:
@@ -104,13 +110,20 @@ class TrainingLoop:
       )  # fmt: skip
     train_step = None if self._at_end else self._compiled()
     self._began = self._step, time.monotonic()
-    while True:
-      self._report()
-      if self._stop.received or self._at_end:
-        break
-      self._advance(train_step)
-      if self._due(self._settings.checkpoint_period) or self._due(self._settings.eval_period):
-        self._save()
+    updates = self._settings.updates
+    trace = Trace(self._plan.directory, self._plan.profile, self._step, updates)
+    with contextlib.closing(trace):
+      while True:
+        if trace.is_due(self._step):
+          self._read_metrics()
+          trace.change(self._step)
+        self._report()
+        if self._stop.received or self._at_end:
+          break
+        with jax.profiler.StepTraceAnnotation('train', step_num=self._step):
+          self._advance(train_step)
+        if self._due(self._settings.checkpoint_period) or self._due(self._settings.eval_period):
+          self._save()
     self._save()
     self._finish()
     return self._state
@@ -214,47 +227,51 @@ class TrainingLoop:
       self._read_metrics()
       self._log.write_samples(step, self._sampler(self._state.params, step))
     if self._due(settings.eval_period):
-      self._evaluate(VALIDATION)
-      self._draw()
+      if is_new := self._evaluate(VALIDATION):
+        usage = metrics_lib.code_usage(self._state.params, settings.model.config)
+        self._log.write_histograms(VALIDATION, step, usage)
+      self._draw(VALIDATION, is_new)
 
-  def _evaluate(self, split: str) -> None:
-    """Evaluates a split once; a signal ends it without a record."""
+  def _evaluate(self, split: str) -> bool:
+    """Evaluates a split once; a signal ends it without a record. Returns whether it is new."""
     cfg = self._settings.evaluated[split]
     if self._log.record(split, self._step):
-      return
+      return False
     began = time.monotonic()
     batches = datasets.evaluation_batches(cfg, self._settings.model.FEATURE_CONVERTER_CLS)
     metrics = self._evaluator(self._state.params, batches, lambda: bool(self._stop.received))
-    if metrics is not None:
-      seconds = words.duration(time.monotonic() - began)
-      where = f'{split} after step {self._step} ({seconds}): '
-      self._log.write(split, self._step, metrics, where, tokens=self._tokens(self._step))
+    if metrics is None:
+      return False
+    seconds = words.duration(time.monotonic() - began)
+    where = f'{split} after step {self._step} ({seconds}): '
+    self._log.write(split, self._step, metrics, where, tokens=self._tokens(self._step))
+    return True
 
-  def _draw(self) -> None:
-    directory = self._plan.directory
-    unit = self._settings.model.UNIT
-    curves.write_curve(directory / 'curve.png', self._log.records(), directory.name, unit)
+  def _draw(self, split: str, is_new: bool) -> None:
+    """Writes the curve, and shows it with the split if that has just been evaluated."""
+    directory, unit = self._plan.directory, self._settings.model.UNIT
+    records, path = self._log.records(), directory / 'curve.png'
+    picture = curves.write_curve(path, records, directory.name, unit, machines.name())
+    if is_new and picture is not None:
+      self._log.write_picture(split, self._step, 'curve', picture)
 
   def _finish(self) -> None:
     settings, step = self._settings, self._step
     self._checkpoints.wait()
-    if self._at_end and TEST in settings.evaluated:
-      self._evaluate(TEST)
+    tested = self._at_end and TEST in settings.evaluated and self._evaluate(TEST)
     if self._stop.received:
       logging.warning(
         'Stopped by %s after step %d of %d, with a checkpoint. The same command continues from it.',
         self._stop.received.name, step, settings.total_steps,
       )  # fmt: skip
       raise Stopped(self._stop.received)
-    self._draw()
+    self._draw(TEST, tested)
     for split in settings.evaluated:
       record = self._log.record(split, step) or {}
-      metrics = {k: record[k] for k in ('bits_per_byte', LOSS, 'accuracy') if k in record}
-      values = ', '.join(f'{k} {v:.4f}' for k, v in metrics.items())
-      logging.info('Finished, step %d, %s: %s', step, split, values)
+      logging.info('Finished, step %d, %s: %s', step, split, run_records.shortly(record))
     logging.info(
-      'In %s: curve.png, metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints of steps '
-      '%s (lowest validation loss: %s).',
+      'In %s: curve.png (and .pdf), metrics.jsonl, samples/, tensorboard/, config.gin, checkpoints '
+      'of steps %s (lowest validation loss: %s).',
       self._plan.directory, self._checkpoints.steps(), self._log.best_step(),
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """What a dry run prints of a run: tables of arrays and of data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 
@@ -18,7 +18,7 @@ def state_table(info: StateInfo) -> str:
   head = ('array', 'shape', 'dtype', 'logical axes', 'sharding')
   return '\n'.join(
     [
-      *_aligned([head, *rows]),
+      *words.aligned([head, *rows]),
       '',
       f'parameters: {info.num_parameters:,}',
       f'train state: {words.size(info.num_bytes)}, '
@@ -34,16 +34,8 @@ def data_table(splits: Mapping[str, Counts | None]) -> str:
     for split, x in splits.items()
     if x is not None
   ]
-  return '\n'.join(_aligned([('split', 'documents', 'bytes', 'tokens'), *rows])) if rows else ''
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-  """Rows as lines, whose cells lie below each other."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return [
-    '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    for row in rows
-  ]
+  head = ('split', 'documents', 'bytes', 'tokens')
+  return '\n'.join(words.aligned([head, *rows])) if rows else ''
 
 
 def mesh(devices: jax.sharding.Mesh) -> str:

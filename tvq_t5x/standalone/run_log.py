@@ -1,6 +1,5 @@
 """What a run tells: lines in the log, TensorBoard, and records that survive restarts."""
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -11,21 +10,29 @@ from absl import logging
 from clu import metric_writers
 
 from tvq_t5x.common import files, images, words
-from tvq_t5x.standalone import event_files, writers
+from tvq_t5x.standalone import event_files
+from tvq_t5x.standalone.run_records import LOSS, RECORDS, VALIDATION, Record, read_records
+from tvq_t5x.training import writers
 
-Record = dict[str, Any]
-
-TRAIN, VALIDATION, TEST = 'train', 'validation', 'test'
-# The loss by which checkpoints are compared.
-LOSS = 'cross_entropy'
 _EVENTS, _SAMPLES = 'tensorboard', 'samples'  # Folders.
 _FIRST = ('loss', 'cross_entropy', 'bits_per_byte', 'accuracy', 'learning_rate')
+
+
+class _Events(metric_writers.SummaryWriter):
+  """TensorBoard's files."""
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """See the base class."""
+    # Indented by four, text is verbatim in Markdown.
+    quoted = {name: '    ' + text.replace('\n', '\n    ') for name, text in texts.items()}
+    super().write_texts(step, quoted)
 
 
 class RunLog:
   """The metrics and samples of a run.
 
-  `metrics.jsonl` has one record for each step and split.
+  `metrics.jsonl` has one record for each step and split; TensorBoard, and the writers that the run
+  is given, get all that is written, with `clu.metric_writers`' own functions.
   """
 
   def __init__(self, model_dir: pathlib.Path, more_writers: Sequence[Any] = ()):
@@ -33,12 +40,12 @@ class RunLog:
 
     Args:
       model_dir: folder of the run.
-      more_writers: that get the metrics too, see `writers`.
+      more_writers: that get all of it too, see `writers`.
     """
     self._dir = model_dir
-    self._path = model_dir / 'metrics.jsonl'
+    self._path = model_dir / RECORDS
     self._records = read_records(self._path)
-    self._writers: dict[str, metric_writers.SummaryWriter] = {}
+    self._writers: dict[str, _Events] = {}
     self._given, self._more = more_writers, writers.make((), model_dir, 0)
 
   def go_on_after(self, last_step: int) -> None:
@@ -72,40 +79,48 @@ class RunLog:
       step: parameter updates so far.
       metrics: values by name.
       where: begins the line in the log.
-      **extra: more values, which get into the record and TensorBoard but not into the line.
+      **extra: more values, which get into all but the line.
     """
     record = {'step': step, 'split': split, **extra, **metrics}
     self._records.append(record)
     with self._path.open('a', encoding='utf-8') as f:
       f.write(files.json_line(record))
-    writer = self._writer(split)
-    writer.write_scalars(step, {**extra, **metrics})
-    writer.flush()
-    self._more.write_scalars(step, {f'{split}/{k}': x for k, x in {**extra, **metrics}.items()})
-    self._more.flush()
+    self._show('scalars', split, step, {**extra, **metrics})
     logging.info('%s%s', where, _summary(metrics))
 
+  def write_histograms(self, split: str, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Shows how numbers are distributed; they get into no record."""
+    self._show('histograms', split, step, arrays)
+
+  def write_picture(self, split: str, step: int, name: str, picture: np.ndarray) -> None:
+    """Shows a picture [height, width, 3] uint8; it gets into no record."""
+    self._show('images', split, step, {name: picture[None]})
+
+  def _show(self, kind: str, split: str, step: int, values: Mapping[str, Any]) -> None:
+    """Writes values of a kind of `clu.metric_writers` to TensorBoard and the given writers."""
+    writer = self._writer(split)
+    getattr(writer, f'write_{kind}')(step, values)
+    writer.flush()
+    getattr(self._more, f'write_{kind}')(step, {f'{split}/{k}': x for k, x in values.items()})
+    self._more.flush()
+
   def write_samples(self, step: int, samples: Sequence[str] | np.ndarray) -> None:
-    """Writes samples, texts or images [N, height, width, 3] uint8, to a file and TensorBoard."""
+    """Writes samples, texts or images [N, height, width, 3] uint8, to a file, and shows them."""
     path = self._samples(step)
     path.parent.mkdir(exist_ok=True)
     if isinstance(samples, np.ndarray):
       path = path.with_suffix('.png')
       images.write_grid(path, samples)
-      self._writer(VALIDATION).write_images(step, {'samples': samples})
+      self._show('images', VALIDATION, step, {'samples': samples})
       logging.info('Samples after step %d are in %s.', step, path)
     else:
       self._write_texts(step, samples, path)
-    self._writer(VALIDATION).flush()
 
   def _write_texts(self, step: int, texts: Sequence[str], path: pathlib.Path) -> None:
     rule = '-' * 80
     content = f'\n{rule}\n'.join(texts)
     path.write_text(f'{content}\n', encoding='utf-8')
-    writer = self._writer(VALIDATION)
-    # Indented by four, text is verbatim in Markdown.
-    quoted = {str(i): '    ' + text.replace('\n', '\n    ') for i, text in enumerate(texts)}
-    writer.write_texts(step, {f'sample/{i}': text for i, text in quoted.items()})
+    self._show('texts', VALIDATION, step, {f'sample/{i}': text for i, text in enumerate(texts)})
     shown = words.printable(content)
     logging.info('Samples after step %d:\n%s\n%s\n%s', step, rule, shown, rule)
 
@@ -132,25 +147,11 @@ class RunLog:
   def _samples(self, step: int) -> pathlib.Path:
     return self._dir / _SAMPLES / f'{step:08d}.txt'
 
-  def _writer(self, split: str) -> metric_writers.SummaryWriter:
+  def _writer(self, split: str) -> _Events:
     if split not in self._writers:
       folder = self._dir / _EVENTS / split
-      self._writers[split] = metric_writers.SummaryWriter(str(folder))
+      self._writers[split] = _Events(str(folder))
     return self._writers[split]
-
-
-def read_records(path: pathlib.Path) -> list[Record]:
-  """The records of a `metrics.jsonl`; one that a kill has cut short is left out."""
-  records = []
-  if path.exists():
-    for line in path.read_text(encoding='utf-8').splitlines():
-      try:
-        record = json.loads(line)
-      except ValueError:
-        continue
-      # JSON has no NaN.
-      records.append({k: math.nan if v is None else v for k, v in record.items()})
-  return records
 
 
 def _summary(metrics: Mapping[str, float]) -> str:

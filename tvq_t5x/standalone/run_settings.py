@@ -8,10 +8,9 @@ import jax
 
 from tvq_t5x.common.errors import A_SEED, ConfigError, is_count, is_seed
 from tvq_t5x.data.datasets import DatasetConfig
-from tvq_t5x.standalone import writers
-from tvq_t5x.standalone.run_log import TEST, VALIDATION
+from tvq_t5x.standalone.run_records import TEST, VALIDATION
 from tvq_t5x.standalone.samples import SampleConfig
-from tvq_t5x.training import random_keys
+from tvq_t5x.training import random_keys, writers
 from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.settings import TrainingSettings
 

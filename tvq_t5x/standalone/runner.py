@@ -7,7 +7,7 @@ from tvq_t5x.common import errors, files
 from tvq_t5x.data import datasets, locations, streaming
 from tvq_t5x.data.datasets import TrainingIterator
 from tvq_t5x.gin_support import origins, parsing
-from tvq_t5x.standalone import loop, reports, run_checks
+from tvq_t5x.standalone import loop, profiling, reports, run_checks
 from tvq_t5x.standalone.loop import Plan
 from tvq_t5x.standalone.run_settings import RunSettings
 from tvq_t5x.training import placement
@@ -17,7 +17,9 @@ from tvq_t5x.training.train_state import TrainState
 train = RunSettings
 
 
-def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
+def run(
+  settings: RunSettings, dry_run: bool = False, profile: int | None = None
+) -> TrainState | None:
   """Trains a model, or goes on with a training run that has been interrupted.
 
   Everything is a function of the seed and the step: a run that was interrupted, even while it
@@ -26,6 +28,7 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
   Args:
     settings: of the run.
     dry_run: print configuration, parameter count and placement, and do nothing else.
+    profile: updates to trace, into `profile/` in the run's folder; None means none.
 
   Returns:
     The last state; None for a dry run.
@@ -50,6 +53,9 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
   initial = None
   if settings.initial_checkpoint is not None and not layout.steps_in(directory):
     initial = run_checks.check_initial_checkpoint(settings, record)
+  if profile is not None:
+    begun = [layout.step_of(initial)] if initial else layout.steps_in(directory) or [0]
+    profiling.check(profile, settings, begun[-1])
   cuts = run_checks.cuts(settings)
   if dry_run:
     counts = {cfg.split: datasets.survey(cfg) for cfg in settings.dataset_cfgs}
@@ -66,7 +72,7 @@ def run(settings: RunSettings, dry_run: bool = False) -> TrainState | None:
       '%s parameters on %s; writing to %s',
       f'{info.num_parameters:,}', reports.mesh(settings.partitioner.mesh), directory,
     )  # fmt: skip
-    return loop.train(Plan(settings, directory, batches, initial, record))
+    return loop.train(Plan(settings, directory, batches, initial, record, profile or 0))
 
 
 def _find_data(settings: RunSettings) -> None:

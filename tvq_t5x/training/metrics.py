@@ -1,14 +1,23 @@
 """The metric stream: clu metrics from sums and counts, right under any split of the batch."""
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 
+from tvq_t5x.common import named_arrays
+from tvq_t5x.network import sublayers
+from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.mixers import Loss, Ratio
 from tvq_t5x.network.transformer import LayerAux
 
 Metrics = dict[str, clu_metrics.Average]
+
+_USAGE = re.compile(r'(?:^|/)layers(?:_(\d+))?/([^/]+)/(?:.*/)?quantizer/c_count$')
 
 _NATS_PER_BIT = float(np.log(2.0))
 
@@ -77,6 +86,39 @@ def sublayer_metrics(aux: LayerAux, num_tokens: jax.Array) -> Metrics:
     for j, ratio in found.items():
       counts = jnp.broadcast_to(ratio.count, ratio.total.shape)
       for i, (total, count) in enumerate(zip(ratio.total, counts, strict=True)):
-        layer = f'layer_{i}' if len(found) == 1 else f'layer_{i}_{j}'
-        metrics[f'{name}/{layer}'] = average(total, count)
+        metrics[f'{name}/{_place(i, j, len(found))}'] = average(total, count)
   return metrics
+
+
+def code_usage(params: Mapping[str, Any], config: TransformerConfig) -> dict[str, np.ndarray]:
+  """How often each code of each codebook is used, of what `codebook_perplexity` is one number.
+
+  Args:
+    params: of the model.
+    config: of the model.
+
+  Returns:
+    For each codebook, `code_usage/layer_i_j` as in `sublayer_metrics`: averaged counts [N S] as
+    multiples of a code's fair part, so that their mean is 1; 0 for codebooks without counts.
+  """
+  order = [x.name for x in sublayers.of_layer(config)]
+  found: dict[int, dict[int, np.ndarray]] = {}
+  for name, count in named_arrays.leaves_of(params).items():
+    if match := _USAGE.search(name):
+      counts = np.asarray(
+        jax.device_get(count)
+      )  # [N, S], or [layers, N, S] where they are stacked.
+      layers = enumerate(counts) if match[1] is None else [(int(match[1]), counts)]
+      for i, one in layers:
+        fair = np.mean(one, axis=-1, keepdims=True)
+        found.setdefault(i, {})[order.index(match[2])] = (one / np.where(fair, fair, 1)).ravel()
+  return {
+    f'code_usage/{_place(i, j, len(layer))}': usage
+    for i, layer in sorted(found.items())
+    for j, usage in sorted(layer.items())
+  }
+
+
+def _place(layer: int, sublayer: int, how_many: int) -> str:
+  """What a sublayer is called where so many of its layer have something to say."""
+  return f'layer_{layer}' if how_many == 1 else f'layer_{layer}_{sublayer}'
