@@ -5,9 +5,10 @@ import jax
 from tvq_t5x.network.attention import Attention, Queries
 from tvq_t5x.network.mixers import Aux, Call, Mixer
 from tvq_t5x.network.vq import cache
-from tvq_t5x.network.vq.attention import Keys, vq_attention
+from tvq_t5x.network.vq.attention import Keys
 from tvq_t5x.network.vq.bidirectional import bidirectional_attention
 from tvq_t5x.network.vq.cache import AttentionState
+from tvq_t5x.network.vq.parts import shared_attention
 from tvq_t5x.network.vq.quantizer import VectorQuantizer
 from tvq_t5x.network.vq.token_attention import RingState, in_order, to_ring, token_attention
 
@@ -66,5 +67,5 @@ def attend(
     out, new_state = token_attention(*args, state, call.step % c.window_len, c)
   else:
     state = cache.init_attention_state(c, keys.shape[0]) if state is None else state
-    out, new_state = vq_attention(*args, state, call.position, c, call.lengths)
+    out, new_state = shared_attention(*args, state, call.position, c, call.lengths)
   return out, new_state, aux
