@@ -97,8 +97,26 @@ class Part(NamedTuple):
       reach *= 2
     return total
 
+  def ends(
+    self, lengths: jax.Array | None, part_len: int
+  ) -> tuple[jax.Array | int, jax.Array | None]:
+    """Where sequences end, of which only some positions count.
+
+    Args:
+      lengths: [B] int32, how many of each row count; None means all.
+      part_len: positions of a part.
+
+    Returns:
+      The part that has the last one, of each row [B] or of all, and how many count in this part,
+      [B] int32 or None.
+    """
+    if lengths is None:
+      return self.number - 1, None
+    owner = jnp.maximum(-(-lengths // part_len) - 1, 0)
+    return owner, jnp.clip(lengths - self.index * part_len, 0, part_len)
+
   def of_owner(self, owner: jax.Array | int, x: X) -> X:
-    """What one part has as `x` [B, ...], for all; of each row that of its owner [B], or [] ."""
+    """What one part has as `x` [B, ...], for all; of each row that of its owner [B], or one."""
 
     def select(leaf):
       mine = jnp.asarray(self.index == owner)

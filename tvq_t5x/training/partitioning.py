@@ -16,13 +16,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tvq_t5x.common.errors import ConfigError, is_count
+from tvq_t5x.network import sequence
 
 DATA = 'data'
 MODEL = 'model'
 
 LogicalAxisRules = tuple[tuple[str, str | None], ...]
 
-_UNSHARDED = ('relpos_buckets', 'abspos_buckets', 'length', 'layers', 'stack', 'mlp_activations')
+_OF_MODEL = ('vocab', 'mlp', 'heads', 'joined_kv')
+_UNSHARDED = ('relpos_buckets', 'abspos_buckets', 'layers', 'stack', 'mlp_activations')
 
 
 def own_axis_rules() -> LogicalAxisRules:
@@ -34,20 +36,24 @@ def standard_logical_axis_rules(
   activation_partitioning_dims: int = 1,
   parameter_partitioning_dims: int = 1,
   additional_rules: Iterable[tuple[str, str | None]] = (),
+  sequence_partitions: int = 1,
 ) -> LogicalAxisRules:
-  """Rules equal in effect to T5X's of the same name, and `own_axis_rules`.
+  """Rules equal in effect to T5X's of the same name, and `own_axis_rules`; or for sequences.
 
   Args:
     activation_partitioning_dims: 2 also shards the activations' 'embed' axis over 'model'.
     parameter_partitioning_dims: 2 also shards the parameters' 'embed' axis over 'data'.
     additional_rules: come after T5X's, which they cannot override, and before our own.
+    sequence_partitions: more than 1 means that the devices of the 'model' axis share each sequence,
+      and none of the parameters' axes lies on it; see `model_axis_size`.
 
   Returns:
     Pairs of a logical axis and a mesh axis or None. Earlier rules win, and a rule whose mesh axis
     another axis of the array has taken is passed over.
 
   Raises:
-    ConfigError: if a number of dimensions is neither 1 nor 2.
+    ConfigError: if a number of dimensions is neither 1 nor 2; or if activations would be sharded
+      over the axis that shares the sequences.
   """
   for name, dims in (
     ('activation_partitioning_dims', activation_partitioning_dims),
@@ -55,17 +61,51 @@ def standard_logical_axis_rules(
   ):
     if dims not in (1, 2):
       raise ConfigError(f'standard_logical_axis_rules.{name}', dims, '1 or 2')
+  by_sequence = sequence_partitions > 1
+  if by_sequence and activation_partitioning_dims == 2:
+    raise ConfigError(
+      'standard_logical_axis_rules.activation_partitioning_dims',
+      2,
+      f'1 with SEQUENCE_PARTITIONS = {sequence_partitions}, whose devices have all of a position',
+    )
+  of_model = None if by_sequence else MODEL
   embed = [('embed', MODEL)] * (activation_partitioning_dims == 2)
   embed += [('embed', DATA)] * (parameter_partitioning_dims == 2)
   return (
     ('batch', DATA),
-    *((name, MODEL) for name in ('vocab', 'mlp', 'heads', 'joined_kv')),
+    *((name, of_model) for name in _OF_MODEL),
     ('kv', None),
+    ('length', MODEL if by_sequence else None),
     *(embed or [('embed', None)]),
     *((name, None) for name in _UNSHARDED),
     *((name, axis) for name, axis in additional_rules),
+    *([('code', None)] * by_sequence),
     *own_axis_rules(),
   )
+
+
+def model_axis_size(num_partitions: int = 1, sequence_partitions: int = 1) -> int:
+  """Devices of the 'model' axis, which share the model or sequences.
+
+  Args:
+    num_partitions: that share the model.
+    sequence_partitions: that share each sequence.
+
+  Raises:
+    ConfigError: if neither is 1, or one is no number of devices.
+  """
+  sizes = {'NUM_PARTITIONS': num_partitions, 'SEQUENCE_PARTITIONS': sequence_partitions}
+  for name, value in sizes.items():
+    if not is_count(value):
+      raise ConfigError(name, value, 'a whole number of devices, at least 1')
+  if num_partitions > 1 and sequence_partitions > 1:
+    raise ConfigError(
+      'SEQUENCE_PARTITIONS',
+      sequence_partitions,
+      '1, or NUM_PARTITIONS = 1: devices share the model or the sequences',
+      problem=f'is not accepted with NUM_PARTITIONS = {num_partitions}',
+    )
+  return max(num_partitions, sequence_partitions)
 
 
 class Partitioner:
@@ -133,6 +173,11 @@ class Partitioner:
     problem = f'is not accepted with {parts} = {num_microbatches} and {self.mesh_in_words()}'
     raise ConfigError(size, batch_size, accepted, problem)
 
+  @property
+  def sequence_partitions(self) -> int:
+    """How many devices share each sequence."""
+    return self.mesh.shape[MODEL] if self.spec(('length',)) == PartitionSpec(MODEL) else 1
+
   def for_batch(self, batch_size: int) -> 'Partitioner':
     """This one, or one whose devices all have the batch, if they can't share it evenly."""
     if batch_size % self.mesh.shape[DATA] == 0:
@@ -172,7 +217,8 @@ class Partitioner:
     # A function of its own: JAX would else reuse what `fn` was traced to under other rules.
     @functools.wraps(fn)
     def traced(*args, **kwargs):
-      with nn_partitioning.axis_rules(self.logical_axis_rules):
+      rules = self.logical_axis_rules
+      with nn_partitioning.axis_rules(rules), sequence.shared_by(self.mesh, rules):
         return fn(*args, **kwargs)
 
     jitted = jax.jit(

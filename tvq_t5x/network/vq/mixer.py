@@ -28,6 +28,11 @@ class VQAttention(Attention):
     """See `Attention`."""
     return attend(queries, keys, values, distances, state, call, self)
 
+  @property
+  def shares_sequences(self) -> bool:
+    """See `shared_attention`."""
+    return not self.config.bidirectional
+
   def init_state(self, batch_size: int) -> AttentionState | tuple[()]:
     """An empty window and an empty cache; () in an encoder."""
     return () if self.config.bidirectional else cache.init_attention_state(self.config, batch_size)

@@ -7,7 +7,6 @@ neither grows with the length.
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from tvq_t5x.network import sequence
 from tvq_t5x.network.attention import Queries
@@ -49,19 +48,15 @@ def _attention_of_part(
   """Of queries and keys of one part; states are those before the whole sequences."""
   (queries, keys), (state, position, lengths) = sequences, states
   length = keys.codes.shape[1]
-  begin, owner = part.index * length, part.number - 1
-  if lengths is not None:
-    owner = jnp.clip(-(-lengths // length) - 1, 0)
-    lengths = jnp.clip(lengths - begin, 0, length)
+  owner, lengths = part.ends(lengths, length)
   window = Keys(state.keys, state.codes, state.values)
   last = jax.tree.map(lambda x: x[:, length - config.window_len :], keys)
   window = part.after(window, last)
   own = compress(keys, window, lengths, config)
   before = part.before_each(state.cache, own, _merge)
   state = AttentionState(window.codes, window.quantized, window.values, before)
-  out, after = vq_attention(
-    queries, keys, *shared, state, position + begin, config, lengths
-  )
+  position = position + part.index * length
+  out, after = vq_attention(queries, keys, *shared, state, position, config, lengths)
   return out, part.of_owner(owner, after)
 
 
