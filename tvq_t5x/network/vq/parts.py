@@ -11,6 +11,7 @@ import jax
 from tvq_t5x.network import sequence
 from tvq_t5x.network.attention import Queries
 from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.layers import save_for_backward
 from tvq_t5x.network.sequence import Part
 from tvq_t5x.network.vq import cache
 from tvq_t5x.network.vq.attention import Keys, compress, vq_attention
@@ -51,9 +52,10 @@ def _attention_of_part(
   owner, lengths = part.ends(lengths, length)
   window = Keys(state.keys, state.codes, state.values)
   last = jax.tree.map(lambda x: x[:, length - config.window_len :], keys)
-  window = part.after(window, last)
+  window = jax.tree.map(save_for_backward, part.after(window, last))
   own = compress(keys, window, lengths, config)
   before = part.before_each(state.cache, own, _merge)
+  before = before._replace(means=save_for_backward(before.means))
   state = AttentionState(window.codes, window.quantized, window.values, before)
   position = position + part.index * length
   out, after = vq_attention(queries, keys, *shared, state, position, config, lengths)
