@@ -31,6 +31,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     'tvq_t5x.training.partitioning': (
       'Partitioner',
       'model_axis_size',
+      'sequence_axis_rules',
       'standard_logical_axis_rules',
     ),
   }.items()

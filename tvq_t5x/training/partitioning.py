@@ -24,7 +24,7 @@ MODEL = 'model'
 LogicalAxisRules = tuple[tuple[str, str | None], ...]
 
 _OF_MODEL = ('vocab', 'mlp', 'heads', 'joined_kv')
-_UNSHARDED = ('relpos_buckets', 'abspos_buckets', 'layers', 'stack', 'mlp_activations')
+_UNSHARDED = ('relpos_buckets', 'abspos_buckets', 'length', 'layers', 'stack', 'mlp_activations')
 
 
 def own_axis_rules() -> LogicalAxisRules:
@@ -36,24 +36,20 @@ def standard_logical_axis_rules(
   activation_partitioning_dims: int = 1,
   parameter_partitioning_dims: int = 1,
   additional_rules: Iterable[tuple[str, str | None]] = (),
-  sequence_partitions: int = 1,
 ) -> LogicalAxisRules:
-  """Rules equal in effect to T5X's of the same name, and `own_axis_rules`; or for sequences.
+  """Rules equal in effect to T5X's of the same name, and `own_axis_rules`.
 
   Args:
     activation_partitioning_dims: 2 also shards the activations' 'embed' axis over 'model'.
     parameter_partitioning_dims: 2 also shards the parameters' 'embed' axis over 'data'.
     additional_rules: come after T5X's, which they cannot override, and before our own.
-    sequence_partitions: more than 1 means that the devices of the 'model' axis share each sequence,
-      and none of the parameters' axes lies on it; see `model_axis_size`.
 
   Returns:
     Pairs of a logical axis and a mesh axis or None. Earlier rules win, and a rule whose mesh axis
     another axis of the array has taken is passed over.
 
   Raises:
-    ConfigError: if a number of dimensions is neither 1 nor 2; or if activations would be sharded
-      over the axis that shares the sequences.
+    ConfigError: if a number of dimensions is neither 1 nor 2.
   """
   for name, dims in (
     ('activation_partitioning_dims', activation_partitioning_dims),
@@ -61,27 +57,45 @@ def standard_logical_axis_rules(
   ):
     if dims not in (1, 2):
       raise ConfigError(f'standard_logical_axis_rules.{name}', dims, '1 or 2')
-  by_sequence = sequence_partitions > 1
-  if by_sequence and activation_partitioning_dims == 2:
-    raise ConfigError(
-      'standard_logical_axis_rules.activation_partitioning_dims',
-      2,
-      f'1 with SEQUENCE_PARTITIONS = {sequence_partitions}, whose devices have all of a position',
-    )
-  of_model = None if by_sequence else MODEL
   embed = [('embed', MODEL)] * (activation_partitioning_dims == 2)
   embed += [('embed', DATA)] * (parameter_partitioning_dims == 2)
   return (
     ('batch', DATA),
-    *((name, of_model) for name in _OF_MODEL),
+    *((name, MODEL) for name in _OF_MODEL),
     ('kv', None),
-    ('length', MODEL if by_sequence else None),
     *(embed or [('embed', None)]),
     *((name, None) for name in _UNSHARDED),
     *((name, axis) for name, axis in additional_rules),
-    *([('code', None)] * by_sequence),
     *own_axis_rules(),
   )
+
+
+def sequence_axis_rules(
+  rules: Iterable[tuple[str, str | None]], sequence_partitions: int = 1
+) -> LogicalAxisRules:
+  """Rules by which the devices of the 'model' axis share each sequence, in place of the model.
+
+  Args:
+    rules: ours, or T5X's with `own_axis_rules`.
+    sequence_partitions: devices that share a sequence, see `model_axis_size`; 1 changes nothing.
+
+  Returns:
+    The rules, after those for sequences, which win.
+
+  Raises:
+    ConfigError: if the rules share out what each device has to have of its positions.
+  """
+  rules = tuple((name, axis) for name, axis in rules)
+  if sequence_partitions == 1:
+    return rules
+  if ('embed', MODEL) in rules:
+    raise ConfigError(
+      'standard_logical_axis_rules.activation_partitioning_dims',
+      2,
+      f'1 with SEQUENCE_PARTITIONS = {sequence_partitions}',
+    )
+  whole = (*_OF_MODEL, *(name for name, axis in own_axis_rules() if axis == MODEL))
+  return (('length', MODEL), *((name, None) for name in whole), *rules)
 
 
 def model_axis_size(num_partitions: int = 1, sequence_partitions: int = 1) -> int:

@@ -92,9 +92,9 @@ def validate_length(partitioner: Partitioner, config: TransformerConfig, length:
   raise ConfigError(
     _SEQUENCE_PARTITIONS,
     parts,
-    f'one of {", ".join(map(str, accepted))}, or segments (SEGMENT_LEN, or else UPDATE_LEN, or else '
-    f'TASK_FEATURE_LENGTHS) of a multiple of {parts * c.block_len} and at least {parts * least} '
-    'tokens',
+    f'one of {", ".join(map(str, accepted))}, or segments (SEGMENT_LEN, else UPDATE_LEN, else '
+    f'TASK_FEATURE_LENGTHS) of a multiple of {parts * c.block_len} tokens, at least '
+    f'{parts * least}',
     problem=f'is not accepted with segments of {length} tokens: a part is whole blocks of '
     f'TransformerConfig.block_len = {c.block_len} and at least TransformerConfig.window_len = '
     f'{c.window_len} tokens',

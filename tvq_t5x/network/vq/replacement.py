@@ -73,7 +73,7 @@ def candidates(keys: jax.Array, call: Call, num_codes: int) -> tuple[jax.Array, 
 
 
 def _counted_keys(keys: jax.Array, counted: jax.Array, rank: jax.Array) -> jax.Array:
-  """Those of some ranks [B, S] among the positions that count: of keys [B, T, N, K], [B, S, N, K]."""
+  """Keys [B, S, N, K] of some ranks [B, S] among the positions [B, T] that count."""
   counted_first = jnp.argsort(~counted, axis=1, stable=True)
   position = jnp.take_along_axis(counted_first, rank, axis=1)
   return jnp.take_along_axis(keys, position[:, :, None, None], axis=1)
