@@ -23,7 +23,7 @@ SCRIPT = [t5x_train.__file__]
 
 
 class Hosts:
-  """Processes of one run, each with one device or more; a context that leaves none of them behind."""
+  """Processes of one run, each with as many devices; a context that leaves none of them behind."""
 
   def __init__(
     self, program, count, folder, environment, files=(t5x_runs.TINY,), devices=1, **macros
