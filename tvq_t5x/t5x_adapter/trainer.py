@@ -71,7 +71,7 @@ class CheckedTrainer(TrainingSettings):
       )
     if self.partitioner.get_data_layout().num_shards < jax.process_count():
       raise ConfigError(
-        'PjitPartitioner.num_partitions (NUM_PARTITIONS, SEQUENCE_PARTITIONS) spreads the model or a '
+        'PjitPartitioner.num_partitions (NUM_PARTITIONS, SEQUENCE_PARTITIONS) spreads a model or a '
         'sequence over several hosts, of which T5X would restore the position in the data on the '
         'first only: give at most the devices of a host, '
         f'{jax.local_device_count()}.'
