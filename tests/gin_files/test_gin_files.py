@@ -33,7 +33,8 @@ _LRA = ('lra_listops', 'lra_text', 'lra_retrieval', 'lra_image', 'lra_pathfinder
 # Those of small widths.
 _SMALL = ('digits_longvq', 'listops_small', *_LRA)
 # Those with fewer sequences in a batch than a pod has cores.
-_QUICK = ('kjv_tiny', 'photos64_tiny', 'text_tiny', *_SMALL)
+_LONG = ('enwik8_base_1m', 'pg19_large_1m')
+_QUICK = (*_LONG, 'kjv_tiny', 'photos64_tiny', 'text_tiny', *_SMALL)
 _OF_T5X = 'runs/pretrain.gin'
 _OF_RUNNER = 'standalone/gin/runs/pretrain.gin'
 # What tasks have in common.
@@ -53,11 +54,17 @@ _MESHES = {
   'v4_64': 32,
   'v5e_64': 64,
   'v5p_128': 64,
+  'v5p_128_sequence': 64,
 }
+# Whose devices share sequences, that have to be long.
+_OF_SEQUENCES = ('v5p_128_sequence',)
 # Those that share out what a run of small widths has too little of.
 _PODS = ('v3_32', 'v3_128', 'v4_64', 'v5e_64', 'v5p_128')
 _RUNS_ON_MESHES = [
-  (run, mesh) for run in _RUNS for mesh in _MESHES if run not in _SMALL or mesh not in _PODS
+  (run, mesh)
+  for run in _RUNS
+  for mesh in _MESHES
+  if (run in _LONG if mesh in _OF_SEQUENCES else run not in _SMALL or mesh not in _PODS)
 ]
 _PERIODS = ('log_period', 'eval_period', 'sample_period', 'checkpoint_period')
 
@@ -386,11 +393,9 @@ def test_t5x_places_the_arrays_of_every_run_like_the_runner(run, mesh, monkeypat
   program = _program(run, mesh)
   files = [f'gin/{run}.gin', f'gin/mesh/{mesh}.gin']
   _parse_as('train', monkeypatch, files, "MODEL_DIR = 'runs/x'")
-  rules = gin.get_configurable('t5x.partitioning.standard_logical_axis_rules')()
-  assert (
-    gin.get_bindings('t5x.partitioning.PjitPartitioner')['num_partitions']
-    == (program.partitioner.mesh.shape['model'])
-  )
+  places = gin.get_bindings('t5x.partitioning.PjitPartitioner')
+  rules = places['logical_axis_rules']
+  assert places['num_partitions'] == program.partitioner.mesh.shape['model']
   for row in placement.describe(program.partitioner, program.model).rows:
     spec = nn_partitioning.logical_to_mesh_axes(row.logical_axes, rules) or PartitionSpec()
     assert spec == row.spec, row.name

@@ -39,8 +39,9 @@ class Run:
     shapes: of what a device has of each array.
   """
 
-  def __init__(self, model, folder, shape, dims=(1, 1), num_microbatches=1):
-    trainer = t5x_runs.trainer(model, folder, shape, dims, UPDATE_LEN, num_microbatches)
+  def __init__(self, model, folder, shape, dims=(1, 1), num_microbatches=1, by_sequence=False):
+    places = t5x_runs.partitioner(shape, dims, by_sequence)
+    trainer = t5x_runs.trainer(model, folder, places, UPDATE_LEN, num_microbatches)
     with trainer:
       metrics = trainer.train(iter(_batches(model)), STEPS).result()
     state = by_name(trainer.train_state.state_dict())

@@ -22,7 +22,7 @@ from tvq_t5x import train as standalone
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.standalone import configuration
 from tvq_t5x.t5x_adapter.trainer import Trainer
-from tvq_t5x.training.partitioning import own_axis_rules
+from tvq_t5x.training.partitioning import own_axis_rules, sequence_axis_rules
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / 'tests' / 'tiny.gin')
@@ -105,18 +105,18 @@ def _value(event):
   return float(value) if value.ndim == 0 and value.dtype.kind == 'f' else value
 
 
-def partitioner(shape, dims=(1, 1)):
+def partitioner(shape, dims=(1, 1), by_sequence=False):
   """T5X's, with our rules, for activations and parameters partitioned in 1 or 2 dimensions."""
   rules = partitioning.standard_logical_axis_rules(*dims, own_axis_rules())
+  rules = sequence_axis_rules(rules, shape[1] if by_sequence else 1)
   made = partitioning.PjitPartitioner(num_partitions=1, logical_axis_rules=rules)
   with mesh(*shape):
     assert made.mesh.shape == {'data': shape[0], 'model': shape[1]}
   return made
 
 
-def trainer(model, folder, shape=(1, 1), dims=(1, 1), update_len=None, num_microbatches=1):
+def trainer(model, folder, places, update_len=None, num_microbatches=1):
   """The trainer of a model from scratch, made as `t5x.train` makes it."""
-  places = partitioner(shape, dims)
   initializer = utils.TrainStateInitializer(
     model.optimizer_def, model.get_initial_variables, {'decoder_input_tokens': (8, 8)}, places
   )

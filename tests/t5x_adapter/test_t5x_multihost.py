@@ -23,9 +23,11 @@ SCRIPT = [t5x_train.__file__]
 
 
 class Hosts:
-  """Processes of one run, each with one device; a context that leaves none of them behind."""
+  """Processes of one run, each with as many devices; a context that leaves none of them behind."""
 
-  def __init__(self, program, count, folder, environment, files=(t5x_runs.TINY,), **macros):
+  def __init__(
+    self, program, count, folder, environment, files=(t5x_runs.TINY,), devices=1, **macros
+  ):
     with socket.socket() as s:
       s.bind(('localhost', 0))
       address = f'localhost:{s.getsockname()[1]}'
@@ -34,7 +36,7 @@ class Hosts:
       **os.environ,
       **environment,
       'PYTHONPATH': os.pathsep.join(paths),
-      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1'),
+      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}'),
     }
     macros = {**t5x_runs.SHORT, 'MODEL_DIR': str(folder / 'run'), **macros}
     self._command = [
@@ -109,6 +111,13 @@ def test_four_hosts_train_as_one(trained, environment, tmp_path):
   assert_same_metrics(folder, trained)
   positions = (layout.folder(folder, STEPS) / 'dataset').glob('process_*')
   assert sorted(path.name for path in positions) == [f'process_{i}-of-4' for i in range(4)]
+
+
+def test_the_devices_of_each_host_share_sequences(trained, environment, tmp_path):
+  with Hosts(SCRIPT, 2, tmp_path, environment, devices=2, SEQUENCE_PARTITIONS=2) as hosts:
+    hosts.finish()
+  assert_same_arrays(tmp_path / 'run', trained)
+  assert_same_metrics(tmp_path / 'run', trained)
 
 
 def test_a_host_dies_and_all_are_started_again(trained, environment, tmp_path):

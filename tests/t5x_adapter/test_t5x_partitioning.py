@@ -84,6 +84,16 @@ def test_no_mesh_changes_a_number(adamw_reference, tmp_path, shape, dims, num_mi
   assert_sharded(run.shapes, shape, dims)
 
 
+@pytest.mark.parametrize(('shape', 'num_microbatches'), [((1, 2), 1), ((4, 2), 2)])
+def test_devices_that_share_sequences_change_no_number(
+  adamw_reference, tmp_path, shape, num_microbatches
+):
+  run = Run(make_model('adamw'), tmp_path, shape, (1, 2), num_microbatches, by_sequence=True)
+  assert_same(run, adamw_reference)
+  # The model lies on the data axis only.
+  assert run.shapes['target/layers_0/attention_0/gate/kernel'] == (32 // shape[0], 1, 64)
+
+
 def test_the_runs_exercise_what_they_are_to_prove(adamw_reference):
   numbers, start = adamw_reference.numbers, adamw_reference.start
   assert numbers['gradient_norm'] > 0.1  # It is clipped.

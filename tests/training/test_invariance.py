@@ -28,7 +28,11 @@ from tvq_t5x.training import placement
 from tvq_t5x.training.base_model import Batch, Model
 from tvq_t5x.training.classifier import ClassifierModel
 from tvq_t5x.training.models import TransformerVQModel
-from tvq_t5x.training.partitioning import Partitioner, standard_logical_axis_rules
+from tvq_t5x.training.partitioning import (
+  Partitioner,
+  sequence_axis_rules,
+  standard_logical_axis_rules,
+)
 from tvq_t5x.training.train_step import train_on_sequences
 
 BATCH_SIZE, LENGTH, UPDATE_LEN, STEPS = 8, 32, 16, 3
@@ -40,7 +44,7 @@ pytestmark = pytest.mark.skipif(
 # Codes start from keys and are replaced by keys: those of the same places in the global batch.
 _LIVING = {'codes_from_keys': True, 'replace_below': 0.5}
 _CASES = {
-  'shga': ({'num_layers': 1, 'scan_layers': False}, 'adamw'),
+  'shga': ({'num_layers': 1, 'scan_layers': False, 'block_len': 2, 'window_len': 2}, 'adamw'),
   # Wide enough for factored moments.
   'mha': (
     {'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128, **_LIVING},
@@ -109,12 +113,21 @@ def make_batch(model: Model, seed: int) -> Batch:
 
 
 @functools.cache
-def train(case: str, data: int, model_axis: int, num_microbatches: int, dims: int = 1) -> Run:
+def train(
+  case: str,
+  data: int,
+  model_axis: int,
+  num_microbatches: int,
+  dims: int = 1,
+  by_sequence: bool = False,
+) -> Run:
   model = make_model(case)
   update_len = LENGTH if model.config.bidirectional else UPDATE_LEN
-  rules = standard_logical_axis_rules(dims, dims)
+  rules = standard_logical_axis_rules(1 if by_sequence else dims, dims)
+  rules = sequence_axis_rules(rules, model_axis if by_sequence else 1)
   partitioner = Partitioner(model_axis, rules, jax.devices('cpu')[: data * model_axis])
   placement.validate(partitioner, model.config, BATCH_SIZE, num_microbatches)
+  placement.validate_length(partitioner, model.config, update_len)
   shardings = placement.train_state_shardings(partitioner, model)
   step = partitioner.jit(
     lambda state, batch: train_on_sequences(
@@ -200,6 +213,32 @@ def test_an_encoder_is_the_same_on_every_mesh(data, model_axis, num_microbatches
   for name in ('head/kernel', 'layers/attention_0/quantizer/c_sum'):
     change = run.numbers[f'state/params/{name}'] - before[f'params/{name}']
     assert np.max(np.abs(change)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+  ('data', 'parts', 'num_microbatches', 'dims'), [(1, 8, 1, 1), (2, 4, 2, 2), (2, 2, 1, 1)]
+)
+def test_shga_is_the_same_on_devices_that_share_sequences(data, parts, num_microbatches, dims):
+  run = train('shga', data, parts, num_microbatches, dims, by_sequence=True)
+  assert_same(run, train('shga', 1, 1, 1))
+  shapes, other = run.shard_shapes, data if dims == 2 else 1
+  assert shapes['params/layers_0/attention_0/gate/kernel'] == (32 // other, 1, 64)
+  assert shapes['params/layers_0/attention_0/quantizer/c_sum'] == (1, 16, 16)
+
+
+@pytest.mark.parametrize('case', ['mha', 'longvq'])
+def test_living_codes_are_the_same_on_devices_that_share_sequences(case):
+  run = train(case, 2, 2, 2, by_sequence=True)
+  assert_same(run, train(case, 1, 1, 1), 20 * TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('data', [1, 4])
+def test_carried_state_is_the_same_on_devices_that_share_sequences(data):
+  run = train('carried', data, 2, 2, by_sequence=True)
+  assert_same(run, train('carried', 1, 1, 1), 20 * TOLERANCE)
+  # The state leaves at the last part, and all devices have it.
+  assert run.shard_shapes['carried/layers/0/values'] == (2, BATCH_SIZE // data, 8, 1, 64)
 
 
 def test_every_device_has_its_part_only():

@@ -11,10 +11,10 @@ from flax.linen import partitioning as nn_partitioning
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
-from tvq_t5x.network import xla
+from tvq_t5x.network import sequence, xla
 from tvq_t5x.network.config import TransformerConfig
 
-with_sharding_constraint = nn_partitioning.with_sharding_constraint
+with_sharding_constraint = sequence.constrain
 NORM_EPSILON = 1e-6
 
 # Names of flax's `rngs`. Masks drawn from the second stay the same for all updates of a sequence.

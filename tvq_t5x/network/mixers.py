@@ -88,6 +88,11 @@ class Mixer(nn.Module):
     """
     raise NotImplementedError
 
+  @property
+  def shares_sequences(self) -> bool:
+    """Whether devices can share sequences in it: what mixes positions is in `sequence.on_parts`."""
+    return False
+
   @nn.nowrap
   def init_state(self, batch_size: int) -> State:
     """The state before the first token of B sequences."""

@@ -35,6 +35,11 @@ class Mlp(Mixer):
     y = Einsum('BTF,FD->BTD', shape[::-1], ('mlp', 'embed'), dtype=c.dtype, name='wo')(y)
     return y, (), {}
 
+  @property
+  def shares_sequences(self) -> bool:
+    """It mixes no positions."""
+    return True
+
   @classmethod
   def param_name(cls, index: int) -> str:
     """'mlp' for the first: most layers have one."""

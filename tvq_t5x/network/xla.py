@@ -134,9 +134,9 @@ def _sum_positions_on_cpu(*arrays):
   """`_sum_positions` as products, which XLA splits among cores."""
 
   def total(y):
-    y = y.reshape(-1, y.shape[-1])
-    ones = jnp.ones(y.shape[:1], y.dtype)
-    return jnp.einsum('P,PD->D', ones, y, preferred_element_type=jnp.float32).astype(y.dtype)
+    ones = jnp.ones(y.shape[:-1], y.dtype)  # Not reshaped: devices may share either axis.
+    total = jnp.tensordot(ones, y, ones.ndim, preferred_element_type=jnp.float32)
+    return total.astype(y.dtype)
 
   return [total(y) for y in arrays]
 

@@ -55,6 +55,7 @@ def configured_program(devices: Sequence[jax.Device]) -> Program:
   run_limits.check_segment_len(segment_len, length, updates, model.config)
   num_microbatches = configuration.setting('num_microbatches')
   placement.validate(partitioner, model.config, data.batch_size, num_microbatches)
+  placement.validate_length(partitioner, model.config, segment_len or length // updates)
   return Program(
     model,
     partitioner,

@@ -16,6 +16,7 @@ from t5x import trainer as t5x_trainer
 
 from tvq_t5x.common.errors import ConfigError, is_seed
 from tvq_t5x.gin_support import origins
+from tvq_t5x.network import sequence
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import eval_step, partitioning
 from tvq_t5x.training import train_state as train_state_lib
@@ -70,8 +71,9 @@ class CheckedTrainer(TrainingSettings):
       )
     if self.partitioner.get_data_layout().num_shards < jax.process_count():
       raise ConfigError(
-        'PjitPartitioner.num_partitions spreads the model over several hosts, of which T5X would '
-        'restore the position in the data on the first only: give at most the devices of a host, '
+        'PjitPartitioner.num_partitions (NUM_PARTITIONS, SEQUENCE_PARTITIONS) spreads a model or a '
+        'sequence over several hosts, of which T5X would restore the position in the data on the '
+        'first only: give at most the devices of a host, '
         f'{jax.local_device_count()}.'
       )
     if self.partitioner.mesh.axis_names == (partitioning.DATA, partitioning.MODEL):
@@ -179,21 +181,22 @@ class Trainer(t5x_trainer.Trainer):
 
     def train_step(train_state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Metrics]:
       num_sequences, length = self._model.batch_shape(batch)
-      state, metrics = train_on_sequences(
-        self._model,
-        TrainState(
-          train_state.step,
-          train_state.params,
-          train_state.param_states,
-          self._carried(train_state, num_sequences),
-        ),
-        batch,
-        self._base_rng,
-        self._update_len or length,
-        self._num_microbatches or 1,
-        num_shards=self._partitioner.get_data_layout(num_sequences).num_shards,
-        segment_len=self._segment_len,
-      )
+      with self._sequences_shared:
+        state, metrics = train_on_sequences(
+          self._model,
+          TrainState(
+            train_state.step,
+            train_state.params,
+            train_state.param_states,
+            self._carried(train_state, num_sequences),
+          ),
+          batch,
+          self._base_rng,
+          self._update_len or length,
+          self._num_microbatches or 1,
+          num_shards=self._partitioner.get_data_layout(num_sequences).num_shards,
+          segment_len=self._segment_len,
+        )
       optimizer_state = t5x_optimizers.OptimizerState(state.step, state.opt_state)
       arrays = self._model.optimizer_def.state_dict(state.params, optimizer_state)
       if state.carried is not None:
@@ -209,6 +212,11 @@ class Trainer(t5x_trainer.Trainer):
       donate_argnums=(0,),
     )
 
+  @property
+  def _sequences_shared(self) -> Any:
+    """A context for what is traced, as `Partitioner.jit` enters it."""
+    return sequence.shared_by(self._partitioner.mesh, self._partitioner.logical_axis_rules)
+
   def _carried(self, train_state: Any, batch_size: int) -> DecoderState | None:
     """The state of the batch before, as the model knows it."""
     if not self._model.carry_state:
@@ -223,7 +231,8 @@ class Trainer(t5x_trainer.Trainer):
       # As in training, a part at a time: whole sequences would need more memory than training.
       length = self._model.batch_shape(batch)[1]
       segment_len = self._segment_len or self._update_len or length
-      return eval_step.batch_metrics(self._model, train_state.params, batch, segment_len)
+      with self._sequences_shared:
+        return eval_step.batch_metrics(self._model, train_state.params, batch, segment_len)
 
     return self._partitioner.partition(
       step,

@@ -16,12 +16,14 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tvq_t5x.common.errors import ConfigError, is_count
+from tvq_t5x.network import sequence
 
 DATA = 'data'
 MODEL = 'model'
 
 LogicalAxisRules = tuple[tuple[str, str | None], ...]
 
+_OF_MODEL = ('vocab', 'mlp', 'heads', 'joined_kv')
 _UNSHARDED = ('relpos_buckets', 'abspos_buckets', 'length', 'layers', 'stack', 'mlp_activations')
 
 
@@ -59,13 +61,65 @@ def standard_logical_axis_rules(
   embed += [('embed', DATA)] * (parameter_partitioning_dims == 2)
   return (
     ('batch', DATA),
-    *((name, MODEL) for name in ('vocab', 'mlp', 'heads', 'joined_kv')),
+    *((name, MODEL) for name in _OF_MODEL),
     ('kv', None),
     *(embed or [('embed', None)]),
     *((name, None) for name in _UNSHARDED),
     *((name, axis) for name, axis in additional_rules),
     *own_axis_rules(),
   )
+
+
+def sequence_axis_rules(
+  rules: Iterable[tuple[str, str | None]], sequence_partitions: int = 1
+) -> LogicalAxisRules:
+  """Rules by which the devices of the 'model' axis share each sequence, in place of the model.
+
+  Args:
+    rules: ours, or T5X's with `own_axis_rules`.
+    sequence_partitions: devices that share a sequence, see `model_axis_size`; 1 changes nothing.
+
+  Returns:
+    The rules, after those for sequences, which win.
+
+  Raises:
+    ConfigError: if the rules share out what each device has to have of its positions.
+  """
+  rules = tuple((name, axis) for name, axis in rules)
+  if sequence_partitions == 1:
+    return rules
+  if ('embed', MODEL) in rules:
+    raise ConfigError(
+      'standard_logical_axis_rules.activation_partitioning_dims',
+      2,
+      f'1 with SEQUENCE_PARTITIONS = {sequence_partitions}',
+    )
+  whole = (*_OF_MODEL, *(name for name, axis in own_axis_rules() if axis == MODEL))
+  return (('length', MODEL), *((name, None) for name in whole), *rules)
+
+
+def model_axis_size(num_partitions: int = 1, sequence_partitions: int = 1) -> int:
+  """Devices of the 'model' axis, which share the model or sequences.
+
+  Args:
+    num_partitions: that share the model.
+    sequence_partitions: that share each sequence.
+
+  Raises:
+    ConfigError: if neither is 1, or one is no number of devices.
+  """
+  sizes = {'NUM_PARTITIONS': num_partitions, 'SEQUENCE_PARTITIONS': sequence_partitions}
+  for name, value in sizes.items():
+    if not is_count(value):
+      raise ConfigError(name, value, 'a whole number of devices, at least 1')
+  if num_partitions > 1 and sequence_partitions > 1:
+    raise ConfigError(
+      'SEQUENCE_PARTITIONS',
+      sequence_partitions,
+      '1, or NUM_PARTITIONS = 1: devices share the model or the sequences',
+      problem=f'is not accepted with NUM_PARTITIONS = {num_partitions}',
+    )
+  return max(num_partitions, sequence_partitions)
 
 
 class Partitioner:
@@ -133,6 +187,11 @@ class Partitioner:
     problem = f'is not accepted with {parts} = {num_microbatches} and {self.mesh_in_words()}'
     raise ConfigError(size, batch_size, accepted, problem)
 
+  @property
+  def sequence_partitions(self) -> int:
+    """How many devices share each sequence."""
+    return self.mesh.shape[MODEL] if self.spec(('length',)) == PartitionSpec(MODEL) else 1
+
   def for_batch(self, batch_size: int) -> 'Partitioner':
     """This one, or one whose devices all have the batch, if they can't share it evenly."""
     if batch_size % self.mesh.shape[DATA] == 0:
@@ -172,7 +231,8 @@ class Partitioner:
     # A function of its own: JAX would else reuse what `fn` was traced to under other rules.
     @functools.wraps(fn)
     def traced(*args, **kwargs):
-      with nn_partitioning.axis_rules(self.logical_axis_rules):
+      rules = self.logical_axis_rules
+      with nn_partitioning.axis_rules(rules), sequence.shared_by(self.mesh, rules):
         return fn(*args, **kwargs)
 
     jitted = jax.jit(

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from tvq_t5x.common import named_arrays
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.network import sublayers
 from tvq_t5x.network.classifier import Classifier
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.transformer import DecoderState, Transformer, decoder_state_axes
@@ -20,6 +21,7 @@ from tvq_t5x.training.optimizer_axes import optimizer_axes
 from tvq_t5x.training.partitioning import Partitioner
 from tvq_t5x.training.train_state import TrainState, init_train_state
 
+_SEQUENCE_PARTITIONS = 'SEQUENCE_PARTITIONS'
 _FIELDS = {
   'vocab': 'vocab_size',
   'embed': 'emb_dim',
@@ -66,7 +68,49 @@ def validate(
     ConfigError: naming each setting that does not fit, and what would.
   """
   partitioner.validate_batch(batch_size, num_microbatches)
+  if partitioner.sequence_partitions > 1:
+    _validate_sublayers(partitioner, config)
   _validate_parameters(partitioner, config)
+
+
+def validate_length(partitioner: Partitioner, config: TransformerConfig, length: int) -> None:
+  """Checks that devices can share sequences, compiling nothing.
+
+  Args:
+    partitioner: of the mesh.
+    config: of the model.
+    length: tokens of a sequence that are held at once.
+
+  Raises:
+    ConfigError: naming the setting that does not fit, and what would.
+  """
+  parts, c = partitioner.sequence_partitions, config
+  least = -(-c.window_len // c.block_len) * c.block_len
+  if parts == 1 or (length % (parts * c.block_len) == 0 and length >= parts * least):
+    return
+  accepted = [n for n in range(1, length // least + 1) if length % (n * c.block_len) == 0] or [1]
+  raise ConfigError(
+    _SEQUENCE_PARTITIONS,
+    parts,
+    f'one of {", ".join(map(str, accepted))}, or segments (SEGMENT_LEN, else UPDATE_LEN, else '
+    f'TASK_FEATURE_LENGTHS) of a multiple of {parts * c.block_len} tokens, at least '
+    f'{parts * least}',
+    problem=f'is not accepted with segments of {length} tokens: a part is whole blocks of '
+    f'TransformerConfig.block_len = {c.block_len} and at least TransformerConfig.window_len = '
+    f'{c.window_len} tokens',
+  )
+
+
+def _validate_sublayers(partitioner: Partitioner, config: TransformerConfig) -> None:
+  for sublayer in sublayers.of_layer(config):
+    if not sublayer.mixer.shares_sequences:
+      raise ConfigError(
+        _SEQUENCE_PARTITIONS,
+        partitioner.sequence_partitions,
+        '1',
+        problem=f'is not accepted with {type(sublayer.mixer).__name__}'
+        f'{" in an encoder" * config.bidirectional}, whose positions lie on one device',
+      )
 
 
 def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) -> None:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from tvq_t5x.network import sequence
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import metrics as metrics_lib
 from tvq_t5x.training.base_model import Batch, DropoutRngs, Model, Params
@@ -53,7 +54,8 @@ def sequence_loss(
     return after, (loss, metrics)
 
   def split(x: jax.Array) -> jax.Array:  # [B, T] to [T / segment_len, B, segment_len]
-    return x.reshape(num_sequences, length // segment_len, segment_len).swapaxes(0, 1)
+    x = x.reshape(num_sequences, length // segment_len, segment_len).swapaxes(0, 1)
+    return sequence.constrain(x, (None, 'batch', 'length'))
 
   state, parts = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
   loss, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)

@@ -104,3 +104,4 @@ class TrainingSettings:
     """
     partitioner.validate_batch(self.eval_dataset_cfg.batch_size)
     placement.validate(partitioner, self.model.config, self.batch_size, self.num_microbatches)
+    placement.validate_length(partitioner, self.model.config, self.tokens_at_once)

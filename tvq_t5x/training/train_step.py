@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax.linen import partitioning as nn_partitioning
 
 from tvq_t5x.common.tokens import EOS
-from tvq_t5x.network import xla
+from tvq_t5x.network import sequence, xla
 from tvq_t5x.network.transformer import DecoderState, batch_axes
 from tvq_t5x.training import metrics as metrics_lib
 from tvq_t5x.training.base_model import Batch, DropoutRngs, Model
@@ -56,12 +55,10 @@ def train_on_sequences(
   def split(x):  # [B, T] to [updates, microbatches, B / microbatches, update_len]
     if x.ndim == 1:  # Of whole sequences, which one update sees: to [1, microbatches, ...]
       x = x.reshape(1, num_sequences // num_microbatches, num_microbatches).swapaxes(1, 2)
-      return nn_partitioning.with_sharding_constraint(x, (None, None, 'batch'))
+      return sequence.constrain(x, (None, None, 'batch'))
     # Strided, so that every microbatch lies on all devices that share the batch.
     x = x.reshape(num_sequences // num_microbatches, num_microbatches, num_updates, update_len)
-    return nn_partitioning.with_sharding_constraint(
-      x.transpose(2, 1, 0, 3), (None, None, 'batch', 'length')
-    )
+    return sequence.constrain(x.transpose(2, 1, 0, 3), (None, None, 'batch', 'length'))
 
   turns = jnp.arange(num_sequences).reshape(-1, num_shards).T.reshape(-1)
   example_ids = turns.reshape(-1, num_microbatches).T

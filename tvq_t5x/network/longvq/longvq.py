@@ -203,6 +203,11 @@ class LongVQ(Mixer):
     einsum = Einsum('BTD,DF->BTF', shape, axes, dtype=c.dtype, use_bias=True, name=name)
     return save_for_backward(einsum(x))
 
+  @property
+  def shares_sequences(self) -> bool:
+    """As its attention and its state-space layer do."""
+    return not self.config.bidirectional and self.attention != AttentionKind.QUADRATIC
+
   @nn.nowrap
   def init_state(self, batch_size: int) -> LongVQState:
     """No positions."""

@@ -7,6 +7,7 @@ Letters besides those of `config`: n modes of a channel, Q positions of a chunk.
 """
 
 import enum
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
+
+from tvq_t5x.network import sequence
+from tvq_t5x.network.sequence import Part
 
 # The time steps that channels start with, as S4D's.
 _STEPS = (1e-3, 1e-1)
@@ -75,9 +79,13 @@ class SSM(nn.Module):
     before = (
       jnp.zeros((u.shape[0], *modes.a.shape), jnp.complex64) if state is None else _join(state)
     )
-    y, after = filter_chunks(u, before, modes, self.chunk_len)
-    if lengths is not None:
-      after = state_after(u, before, modes, lengths)
+    if sequence.num_parts(u.shape[1]) > 1:
+      function = functools.partial(_filter_part, chunk_len=self.chunk_len)
+      y, after = sequence.on_parts(function, u, (before, lengths), modes)
+    else:
+      y, after = filter_chunks(u, before, modes, self.chunk_len)
+      if lengths is not None:
+        after = state_after(u, before, modes, lengths)
     return y, _split(after)
 
   def _both_ways(self, u: jax.Array, modes: '_Modes') -> jax.Array:
@@ -190,6 +198,42 @@ def filter_chunks(
   last = jnp.pad(u[:, length - rest :], [(0, 0), (0, chunk_len - rest), (0, 0)])
   x, y = step(x, last, rest)
   return jnp.concatenate([*parts, y[:, :rest]], axis=1), x
+
+
+def _filter_part(
+  part: Part,
+  u: jax.Array,
+  states: tuple[jax.Array, jax.Array | None],
+  modes: _Modes,
+  chunk_len: int,
+) -> tuple[jax.Array, jax.Array]:
+  """One part of sequences that devices share; the states are those before the whole sequences."""
+  before, lengths = states
+  length = u.shape[1]
+  owner, lengths = part.ends(lengths, length)
+
+  def merge(old, new, num_parts):
+    return jnp.exp(modes.a * (length * num_parts)) * old + new
+
+  before = part.before_each(before, _absorb_chunks(u, modes, chunk_len), merge)
+  y, after = filter_chunks(u, before, modes, chunk_len)
+  if lengths is not None:
+    after = state_after(u, before, modes, lengths)
+  return y, part.of_owner(owner, after)
+
+
+def _absorb_chunks(u: jax.Array, modes: _Modes, chunk_len: int) -> jax.Array:
+  """The state [B, D, n] after the positions of u [B, T, D] alone."""
+  chunk_len = min(chunk_len, u.shape[1])
+  u = jnp.pad(u, [(0, 0), (-u.shape[1] % chunk_len, 0), (0, 0)])
+  chunks = jnp.moveaxis(u.reshape(u.shape[0], -1, chunk_len, u.shape[-1]), 1, 0)
+  powers, decay = _powers(modes.a, chunk_len), jnp.exp(modes.a * chunk_len)
+
+  def step(x, chunk):
+    return decay * x + _absorb(chunk, modes, powers), None
+
+  empty = jnp.zeros((u.shape[0], *modes.a.shape), jnp.complex64)
+  return jax.lax.scan(step, empty, chunks)[0]
 
 
 def state_after(u: jax.Array, before: jax.Array, modes: _Modes, lengths: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from tvq_t5x.network.vq.cache import (
   AttentionState,
   CompressedCache,
   caches_before_blocks,
+  merge,
   summarize,
 )
 from tvq_t5x.network.vq.nearness import window_nearness
@@ -117,10 +118,7 @@ def _to_blocks(
   def cut(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], num_blocks, block_len, *x.shape[2:])
 
-  leaving_codes = joined.codes[:, :length]
-  if lengths is not None:
-    taken = jnp.arange(length) < lengths[:, None]
-    leaving_codes = jnp.where(taken[..., None], leaving_codes, c.num_codes)
+  leaving_codes = _leaving_codes(joined, length, lengths, c)
   windows = (_windows(x, num_blocks, block_len) for x in (joined.quantized, joined.values))
   window_keys, window_values = (_heads_first(_through_cache(x, c)) for x in windows)
   return _Blocks(
@@ -132,6 +130,53 @@ def _to_blocks(
     num_empty=jnp.maximum(c.window_len - position[:, None] - jnp.arange(num_blocks) * block_len, 0),
     leaving_codes=_heads_first(cut(leaving_codes)),
   )
+
+
+def _leaving_codes(
+  joined: Keys, length: int, lengths: jax.Array | None, c: TransformerConfig
+) -> jax.Array:
+  """Of the T positions that leave the window in a segment: [B, T, N], S where there is none."""
+  codes = joined.codes[:, :length]
+  if lengths is None:
+    return codes
+  taken = jnp.arange(length) < lengths[:, None]
+  return jnp.where(taken[..., None], codes, c.num_codes)
+
+
+def compress(
+  keys: Keys, window: Keys, lengths: jax.Array | None, config: TransformerConfig
+) -> CompressedCache:
+  """What a segment folds into the cache: all that leaves the window before its end.
+
+  Args:
+    keys: of the segment, [B, T, N, ...].
+    window: of the M positions before it, [B, M, N, ...].
+    lengths: as of `vq_attention`.
+    config: likewise.
+
+  Returns:
+    The cache of just these positions, [B, N, S] and [B, N, S, V].
+  """
+  c = config
+  batch_size, length, num_heads = keys.codes.shape
+  num_blocks = c.num_blocks(length)
+  joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), window, keys)
+  values = _through_cache(joined.values[:, :length], c)
+  _, at_once = _reduction(num_blocks, c)
+
+  def groups(x: jax.Array) -> jax.Array:  # [B, T, N, ...] to [R / g, B, 1, N, g L, ...]
+    x = x.reshape(batch_size, num_blocks // at_once, 1, -1, *x.shape[2:])
+    return jnp.moveaxis(jnp.swapaxes(x, 3, 4), 1, 0)
+
+  @jax.checkpoint
+  def step(cache: CompressedCache, x: tuple[jax.Array, jax.Array]) -> tuple[CompressedCache, None]:
+    own = jax.tree.map(lambda leaf: leaf[:, 0], summarize(*x, c.num_codes))
+    return merge(cache, own), None
+
+  codes = (batch_size, num_heads, c.num_codes)
+  empty = CompressedCache(jnp.zeros(codes), jnp.zeros((*codes, values.shape[-1])))
+  codes = _leaving_codes(joined, length, lengths, c)
+  return jax.lax.scan(step, empty, (groups(codes), groups(values)))[0]
 
 
 def _attend_in_groups(

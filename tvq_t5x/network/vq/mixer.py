@@ -5,9 +5,10 @@ import jax
 from tvq_t5x.network.attention import Attention, Queries
 from tvq_t5x.network.mixers import Aux, Call, Mixer
 from tvq_t5x.network.vq import cache
-from tvq_t5x.network.vq.attention import Keys, vq_attention
+from tvq_t5x.network.vq.attention import Keys
 from tvq_t5x.network.vq.bidirectional import bidirectional_attention
 from tvq_t5x.network.vq.cache import AttentionState
+from tvq_t5x.network.vq.parts import shared_attention
 from tvq_t5x.network.vq.quantizer import VectorQuantizer
 from tvq_t5x.network.vq.token_attention import RingState, in_order, to_ring, token_attention
 
@@ -26,6 +27,11 @@ class VQAttention(Attention):
   ) -> tuple[jax.Array, AttentionState | RingState | tuple[()], Aux]:
     """See `Attention`."""
     return attend(queries, keys, values, distances, state, call, self)
+
+  @property
+  def shares_sequences(self) -> bool:
+    """See `shared_attention`."""
+    return not self.config.bidirectional
 
   def init_state(self, batch_size: int) -> AttentionState | tuple[()]:
     """An empty window and an empty cache; () in an encoder."""
@@ -66,5 +72,5 @@ def attend(
     out, new_state = token_attention(*args, state, call.step % c.window_len, c)
   else:
     state = cache.init_attention_state(c, keys.shape[0]) if state is None else state
-    out, new_state = vq_attention(*args, state, call.position, c, call.lengths)
+    out, new_state = shared_attention(*args, state, call.position, c, call.lengths)
   return out, new_state, aux

@@ -9,8 +9,10 @@ batch.
 import jax
 import jax.numpy as jnp
 
+from tvq_t5x.network import sequence
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.mixers import Call
+from tvq_t5x.network.sequence import Part
 
 MIN_COUNT = 0.01
 # A code's average never has the count 0 again, once it has started.
@@ -60,12 +62,35 @@ def candidates(keys: jax.Array, call: Call, num_codes: int) -> tuple[jax.Array, 
   begin, end = number * share // shares, number * (share + 1) // shares  # [B, S]
   # The golden section spreads the places within their shares.
   rank = begin + (end - begin) * (example * 158 % 256) // 256
-  counted_first = jnp.argsort(~counted, axis=1, stable=True)
-  position = jnp.take_along_axis(counted_first, rank, axis=1)
   found = (call.example_ids[:, None] == example) & (number > 0)
   found = found.astype(jnp.float32)
-  chosen = jnp.take_along_axis(keys, position[:, :, None, None], axis=1).astype(jnp.float32)
+  if sequence.num_parts(keys.shape[1]) > 1:
+    _, chosen = sequence.on_parts(_counted_keys_of_part, (keys, counted), rank, ())
+  else:
+    chosen = _counted_keys(keys, counted, rank)
+  chosen = chosen.astype(jnp.float32)
   return jnp.einsum('bs,bsnk->nsk', found, chosen), jnp.sum(found, axis=0)
+
+
+def _counted_keys(keys: jax.Array, counted: jax.Array, rank: jax.Array) -> jax.Array:
+  """Keys [B, S, N, K] of some ranks [B, S] among the positions [B, T] that count."""
+  counted_first = jnp.argsort(~counted, axis=1, stable=True)
+  position = jnp.take_along_axis(counted_first, rank, axis=1)
+  return jnp.take_along_axis(keys, position[:, :, None, None], axis=1)
+
+
+def _counted_keys_of_part(
+  part: Part, sequences: tuple[jax.Array, jax.Array], rank: jax.Array, shared: tuple[()]
+) -> tuple[tuple[()], jax.Array]:
+  """`_counted_keys` where devices share the positions: exactly one of them has each."""
+  del shared
+  keys, counted = sequences
+  number = jnp.sum(counted, axis=1, dtype=jnp.int32)[:, None]
+  before = part.before_each(jnp.zeros_like(number), number, lambda old, new, _: old + new)
+  rank = rank - before
+  here = (rank >= 0) & (rank < number)
+  chosen = _counted_keys(keys, counted, jnp.clip(rank, 0, keys.shape[1] - 1))
+  return (), jax.lax.psum(jnp.where(here[:, :, None, None], chosen, 0), part.axis)
 
 
 def set_codes(

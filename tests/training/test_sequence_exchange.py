@@ -1,0 +1,63 @@
+"""What devices that share sequences exchange does not grow with the sequences."""
+
+import collections
+
+import jax
+import optax
+import pytest
+import seqio
+from mesh_util import SIZES
+
+from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.transformer import Transformer
+from tvq_t5x.planning import collectives, hlo
+from tvq_t5x.training import compilation
+from tvq_t5x.training.models import TransformerVQModel
+from tvq_t5x.training.partitioning import (
+  Partitioner,
+  sequence_axis_rules,
+  standard_logical_axis_rules,
+)
+
+PARTS = 4
+
+pytestmark = pytest.mark.skipif(
+  len(jax.devices('cpu')) < 8, reason='XLA_FLAGS is set in the environment, without 8 CPU devices'
+)
+
+
+def exchanged(length, parts=PARTS, **fields):
+  """Executions and bytes of each kind of collective in the program of an update."""
+  config = TransformerConfig(**{**SIZES, 'num_layers': 2, **fields})
+  vocabulary = seqio.PassThroughVocabulary(config.vocab_size)
+  model = TransformerVQModel(Transformer(config), vocabulary, optax.sgd(0.1))
+  rules = sequence_axis_rules(standard_logical_axis_rules(), parts)
+  partitioner = Partitioner(parts, rules, jax.devices('cpu')[:parts])
+  compiled = compilation.lower_train_step(model, partitioner, 2, length, length).compile()
+  module, found = hlo.Module(hlo.module_of(compiled)), collections.Counter()
+  for run in module.executions():
+    for x in run.computation.instructions:
+      if kind := collectives.kind_of(x):
+        found[kind, 'times'] += run.times
+        found[kind, 'bytes'] += run.times * collectives.num_bytes(x, module)
+  return found
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [{'codes_from_keys': True, 'replace_below': 0.5}, {'sublayers': ('longvq', 'mlp')}],
+  ids=['vq', 'longvq'],
+)
+def test_it_does_not_grow_with_the_length(fields):
+  short, long = (exchanged(length, **fields) for length in (PARTS * 8, PARTS * 32))
+  assert short == long
+  # Windows, caches and states go to neighbours; parameters' gradients are added up.
+  assert {kind for kind, _ in short} == {'collective-permute', 'all-reduce'}
+  assert short['collective-permute', 'bytes'] > 0
+
+
+def test_it_grows_with_the_logarithm_of_the_devices():
+  few, many = (exchanged(64, parts) for parts in (2, 8))
+  # One exchange of the window, and of the caches one with the neighbour and log P others.
+  assert few['collective-permute', 'times'] < many['collective-permute', 'times']
+  assert many['collective-permute', 'bytes'] < 2 * few['collective-permute', 'bytes']
