@@ -11,7 +11,6 @@ memory is compiled, but not run.
 
 import ctypes
 import dataclasses
-import os
 import pathlib
 import statistics
 import time
