@@ -187,12 +187,13 @@ def _attend(
 ) -> jax.Array:
   """`quadratic_attention` with the scores of all pairs."""
   num_queries, num_keys = queries.content.shape[1], keys.shape[1]
-  scores = xla.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, jnp.float32)
-  scores = scores + key_nearness(queries.position, distances, num_keys)
-  query = jnp.arange(num_keys - num_queries, num_keys)[:, None]
-  key = jnp.arange(num_keys)[None, :]
-  visible = (key <= query) & (key >= num_empty[:, None, None, None, None])
-  scores = jnp.where(visible, scores, MASKED)
+  with jax.named_scope('scores'):
+    scores = xla.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, jnp.float32)
+    scores = scores + key_nearness(queries.position, distances, num_keys)
+    query = jnp.arange(num_keys - num_queries, num_keys)[:, None]
+    key = jnp.arange(num_keys)[None, :]
+    visible = (key <= query) & (key >= num_empty[:, None, None, None, None])
+    scores = jnp.where(visible, scores, MASKED)
   out = softmax_average('BNGTS,BNSV->BNGTV', [scores], [jnp.swapaxes(values, 1, 2)])
   return jnp.moveaxis(out, 3, 1)
 
@@ -214,11 +215,13 @@ def all_pairs_attention(
     [B, T, N, G, V] in the dtype of the values; without meaning for a sequence without tokens.
   """
   f32 = {'preferred_element_type': jnp.float32}
-  scores = jnp.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, **f32)
-  scores = scores + nearness_both_ways(queries.position, distances)
-  scores = jnp.where(mask[:, None, None, None] > 0, scores, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  return jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32).astype(values.dtype)
+  with jax.named_scope('scores'):
+    scores = jnp.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, **f32)
+    scores = scores + nearness_both_ways(queries.position, distances)
+    scores = jnp.where(mask[:, None, None, None] > 0, scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  with jax.named_scope('values'):
+    return jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32).astype(values.dtype)
 
 
 def token_attention(
