@@ -262,14 +262,16 @@ def token_attention(
   in_order = jnp.pad(in_order, [(0, 0)] * 3 + [(max(length - reach, 0), 0)])
   empty = jnp.arange(length) < length - position[:, None, None, None]
   in_order = jnp.where(empty, MASKED, in_order)
-  scores = jnp.einsum('BNGK,BNCK->BNGC', content, state.keys, **f32)
+  scores = xla.einsum_of_few_rows('BNGK,BNCK->BNGC', content, state.keys, jnp.float32)
   scores = scores + jnp.roll(in_order, oldest, axis=-1)
   own_score = jnp.einsum('BNGK,BNK->BNG', content, key, **f32)[..., None] + nearness[..., :1]
 
   peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own_score)
   weights, own_weight = jnp.exp(scores - peak), jnp.exp(own_score - peak)
   mass = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
-  total = jnp.einsum('BNGC,BNCV->BNGV', weights.astype(dtype), state.values, **f32)
+  total = xla.einsum_of_few_rows(
+    'BNGC,BNCV->BNGV', weights.astype(dtype), state.values, jnp.float32
+  )
   out = ((total + own_weight * value[:, :, None]) / mass).astype(dtype)
 
   put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=oldest, axis=2)
