@@ -1,5 +1,7 @@
 """Programs for one platform have the values and gradients of the plain ones, on every platform."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,16 @@ def test_gradients_of_products(equation, gradients):
   out, pull_back = jax.vjp(lambda x, y: jnp.einsum(equation, x, y), x, y)
   g = jax.random.normal(keys[2], out.shape)
   assert_close(gradients(equation, x, y, g), pull_back(g))
+
+
+@pytest.mark.parametrize('equation', [*EQUATIONS, 'BNGJ,BNJV->BNGV'])
+def test_products_of_few_rows(equation):
+  keys = jax.random.split(jax.random.key(0), 2)
+  shapes = EQUATIONS.get(equation, ((2, 3, 1, 5), (2, 3, 5, 4)))
+  x, y = (jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
+  plain = functools.partial(jnp.einsum, equation)
+  ours = functools.partial(xla._einsum_of_copies, equation, dtype=None)
+  assert_close(jax.jvp(ours, (x, y), (x, y)), jax.jvp(plain, (x, y), (x, y)))
 
 
 @pytest.mark.parametrize('shape', [(3,), (2, 3, 4), (1, 1)])

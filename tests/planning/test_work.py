@@ -1,18 +1,22 @@
 """What is read from a compiled program: loops, products, bytes, and the parts they belong to."""
 
 import pathlib
+import re
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from programs import EIGHT_CORES, parse, program_text
 
 from tvq_t5x.planning import hlo, parts
 from tvq_t5x.planning.collectives import Traffic
 from tvq_t5x.planning.work import Work, work_of
+from tvq_t5x.training import compilation, optimizers
+from tvq_t5x.training.partitioning import Partitioner
 
 # As libtpu writes it, shortened: a loop of 3, whose counter takes steps of 2, in a loop of 4, with
 # a matrix product and an all-reduce in the inner one.
@@ -213,6 +217,17 @@ def test_a_compiled_loop_over_eight_devices():
 )
 def test_an_operation_belongs_to_the_scope_that_it_was_traced_in(op_name, part):
   assert parts.part_of(op_name, ['attention_0', 'mlp']) == part
+
+
+@pytest.mark.parametrize('attention_type', ['vq', 'quadratic'])
+def test_every_matrix_product_of_an_update_is_in_a_part_of_the_model(attention_type):
+  model = util.small_model(optimizers.adamw(0.1), attention_type=attention_type, **util.LIGHT)
+  lowered = compilation.lower_train_step(model, Partitioner(), 8, 8, 8)
+  names = set(re.findall(r'loc\("([^"]*/dot_general)"', lowered.as_text(debug_info=True)))
+  found = {parts.part_of(name, ['attention_0', 'mlp_0']) for name in names}
+  expected = {'attention scores', 'attention values', 'projections', 'logits and loss'}
+  expected |= {'cache', 'quantizer'} if attention_type == 'vq' else set()
+  assert found - {'norm'} == expected  # On CPU, sums of the norms' gradients are products, too.
 
 
 def test_cycles_are_those_of_the_parts_and_of_copies():

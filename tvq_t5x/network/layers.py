@@ -59,14 +59,22 @@ def _gather(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
   """The whole kernel on devices that share the batch and, by its 'embed' axis, the parameters.
 
   Said here, it is one collective a kernel, of the dtype of the product; some compilers would else
-  pass the parts around step by step within each product. The gradient is shared out again.
+  pass the parts around step by step within each product. So is the sum of the gradient, which is
+  shared out again.
   """
-  return with_sharding_constraint(kernel, tuple(None if x == 'embed' else x for x in axes))
+  if 'embed' not in axes:
+    return kernel
+  at = axes.index('embed')
+  # Along the first axis, the parts lie one after the other in memory as they arrive.
+  kernel = with_sharding_constraint(
+    jnp.moveaxis(kernel, at, 0), (None, *axes[:at], *axes[at + 1 :])
+  )
+  return jnp.moveaxis(kernel, 0, at)
 
 
 _gather.defvjp(
   lambda axes, kernel: (_gather(axes, kernel), None),
-  lambda axes, _, g: (with_sharding_constraint(g, axes),),
+  lambda axes, _, g: (with_sharding_constraint(_gather(axes, g), axes),),
 )
 
 
@@ -99,10 +107,11 @@ class Einsum(nn.Module):
     kernel = nn_partitioning.param_with_axes(
       'kernel', kernel_init, tuple(self.shape), jnp.float32, axes=tuple(self.axes)
     )
-    kernel = kernel.astype(self.dtype)
+    kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
     if xla.in_training():
-      kernel = _gather(tuple(self.axes), kernel)
-    y = xla.einsum(self.equation, x.astype(self.dtype), kernel)
+      y = xla.einsum(self.equation, x, _gather(tuple(self.axes), kernel))
+    else:
+      y = xla.einsum_of_few_rows(self.equation, x, kernel)
     if not self.use_bias:
       return y
     bias = nn_partitioning.param_with_axes(
@@ -146,7 +155,13 @@ def dropout(
   draw = functools.partial(jax.random.bernoulli, p=jnp.float32(1.0 - rate), shape=shape)
   for _ in range(num_axes):
     draw = jax.vmap(draw)
-  return jnp.where(draw(keys), x / (1.0 - rate), jnp.zeros_like(x))
+  kept = draw(keys)
+  if position is None:
+    return kept.astype(x.dtype) * x / (1.0 - rate)  # No mask of all positions is kept.
+  if xla.platform() != 'cpu':
+    # Masks are drawn once, not again within each product before and after them.
+    kept, x = jax.lax.optimization_barrier((kept, x))
+  return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 class Embedding(nn.Module):
@@ -171,7 +186,8 @@ class Embedding(nn.Module):
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits [B, T, W] float32, without bias, of features [B, T, D]."""
-    return jnp.einsum('BTD,WD->BTW', x.astype(jnp.float32), self.embedding)
+    table = _gather(('vocab', 'embed'), self.embedding) if xla.in_training() else self.embedding
+    return jnp.einsum('BTD,WD->BTW', x.astype(jnp.float32), table)
 
 
 class Logits(nn.Module):

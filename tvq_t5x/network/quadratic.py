@@ -187,12 +187,13 @@ def _attend(
 ) -> jax.Array:
   """`quadratic_attention` with the scores of all pairs."""
   num_queries, num_keys = queries.content.shape[1], keys.shape[1]
-  scores = xla.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, jnp.float32)
-  scores = scores + key_nearness(queries.position, distances, num_keys)
-  query = jnp.arange(num_keys - num_queries, num_keys)[:, None]
-  key = jnp.arange(num_keys)[None, :]
-  visible = (key <= query) & (key >= num_empty[:, None, None, None, None])
-  scores = jnp.where(visible, scores, MASKED)
+  with jax.named_scope('scores'):
+    scores = xla.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, jnp.float32)
+    scores = scores + key_nearness(queries.position, distances, num_keys)
+    query = jnp.arange(num_keys - num_queries, num_keys)[:, None]
+    key = jnp.arange(num_keys)[None, :]
+    visible = (key <= query) & (key >= num_empty[:, None, None, None, None])
+    scores = jnp.where(visible, scores, MASKED)
   out = softmax_average('BNGTS,BNSV->BNGTV', [scores], [jnp.swapaxes(values, 1, 2)])
   return jnp.moveaxis(out, 3, 1)
 
@@ -214,11 +215,13 @@ def all_pairs_attention(
     [B, T, N, G, V] in the dtype of the values; without meaning for a sequence without tokens.
   """
   f32 = {'preferred_element_type': jnp.float32}
-  scores = jnp.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, **f32)
-  scores = scores + nearness_both_ways(queries.position, distances)
-  scores = jnp.where(mask[:, None, None, None] > 0, scores, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  return jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32).astype(values.dtype)
+  with jax.named_scope('scores'):
+    scores = jnp.einsum('BTNGK,BSNK->BNGTS', queries.content, keys, **f32)
+    scores = scores + nearness_both_ways(queries.position, distances)
+    scores = jnp.where(mask[:, None, None, None] > 0, scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  with jax.named_scope('values'):
+    return jnp.einsum('BNGTS,BSNV->BTNGV', weights, values, **f32).astype(values.dtype)
 
 
 def token_attention(
@@ -259,14 +262,16 @@ def token_attention(
   in_order = jnp.pad(in_order, [(0, 0)] * 3 + [(max(length - reach, 0), 0)])
   empty = jnp.arange(length) < length - position[:, None, None, None]
   in_order = jnp.where(empty, MASKED, in_order)
-  scores = jnp.einsum('BNGK,BNCK->BNGC', content, state.keys, **f32)
+  scores = xla.einsum_of_few_rows('BNGK,BNCK->BNGC', content, state.keys, jnp.float32)
   scores = scores + jnp.roll(in_order, oldest, axis=-1)
   own_score = jnp.einsum('BNGK,BNK->BNG', content, key, **f32)[..., None] + nearness[..., :1]
 
   peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own_score)
   weights, own_weight = jnp.exp(scores - peak), jnp.exp(own_score - peak)
   mass = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
-  total = jnp.einsum('BNGC,BNCV->BNGV', weights.astype(dtype), state.values, **f32)
+  total = xla.einsum_of_few_rows(
+    'BNGC,BNCV->BNGV', weights.astype(dtype), state.values, jnp.float32
+  )
   out = ((total + own_weight * value[:, :, None]) / mass).astype(dtype)
 
   put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=oldest, axis=2)

@@ -37,22 +37,25 @@ def _average(equation, scores, values):
 
 
 def _average_fwd(equation, scores, values):
-  peak = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
-  peak = save_for_backward(jax.lax.stop_gradient(peak))
-  weights = [jnp.exp(x - peak) for x in scores]
-  mass = save_for_backward(sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights))
-  weights = [(x * (1.0 / mass)).astype(v.dtype) for x, v in zip(weights, values, strict=True)]
-  totals = [
-    jnp.einsum(equation, x, v, preferred_element_type=jnp.float32)
-    for x, v in zip(weights, values, strict=True)
-  ]
-  out = save_for_backward(functools.reduce(jnp.add, totals).astype(values[0].dtype))
+  with jax.named_scope('scores'):
+    peak = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
+    peak = save_for_backward(jax.lax.stop_gradient(peak))
+    weights = [jnp.exp(x - peak) for x in scores]
+    mass = save_for_backward(sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights))
+    weights = [(x * (1.0 / mass)).astype(v.dtype) for x, v in zip(weights, values, strict=True)]
+  with jax.named_scope('values'):
+    totals = [
+      jnp.einsum(equation, x, v, preferred_element_type=jnp.float32)
+      for x, v in zip(weights, values, strict=True)
+    ]
+    out = save_for_backward(functools.reduce(jnp.add, totals).astype(values[0].dtype))
   return out, (weights, values, out)
 
 
 _average_in_training = jax.custom_vjp(_average, nondiff_argnums=(0,))
 
 
+@jax.named_scope('values')
 def _average_bwd(equation, residuals, g):
   weights, values, out = residuals
   left, right, result = xla.operands(equation)

@@ -6,6 +6,8 @@ loss, some have a backward program of their own, that JAX can't differentiate fo
 """
 
 import functools
+import math
+import os
 from typing import Any
 
 import jax
@@ -94,6 +96,43 @@ def operands(equation: str) -> tuple[str, str, str]:
   inputs, out = equation.split('->')
   left, right = inputs.split(',')
   return left, right, out
+
+
+# How many rows a TPU's matrix units multiply in the time of one.
+_TPU_ROWS = 8
+
+
+def einsum_of_few_rows(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+  """`jnp.einsum` where x may have a single row to multiply y with, as while tokens are generated.
+
+  XLA on TPU would do that outside of the matrix units, in several times the time that it takes to
+  read y: there, few rows come with copies of themselves. Not for training.
+
+  Args:
+    equation: einsum's; rows are the axes of x that the result has and y does not.
+    x: first operand.
+    y: second operand, of the same dtype.
+    dtype: of the result; None means that of the operands.
+
+  Returns:
+    The product.
+  """
+  left, right, out = operands(equation)
+  rows = [size for c, size in zip(left, x.shape, strict=True) if c in out and c not in right]
+  if platform() != 'tpu' or math.prod(rows) >= _TPU_ROWS:
+    return _plain_einsum(equation, x, y, dtype)
+  return _einsum_of_copies(equation, x, y, dtype)
+
+
+def _einsum_of_copies(equation, x, y, dtype):
+  left, right, out = operands(equation)
+  at = len(os.path.commonprefix([left, out]))
+  copies = jnp.broadcast_to(jnp.expand_dims(x, at), (*x.shape[:at], _TPU_ROWS, *x.shape[at:]))
+  # Without barriers, XLA would multiply without the copies.
+  copies = jax.lax.optimization_barrier(copies)
+  equation = f'{left[:at]}z{left[at:]},{right}->{out[:at]}z{out[at:]}'
+  product = jax.lax.optimization_barrier(_plain_einsum(equation, copies, y, dtype))
+  return jax.lax.index_in_dim(product, 0, at, keepdims=False)
 
 
 def scale_and_shift(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -222,7 +261,7 @@ def read_rows(*rows: jax.Array) -> list[jax.Array]:
 
 
 def depends_on(read: jax.Array, row: jax.Array) -> jax.Array:
-  """The row, which XLA on CPU can't know without `read` of the same shape: see `read_rows`.
+  """The row, which XLA can't know, or write, without `read` of the same shape: see `read_rows`.
 
   Where `read` is NaN, so is the result on CPU.
   """
@@ -230,5 +269,5 @@ def depends_on(read: jax.Array, row: jax.Array) -> jax.Array:
     read,
     row,
     cpu=lambda read, row: jnp.where(jnp.isnan(read), read.astype(row.dtype), row),
-    default=lambda read, row: row,
+    default=lambda read, row: jax.lax.optimization_barrier((read, row))[1],
   )

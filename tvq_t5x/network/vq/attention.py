@@ -247,24 +247,28 @@ def _attend(
   dtype = x.present_values.dtype
   block_len, window_len = x.present_keys.shape[-2], x.window_keys.shape[-2]
 
-  near_window, near_present = window_nearness(x.queries.position, distances)
-  in_window, in_present = window_mask(
-    block_len, window_len, x.num_empty[:, :, None, None], within_window=not config.compressed_cache
-  )
-
   def key_scores(keys, near, visible):
     scores: jax.Array = xla.einsum('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
     return jnp.where(visible, scores + near, MASKED)
 
-  scores = [
-    key_scores(x.window_keys, near_window, in_window),
-    key_scores(x.present_keys, near_present, in_present),
-  ]
+  with jax.named_scope('scores'):
+    near_window, near_present = window_nearness(x.queries.position, distances)
+    in_window, in_present = window_mask(
+      block_len,
+      window_len,
+      x.num_empty[:, :, None, None],
+      within_window=not config.compressed_cache,
+    )
+    scores = [
+      key_scores(x.window_keys, near_window, in_window),
+      key_scores(x.present_keys, near_present, in_present),
+    ]
+    if config.compressed_cache:
+      codes = codebook.astype(dtype)
+      codes = xla.einsum('BRNGLK,NSK->BRNGLS', x.queries.content, codes, jnp.float32)
+      scores.append(codes + log_counts(cache.counts)[..., None, None, :])
   values = [x.window_values, x.present_values]
   if config.compressed_cache:
-    codes = codebook.astype(dtype)
-    codes = xla.einsum('BRNGLK,NSK->BRNGLS', x.queries.content, codes, jnp.float32)
-    scores.append(codes + log_counts(cache.counts)[..., None, None, :])
     values.append(cache.means.astype(dtype))
   return softmax_average('BRNGLJ,BRNJV->BRNGLV', scores, values)
 

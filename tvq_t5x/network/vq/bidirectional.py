@@ -46,28 +46,31 @@ def bidirectional_attention(
 
   is_key = to_blocks(mask > 0)
   codes, values = to_blocks(keys.codes), to_blocks(keys.values)
-  one_hot = jax.nn.one_hot(jnp.where(is_key[..., None], codes, num_codes), num_codes, dtype=dtype)
-  counts = jnp.sum(one_hot, axis=2, dtype=jnp.float32)  # [B, R, N, S]
-  sums = jnp.einsum('BRLNS,BRLNV->BRNSV', one_hot, values, **_F32)
-  far_counts, far_sums = (jnp.sum(x, axis=1, keepdims=True) - _near(x) for x in (counts, sums))
-  far_means = far_sums / jnp.maximum(far_counts, 1.0)[..., None]
+  with jax.named_scope('cache'):
+    codes = jnp.where(is_key[..., None], codes, num_codes)
+    one_hot = jax.nn.one_hot(codes, num_codes, dtype=dtype)
+    counts = jnp.sum(one_hot, axis=2, dtype=jnp.float32)  # [B, R, N, S]
+    sums = jnp.einsum('BRLNS,BRLNV->BRNSV', one_hot, values, **_F32)
+    far_counts, far_sums = (jnp.sum(x, axis=1, keepdims=True) - _near(x) for x in (counts, sums))
+    far_means = far_sums / jnp.maximum(far_counts, 1.0)[..., None]
 
   content, position = (to_blocks(x) for x in queries)  # [B, R, L, N, G, K]
   near_keys, near_values, is_near = (
     _three_blocks(x) for x in (to_blocks(keys.quantized), values, is_key)
   )
-  near = jnp.einsum('BRLNGK,BRJNK->BRNGLJ', content, near_keys, **_F32)
-  near = near + _distance_terms(position, distances)
-  near = jnp.where(is_near[:, :, None, None, None], near, MASKED)
-  far = jnp.einsum('BRLNGK,NSK->BRNGLS', content, codebook.astype(content.dtype), **_F32)
-  far = far + log_counts(far_counts)[:, :, :, None, None]
-
-  peak = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (near, far)))
-  near, far = (jnp.exp(x - jax.lax.stop_gradient(peak)) for x in (near, far))
-  total = jnp.einsum('BRNGLJ,BRJNV->BRLNGV', near.astype(dtype), near_values, **_F32)
-  total = total + jnp.einsum('BRNGLS,BRNSV->BRLNGV', far, far_means)
-  mass = jnp.sum(near, axis=-1) + jnp.sum(far, axis=-1)  # [B, R, N, G, L]
-  out = total / jnp.moveaxis(mass, 4, 2)[..., None]
+  with jax.named_scope('scores'):
+    near = jnp.einsum('BRLNGK,BRJNK->BRNGLJ', content, near_keys, **_F32)
+    near = near + _distance_terms(position, distances)
+    near = jnp.where(is_near[:, :, None, None, None], near, MASKED)
+    far = jnp.einsum('BRLNGK,NSK->BRNGLS', content, codebook.astype(content.dtype), **_F32)
+    far = far + log_counts(far_counts)[:, :, :, None, None]
+    peak = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (near, far)))
+    near, far = (jnp.exp(x - jax.lax.stop_gradient(peak)) for x in (near, far))
+    mass = jnp.sum(near, axis=-1) + jnp.sum(far, axis=-1)  # [B, R, N, G, L]
+  with jax.named_scope('values'):
+    total = jnp.einsum('BRNGLJ,BRJNV->BRLNGV', near.astype(dtype), near_values, **_F32)
+    total = total + jnp.einsum('BRNGLS,BRNSV->BRLNGV', far, far_means)
+    out = total / jnp.moveaxis(mass, 4, 2)[..., None]
   return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length].astype(dtype)
 
 

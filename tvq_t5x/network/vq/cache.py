@@ -61,6 +61,7 @@ def attention_state_axes(config: TransformerConfig) -> AttentionState[PartitionS
   )
 
 
+@jax.named_scope('cache')
 def summarize(codes: jax.Array, values: jax.Array, num_codes: int) -> CompressedCache:
   """Compresses the positions of each block.
 
@@ -86,6 +87,7 @@ def merge(old: CompressedCache, new: CompressedCache) -> CompressedCache:
   return CompressedCache(counts, old_share * old.means + new_share * new.means)
 
 
+@jax.named_scope('cache')
 def caches_before_blocks(
   initial: CompressedCache, blocks: CompressedCache, reduction: Reduction
 ) -> tuple[CompressedCache, CompressedCache]:

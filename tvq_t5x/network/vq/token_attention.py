@@ -106,8 +106,9 @@ def token_attention(
   mass = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
   mass = mass + jnp.sum(cache_weights, axis=-1, keepdims=True)
 
-  total = jnp.einsum('BNGJ,BNJV->BNGV', weights.astype(dtype), state.values, **f32)
-  cached = jnp.einsum('BNGS,BNSV->BNGV', cache_weights, state.cache.means)
+  average = functools.partial(xla.einsum_of_few_rows, dtype=jnp.float32)
+  total = average('BNGJ,BNJV->BNGV', weights.astype(dtype), state.values)
+  cached = average('BNGS,BNSV->BNGV', cache_weights, state.cache.means)
   out = ((total + own_weight * value[:, :, None] + cached) / mass).astype(dtype)
 
   old_code = jax.lax.dynamic_index_in_dim(state.codes, oldest, 2, keepdims=False)
