@@ -18,6 +18,8 @@ _HELP = frozenset(f'{dashes}{name}' for dashes in ('-', '--') for name in ('help
 # The exit code of a mistake on the command line: absl's is that of a run that failed.
 _USAGE = 2
 
+_UNWRITTEN = 'the output can not be written'
+
 # Of an OSError: there is no room on the disk.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -105,13 +107,14 @@ def start(main: Callable[[Sequence[str]], int]) -> None:
     code = 0  # Who reads the output has seen enough, as `head` does.
   except OSError as e:
     # Without a number it is a library's own, which says what to do, as of a folder for caches.
-    if e.errno is not None and e.errno not in NO_ROOM:
+    if e.errno is not None and e.errno not in (*NO_ROOM, errno.EBADF):
       raise
-    code = fail(str(e), 1)
+    code = fail(str(e) if e.errno is None or e.filename else f'{_UNWRITTEN}: {e}', 1)
   except SystemExit as e:
     code = _code_of(e)
   finally:
-    code = _flush_output() or code
+    unwritten = _flush_output()
+    code = code or unwritten
     interrupts.end_at_once()  # Libraries take a moment to end, too.
   sys.exit(code)
 
@@ -125,14 +128,15 @@ def _code_of(end: SystemExit) -> int:
 
 def _open_streams() -> None:
   """Gives a process all three streams: else the next file that it opens would be one of them."""
-  for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+  # Who closed the output loses none of it in silence: the first write fails.
+  for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
     try:
       os.fstat(number)
     except OSError:
       os.open(os.devnull, mode)  # Takes the lowest number that is free.
-  for name in ('stdout', 'stderr'):
+  for number, name in ((1, 'stdout'), (2, 'stderr')):
     if getattr(sys, name) is None:
-      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
+      setattr(sys, name, open(number, 'w', encoding='utf-8', closefd=False))  # noqa: SIM115
     # Rather a code than no text at all, where the terminal lacks a character.
     getattr(sys, name).reconfigure(errors='backslashreplace')
   logging.get_absl_handler().python_handler.stream = sys.stderr
@@ -146,7 +150,7 @@ def _flush_output() -> int:
   except OSError as e:
     # Python would try again at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0 if isinstance(e, BrokenPipeError) else fail(f'the output can not be written: {e}', 1)
+    return 0 if isinstance(e, BrokenPipeError) else fail(f'{_UNWRITTEN}: {e}', 1)
 
 
 def parse_flags(args: Sequence[str]) -> list[str]:
@@ -201,6 +205,8 @@ def _show_log(handler: std_logging.Handler) -> None:
     # Orbax has several lines to say of each step of a save, and JAX of devices that are not there.
     ours = os.path.dirname(os.path.dirname(__file__))
     handler.addFilter(lambda r: r.levelno > std_logging.INFO or r.pathname.startswith(ours))
+    # Orbax logs what its threads raise, and raises it again where the save is waited for.
+    handler.addFilter(lambda r: not (r.exc_info and f'{os.sep}orbax{os.sep}' in r.pathname))
 
 
 def check_output(flag: str, path: str | None) -> None:

@@ -1,6 +1,7 @@
 """The options of `python -m tvq_t5x.sample`."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -39,8 +40,10 @@ class Options:
     for name, value in (('num_samples', self.num_samples), ('max_tokens', self.max_tokens)):
       if value is not None and value < 1:
         raise ConfigError(f'--{name}={value}: give a whole number of at least 1.')
-    if self.temperature is not None and self.temperature < 0:
-      raise ConfigError(f'--temperature={self.temperature}: give 0, the likeliest token, or more.')
+    if self.temperature is not None and not 0 <= self.temperature < math.inf:
+      raise ConfigError(
+        f'--temperature={self.temperature}: give 0, the likeliest token, or a larger finite number.'
+      )
     if self.top_p is not None and not 0 < self.top_p <= 1:
       raise ConfigError(f'--top_p={self.top_p}: give a share of more than 0 and at most 1.')
     if self.top_k is not None and self.top_k < 0:
@@ -52,7 +55,9 @@ class Options:
     for name, path in (('prompt_file', self.prompt_file), ('state_in', self.state_in)):
       if (name, path) == ('prompt_file', '-'):
         continue
-      if path is not None and (not os.path.exists(path) or os.path.isdir(path)):
+      if path is not None and os.path.isdir(path):
+        raise ConfigError(f'--{name}={path} is a folder: give a file.')
+      if path is not None and not os.path.exists(path):
         raise ConfigError(f'--{name}={path}: there is no such file.')
     if self.score and not self.prompt and not self.prompt_file:
       raise ConfigError('--score: say what to score with --prompt or --prompt_file.')

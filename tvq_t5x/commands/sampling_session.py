@@ -81,7 +81,10 @@ def _begin(lm: LanguageModel, batch_size: int = 1) -> _Session:
 
 
 def _load(lm: LanguageModel, path: str) -> _Session:
-  state = lm.load_state(path)
+  try:
+    state = lm.load_state(path)
+  except ConfigError as e:  # It begins with the path.
+    raise ConfigError(f'--state_in={e}') from e
   begun = np.asarray(state.decoder.position) > 0
   saved = state_files.load_undecoded(path)
   return _Session(state, [x if b else None for x, b in zip(saved, begun, strict=True)])
@@ -274,11 +277,21 @@ def _write_records(
 
 
 @contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+  """Gives the path to an error of writing, which has none."""
+  try:
+    yield
+  except OSError as e:
+    raise e if e.filename else OSError(e.errno, e.strerror, path) from e
+
+
+@contextlib.contextmanager
 def _json(options: Options) -> Iterator[Callable[[dict[str, Any]], None]]:
   """A function that writes a record to where --json says, if anywhere."""
   with contextlib.ExitStack() as stack:
     file = None
     if options.json not in (None, '-'):
+      stack.enter_context(_naming(options.json))
       file = stack.enter_context(open(options.json, 'w', encoding='utf-8'))
 
     def write(record: dict[str, Any]) -> None:
@@ -322,7 +335,8 @@ def _score(lm: LanguageModel, session: _Session, options: Options, prompts: _Pro
         after, last = score.state, np.concatenate([last, score.tokens])[-_LAST:]
       nats, tokens, size = float(sums[0]), int(sums[1]), int(sums[2])
       if not tokens:
-        raise ConfigError(f'{"--prompt" if options.prompt else source}: there is no text to score.')
+        flag = '--prompt' if options.prompt else f'--prompt_file={source}'
+        raise ConfigError(f'{flag}: there is no text to score.')
       values = {
         'nats': nats,
         **({'bits_per_byte': nats / math.log(2.0) / size} if size else {}),

@@ -91,9 +91,9 @@ def is_seed(value: Any) -> TypeGuard[int]:
 
 
 def reason(error: BaseException) -> str:
-  """The innermost message, on one short line."""
+  """The innermost message, on one short line: of a long one, both ends, the last is the cause."""
   while error.__cause__ is not None:
     error = error.__cause__
   lines = str(error).strip().splitlines() or [type(error).__name__]
-  text = lines[0] if len(lines[0]) <= 200 else f'{lines[0][:197]}...'
+  text = lines[0] if len(lines[0]) <= 200 else f'{lines[0][:98]}...{lines[0][-99:]}'
   return text if text.endswith('.') else f'{text}.'

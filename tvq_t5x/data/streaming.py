@@ -68,6 +68,10 @@ def training_dataset(cfg: DatasetConfig, shard_id: int = 0, num_shards: int = 1)
   tokens = _task(cfg, _CARRY_STATE).read(cfg.split).tokens
   length, rows = cfg.task_feature_lengths['targets'], cfg.batch_size
   size = -(-len(tokens) // length)
+  if rows > size:
+    raise ConfigError(
+      'DatasetConfig.batch_size', rows, f'at most {size}, the sequences of {cfg.split!r}'
+    )
 
   def arrays(place: np.ndarray) -> tuple[np.ndarray, ...]:
     batch, row = divmod(int(place), rows)
@@ -103,6 +107,12 @@ def evaluation_batches(
   """
   datasets.validate(cfg, feature_converter_cls)
   tokens = _task(cfg, '--carry_state').read(cfg.split).tokens
+  if cfg.batch_size > len(tokens):
+    raise ConfigError(
+      'DatasetConfig.batch_size',
+      cfg.batch_size,
+      f'at most {len(tokens)}, the tokens of {cfg.split!r}, with --carry_state',
+    )
   return _batches(tokens, cfg.batch_size, cfg.task_feature_lengths['targets'])
 
 

@@ -17,6 +17,12 @@ from tvq_t5x.data.text_corpus import Document, Oddities, TextCorpus
 
 # Tokens of short documents that are passed on together.
 _PIECE = 1 << 16
+# What says where the files of a split are.
+_SETTINGS = {
+  'train': 'TEXT_FILES (or --data_dir)',
+  'validation': 'TEXT_VALIDATION_FILES',
+  'test': 'TEXT_TEST_FILES',
+}
 
 
 class TextTask(token_cache.CachedTask):
@@ -55,7 +61,9 @@ class TextTask(token_cache.CachedTask):
     if any(any(document.blocks()) for document in corpus.read(split)):
       return
     if split in corpus.sources and (split != 'train' or not corpus.held_out):
-      raise ConfigError(f'The files of {split!r} have no text.')
+      raise ConfigError(f'{_SETTINGS[split]}: the files of {split!r} have no text.')
+    if not any(any(document.blocks()) for document in corpus.read('train')):
+      raise ConfigError(f'{_SETTINGS["train"]}: the files have no text.')
     raise ConfigError(
       f'{split!r} has no text: there are too few documents to hold some out. Give TEXT_DOCUMENTS = '
       "'lines', or TEXT_HOLD_OUT = 'ends' for files, or a larger TEXT_HELD_OUT_SHARE than "

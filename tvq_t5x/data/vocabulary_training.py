@@ -111,7 +111,7 @@ def _refusal(error: RuntimeError, vocab_size: int) -> Exception:
       f'--vocab_size={found[1]} or more.'
     )
   if 'sentences_.empty()' in str(error):
-    return ConfigError('there is no text to train on')
+    return ConfigError('there is no text to train on: give another --input or --task')
   return error
 
 

@@ -386,7 +386,7 @@ class LanguageModel:
       len(undecoded) != number or not all(isinstance(x, bytes) for x in undecoded)
     ):
       raise ConfigError(f'undecoded = {undecoded!r}: give bytes for each of {number} sequences.')
-    state_files.save(path, state, self.loaded, undecoded)
+    state_files.save(arguments.path('path', path), state, self.loaded, undecoded)
 
   @jax_modes.usual()
   def load_state(self, path: str | os.PathLike[str]) -> GenerationState:

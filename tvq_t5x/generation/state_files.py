@@ -37,10 +37,13 @@ def save(
   """
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
   arrays = {named_arrays.array_name(path): _as_numbers(x) for path, x in leaves}
-  with files.replacing(path) as f:
-    about = _about(loaded)
-    about['undecoded'] = [x.hex() for x in undecoded or [b''] * len(state.token)]
-    np.savez(f, **arrays, **{_ABOUT: np.asarray(json.dumps(about))})
+  about = _about(loaded)
+  about['undecoded'] = [x.hex() for x in undecoded or [b''] * len(state.token)]
+  try:
+    with files.replacing(path) as f:
+      np.savez(f, **arrays, **{_ABOUT: np.asarray(json.dumps(about))})
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as e:
+    raise ConfigError(f'{path} can not be written: {e.strerror}. Give the path of a file.') from e
 
 
 def load(path: str | os.PathLike[str], loaded: Loaded) -> GenerationState:

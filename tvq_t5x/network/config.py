@@ -71,17 +71,16 @@ _ENUMS = {
   'reduction': Reduction,
   'remat': Remat,
 }
-_POSITIVE = (
-  'vocab_size',
-  'emb_dim',
-  'num_heads',
-  'key_dim',
-  'num_layers',
-  'num_codes',
-  'block_len',
-  'window_len',
-  'kv_cache_len',
-)
+# Positive integers, and what is more than any machine has room for.
+_MOST = {
+  **dict.fromkeys(
+    ('emb_dim', 'num_heads', 'key_dim', 'value_dim', 'mlp_dim', 'num_codes'), 1_000_000
+  ),
+  **dict.fromkeys(('block_len', 'window_len', 'kv_cache_len'), 1_000_000_000),
+  'vocab_size': 100_000_000,
+  'num_layers': 1000,
+}
+_OPTIONAL = frozenset({'value_dim', 'mlp_dim'})
 # A replaced code counts as used twice as much as the share below which it was replaced.
 MOST_REPLACED = 0.5
 _RATES = ('sinusoid_dropout_rate', 'residual_dropout_rate', 'layer_drop_rate')
@@ -186,10 +185,12 @@ class TransformerConfig:
     if self.dtype not in (jnp.float32, jnp.bfloat16):
       raise _error('dtype', str(self.dtype), "'float32' or 'bfloat16'")
     self._check_sublayers()
-    for name in (*_POSITIVE, 'value_dim', 'mlp_dim'):
+    for name, most in _MOST.items():
       value = getattr(self, name)
-      if not is_count(value) and (name in _POSITIVE or value is not None):
-        raise _error(name, value, 'a positive integer')
+      if value is None and name in _OPTIONAL:
+        continue
+      if not is_count(value) or value > most:
+        raise _error(name, value, f'a positive integer of at most {most:,}')
     for name in _RATES:
       if not 0.0 <= getattr(self, name) < 1.0:
         raise _error(name, getattr(self, name), 'a rate in [0, 1)')

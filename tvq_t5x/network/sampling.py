@@ -41,7 +41,9 @@ class SamplingConfig:
       if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f'SamplingConfig.{name}', value, 'a number')
     if not 0 <= self.temperature < float('inf'):
-      raise ConfigError(f'SamplingConfig.temperature = {self.temperature}: give 0 or more.')
+      raise ConfigError(
+        'SamplingConfig.temperature', self.temperature, 'a finite number, 0 or more'
+      )
     if not 0 < self.top_p <= 1:
       raise ConfigError(f'SamplingConfig.top_p = {self.top_p}: give a share in (0, 1].')
     if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import pathlib
 import re
 from collections.abc import Sequence
@@ -132,9 +133,19 @@ def files_of(
       f'--gin_search_paths={",".join(search_paths)}: the config.gin in MODEL_DIR includes no '
       'files; leave it out, or give a --gin_file.'
     )
+  for module in modules:
+    if not _is_there(module):
+      raise ConfigError(f'--module={module}: there is no such module on PYTHONPATH.')
   found_file = _config_beside(path)
   found.check(parsing.read(found_file), found_file, modules)
   return [found_file]
+
+
+def _is_there(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except (ImportError, ValueError):  # No parent, or no name of a module.
+    return False
 
 
 def _candidates(checkpoint: str) -> list[pathlib.Path]:

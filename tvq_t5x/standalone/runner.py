@@ -50,6 +50,13 @@ def run(
     logging.warning(
       'The checkpoints here were written with other settings: %s', origins.with_origins(difference)
     )
+  last = max(layout.steps_in(directory), default=0)
+  if last > settings.total_steps:
+    raise errors.ConfigError(
+      'train.total_steps',
+      settings.total_steps,
+      f'at least {last}, of which {directory} has a checkpoint, or another MODEL_DIR',
+    )
   initial = None
   if settings.initial_checkpoint is not None and not layout.steps_in(directory):
     initial = run_checks.check_initial_checkpoint(settings, record)

@@ -4,6 +4,7 @@ Each factory returns an `optax.GradientTransformation` for the ordinary paramete
 `with_codebook_ema` adds the branch for the codebooks, out of reach of clipping and decay.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -43,8 +44,9 @@ def warmup_cosine(
     Learning rate as a function of the update's index.
 
   Raises:
-    ConfigError: if the warm-up does not end before the cosine does.
+    ConfigError: for a negative peak, or if the warm-up does not end before the cosine does.
   """
+  _check_rate('warmup_cosine.peak', peak)
   _check_warmup('warmup_cosine', warmup_steps, total_steps)
   return optax.warmup_cosine_decay_schedule(
     0.0 if warmup_steps else peak, peak, warmup_steps, total_steps, final_share * peak
@@ -63,12 +65,18 @@ def warmup_linear(peak: float, warmup_steps: int, total_steps: int) -> optax.Sch
     Learning rate as a function of the update's index.
 
   Raises:
-    ConfigError: if the warm-up does not end before that.
+    ConfigError: for a negative peak, or if the warm-up does not end before that.
   """
+  _check_rate('warmup_linear.peak', peak)
   _check_warmup('warmup_linear', warmup_steps, total_steps)
   rise = optax.linear_schedule(0.0, peak, warmup_steps)
   fall = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
   return optax.join_schedules([rise, fall], [warmup_steps])
+
+
+def _check_rate(setting: str, rate: optax.ScalarOrSchedule) -> None:
+  if not callable(rate) and not 0 <= rate < math.inf:
+    raise ConfigError(setting, rate, 'a finite number of at least 0')
 
 
 def _check_warmup(schedule: str, warmup_steps: int, total_steps: int) -> None:
@@ -109,7 +117,7 @@ def adamw(
   if decay_follows_rate:
     decay = optax.add_decayed_weights(weight_decay, mask=_decayed)
     scale, weight_decay = optax.chain(scale, decay), 0.0
-  return _chain(clip_norm, scale, learning_rate, weight_decay)
+  return _chain('adamw', clip_norm, scale, learning_rate, weight_decay)
 
 
 def lion(
@@ -121,7 +129,7 @@ def lion(
 ) -> optax.GradientTransformation:
   """Lion, with the same clipping and decay as `adamw`."""
   scale = optax.scale_by_lion(b1, b2)
-  return _chain(clip_norm, scale, learning_rate, weight_decay)
+  return _chain('lion', clip_norm, scale, learning_rate, weight_decay)
 
 
 def adafactor(
@@ -149,7 +157,7 @@ def adafactor(
     optax.scale_by_param_block_rms(),
   )
   scale = optax.partition({'flat': scale, 'stacked': _for_each_layer(scale)}, _stacked_labels)
-  return _chain(clip_norm, scale, learning_rate, weight_decay)
+  return _chain('adafactor', clip_norm, scale, learning_rate, weight_decay)
 
 
 def codebook_ema(decay: float) -> optax.GradientTransformation:
@@ -176,7 +184,8 @@ def codebook_labels(params: Any) -> Any:
   return _map_names(lambda names: 'codebook' if names[-1] in _CODEBOOK else 'main', params)
 
 
-def _chain(clip_norm, scale, learning_rate, weight_decay) -> optax.GradientTransformation:
+def _chain(name, clip_norm, scale, learning_rate, weight_decay) -> optax.GradientTransformation:
+  _check_rate(f'{name}.learning_rate', learning_rate)
   parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   parts += [scale, _scale_by_learning_rate(learning_rate)]
   if weight_decay:
