@@ -93,6 +93,12 @@ def test_files_do_not_take_the_place_of_closed_streams(tmp_path, closed):
     assert 'err' in done.stderr and 'log' in done.stderr
 
 
+def test_closed_output_is_no_success(tmp_path):
+  done = _in_shell(_command(tmp_path, 'print("out"); return 0'), '>&-')
+  assert done.returncode == 1 and done.stderr.startswith('error: the output can not be written')
+  assert _in_shell(_command(tmp_path, 'return 0'), '>&-').returncode == 0
+
+
 @pytest.mark.parametrize('length', [1, 100_000])
 def test_output_that_can_not_be_written_is_an_error_on_a_line(tmp_path, length):
   done = _in_shell(_command(tmp_path, f'print("x" * {length})'), '>/dev/full')

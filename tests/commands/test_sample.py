@@ -388,6 +388,9 @@ def test_pieces(call, tmp_path):
     ),
     (['--gin_search_paths=no', f'--gin_file={_TINY}'], '--gin_search_paths=no: there is no such'),
     (['--gin_search_paths=.'], '--gin_search_paths=.: the config.gin in MODEL_DIR includes no'),
+    (['--module=nope'], '--module=nope: there is no such module'),
+    (['--temperature=inf'], '--temperature=inf: give 0'),
+    ([f'--prompt_file={pathlib.Path(_TINY).parent}'], 'is a folder: give a file'),
     (['--module=tiny_task', f'--gin_file={_TINY}'], '--module=tiny_task is for the config.gin in'),
   ],
 )  # fmt: skip

@@ -76,6 +76,15 @@ def test_position_is_saved(batches, tmp_path):
     shuffled.restore(tmp_path)
 
 
+def test_more_rows_than_there_are():
+  cfg = dataclasses.replace(CFG, batch_size=SEQUENCES + 1)
+  with pytest.raises(ConfigError, match=rf'batch_size = 15 .* at most {SEQUENCES}'):
+    streaming.training_batches(cfg, TransformerVQFeatureConverter)
+  cfg = dataclasses.replace(CFG, shuffle=False, batch_size=502)
+  with pytest.raises(ConfigError, match='batch_size = 502 .* at most 501'):
+    streaming.evaluation_batches(cfg, TransformerVQFeatureConverter)
+
+
 def test_tasks_of_no_text_are_refused():
   task = seqio.Task(
     'others',

@@ -277,6 +277,12 @@ def test_a_state_of_something_else_is_refused(tiny_run, lm, tmp_path, checkpoint
   assert message.startswith(str(path)) and part in message and '\n' not in message
 
 
+def test_a_state_that_can_not_be_written_is_refused(lm, tmp_path):
+  for path in (tmp_path / 'no' / 'state.npz', tmp_path, None):
+    with pytest.raises(ConfigError, match='path'):
+      lm.save_state(path, lm.start())
+
+
 def test_what_is_no_state_is_refused(lm, tmp_path):
   with pytest.raises(ConfigError, match='there is no such file'):
     lm.load_state(tmp_path / 'none.npz')

@@ -36,6 +36,12 @@ pytestmark = pytest.mark.quick
         ('window_len', 0),
       ]
     ),
+    *(
+      (field, 10**12, ['at most']) for field in ('emb_dim', 'num_heads', 'num_layers', 'num_codes')
+    ),
+    *(
+      (field, 10**12, ['at most']) for field in ('block_len', 'window_len', 'vocab_size', 'mlp_dim')
+    ),
     ('emb_dim', 7, ['even']),
     ('sinusoid_dropout_rate', 1.0, ['[0, 1)']),
     ('residual_dropout_rate', -0.1, ['[0, 1)']),

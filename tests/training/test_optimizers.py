@@ -1,5 +1,7 @@
 """Updates against NumPy, and which parameters they leave alone."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,17 @@ def test_warmup_must_end_first(schedule, warmup, total):
   words = rf'{schedule.__name__}.warmup_steps = {warmup} .* 0 to .*total_steps - 1 = 9'
   with pytest.raises(ConfigError, match=words):
     schedule(1.0, warmup, total)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('rate', [-1.0, math.inf, math.nan])
+def test_rates_are_finite_and_not_negative(rate):
+  for name in ('adamw', 'lion', 'adafactor'):
+    with pytest.raises(ConfigError, match=f'{name}.learning_rate = .* at least 0'):
+      getattr(optimizers, name)(rate)
+  for schedule in (optimizers.warmup_cosine, optimizers.warmup_linear):
+    with pytest.raises(ConfigError, match=f'{schedule.__name__}.peak = .* at least 0'):
+      schedule(rate, 1, 2)
 
 
 @pytest.mark.quick
