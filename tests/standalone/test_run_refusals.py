@@ -53,7 +53,7 @@ def _refused(capsys, model_dir, *bindings, **macros):
 
 def test_fewer_steps_than_there_are(copied, capsys):
   before = (copied / 'config.gin').read_text()
-  message = _refused(capsys, copied, TRAIN_STEPS=4)
+  message = _refused(capsys, copied, TRAIN_STEPS=4, WARMUP_STEPS=2)
   assert 'TRAIN_STEPS' in message and 'give at least' in message and str(copied) in message
   assert (copied / 'config.gin').read_text() == before
 
