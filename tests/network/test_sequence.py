@@ -8,11 +8,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from test_attention import make_config, quantize, queries_of, random_inputs
+from test_bidirectional import draw
 from util import assert_close
 
 from tvq_t5x.network import sequence, xla
 from tvq_t5x.network.longvq.ssm import SSM
 from tvq_t5x.network.vq.attention import Keys, vq_attention
+from tvq_t5x.network.vq.bidirectional import bidirectional_attention
 from tvq_t5x.network.vq.cache import init_attention_state
 from tvq_t5x.network.vq.parts import shared_attention
 
@@ -127,6 +129,27 @@ def test_the_state_space_layer_of_parts_is_that_of_one_device(data, parts, lengt
     lambda params, u, state: layer.apply({'params': params}, u, state), random_like
   )
   assert_close(shared_by(data, parts, run)(args), jax.jit(run)(args), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('parts', [2, 8])
+def test_a_state_space_layer_that_looks_both_ways_is_that_of_one_device(parts):
+  layer, (params, u, _) = ssm_case(2, 5 * parts, bidirectional=True)
+  run = with_gradients(lambda params, u: layer.apply({'params': params}, u)[0], random_like)
+  found = shared_by(1, parts, run)((params, u))
+  assert_close(found, jax.jit(run)((params, u)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(('data', 'parts', 'projected'), [(2, 2, True), (1, 8, False)])
+def test_attention_to_all_positions_is_that_of_one_device(data, parts, projected):
+  queries, keys, distances, codebook, mask = draw(6 * parts, 2, projected)
+
+  def attend(queries, values, distances):
+    all_keys = keys._replace(values=values)
+    out = bidirectional_attention(queries, all_keys, distances, codebook, mask, 3)
+    return jnp.where(mask[..., None, None, None] > 0, out, 0)
+
+  run, args = with_gradients(attend, random_like), (queries, keys.values, distances)
+  assert_close(shared_by(data, parts, run)(args), jax.jit(run)(args), atol=3e-5)
 
 
 def test_the_state_space_layers_state_of_rows_that_end_in_any_part():
