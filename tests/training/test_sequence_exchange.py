@@ -6,12 +6,15 @@ import jax
 import optax
 import pytest
 import seqio
+from classifier_util import NUM_CLASSES
 from mesh_util import SIZES
 
+from tvq_t5x.data.classification import Format
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.planning import collectives, hlo
 from tvq_t5x.training import compilation
+from tvq_t5x.training.classifier import ClassifierModel
 from tvq_t5x.training.models import TransformerVQModel
 from tvq_t5x.training.partitioning import (
   Partitioner,
@@ -29,8 +32,11 @@ pytestmark = pytest.mark.skipif(
 def exchanged(length, **fields):
   """Executions and bytes of each kind of collective in the program of an update."""
   config = TransformerConfig(**{**SIZES, 'num_layers': 2, **fields})
-  vocabulary = seqio.PassThroughVocabulary(config.vocab_size)
-  model = TransformerVQModel(Transformer(config), vocabulary, optax.sgd(0.1))
+  vocabulary, optimizer = seqio.PassThroughVocabulary(config.vocab_size), optax.sgd(0.1)
+  if config.bidirectional:
+    model = ClassifierModel(config, Format(vocabulary, NUM_CLASSES, pair=False), optimizer)
+  else:
+    model = TransformerVQModel(Transformer(config), vocabulary, optimizer)
   rules = sequence_axis_rules(standard_logical_axis_rules(), PARTS)
   partitioner = Partitioner(PARTS, rules, jax.devices('cpu')[:PARTS])
   compiled = compilation.lower_train_step(model, partitioner, 2, length, length).compile()
@@ -45,8 +51,12 @@ def exchanged(length, **fields):
 
 @pytest.mark.parametrize(
   'fields',
-  [{'codes_from_keys': True, 'replace_below': 0.5}, {'sublayers': ('longvq', 'mlp')}],
-  ids=['vq', 'longvq'],
+  [
+    {'codes_from_keys': True, 'replace_below': 0.5},
+    {'sublayers': ('longvq', 'mlp')},
+    {'sublayers': ('vq', 'longvq'), 'bidirectional': True, 'num_layers': 1},
+  ],
+  ids=['vq', 'longvq', 'encoder'],
 )
 def test_it_does_not_grow_with_the_length(fields):
   short, long = (exchanged(length, **fields) for length in (PARTS * 8, PARTS * 32))

@@ -108,8 +108,8 @@ def _validate_sublayers(partitioner: Partitioner, config: TransformerConfig) -> 
         _SEQUENCE_PARTITIONS,
         partitioner.sequence_partitions,
         '1',
-        problem=f'is not accepted with {type(sublayer.mixer).__name__}'
-        f'{" in an encoder" * config.bidirectional}, whose positions lie on one device',
+        problem=f'is not accepted with {type(sublayer.mixer).__name__}, whose positions lie on one '
+        'device',
       )
 
 
