@@ -79,7 +79,7 @@ def _refused(capsys, model_dir, *bindings, **macros):
       ['NUM_PARTITIONS = 2', 'SEQUENCE_PARTITIONS = 4'],
       ['SEQUENCE_PARTITIONS = 4', 'the model or'],
     ),
-    (['SEQUENCE_PARTITIONS = 3'], ['Partitioner.num_partitions = 3', '1, 2, 4, 8']),
+    (['SEQUENCE_PARTITIONS = 3'], ['partitions = 3 (macro SEQUENCE_PARTITIONS)', '1, 2, 4, 8']),
     (
       ['SEQUENCE_PARTITIONS = 8'],
       ['SEQUENCE_PARTITIONS = 8', 'segments of 32', 'give one of 1, 2, 4,', 'multiple of 64'],

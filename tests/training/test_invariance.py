@@ -28,11 +28,7 @@ from tvq_t5x.training import placement
 from tvq_t5x.training.base_model import Batch, Model
 from tvq_t5x.training.classifier import ClassifierModel
 from tvq_t5x.training.models import TransformerVQModel
-from tvq_t5x.training.partitioning import (
-  Partitioner,
-  sequence_axis_rules,
-  standard_logical_axis_rules,
-)
+from tvq_t5x.training.partitioning import Partitioner, standard_logical_axis_rules
 from tvq_t5x.training.train_step import train_on_sequences
 
 BATCH_SIZE, LENGTH, UPDATE_LEN, STEPS = 8, 32, 16, 3
@@ -129,8 +125,9 @@ def train(
   model = make_model(case)
   update_len = LENGTH if model.config.bidirectional else UPDATE_LEN
   rules = standard_logical_axis_rules(1 if by_sequence else dims, dims)
-  rules = sequence_axis_rules(rules, model_axis if by_sequence else 1)
-  partitioner = Partitioner(model_axis, rules, jax.devices('cpu')[: data * model_axis])
+  partitions = (1, model_axis) if by_sequence else (model_axis, 1)
+  devices = jax.devices('cpu')[: data * model_axis]
+  partitioner = Partitioner(partitions[0], rules, devices, partitions[1])
   placement.validate(partitioner, model.config, BATCH_SIZE, num_microbatches)
   placement.validate_length(partitioner, model.config, update_len)
   shardings = placement.train_state_shardings(partitioner, model)

@@ -16,11 +16,7 @@ from tvq_t5x.planning import collectives, hlo
 from tvq_t5x.training import compilation
 from tvq_t5x.training.classifier import ClassifierModel
 from tvq_t5x.training.models import TransformerVQModel
-from tvq_t5x.training.partitioning import (
-  Partitioner,
-  sequence_axis_rules,
-  standard_logical_axis_rules,
-)
+from tvq_t5x.training.partitioning import Partitioner
 
 PARTS = 4
 
@@ -37,8 +33,7 @@ def exchanged(length, **fields):
     model = ClassifierModel(config, Format(vocabulary, NUM_CLASSES, pair=False), optimizer)
   else:
     model = TransformerVQModel(Transformer(config), vocabulary, optimizer)
-  rules = sequence_axis_rules(standard_logical_axis_rules(), PARTS)
-  partitioner = Partitioner(PARTS, rules, jax.devices('cpu')[:PARTS])
+  partitioner = Partitioner(1, devices=jax.devices('cpu')[:PARTS], sequence_partitions=PARTS)
   compiled = compilation.lower_train_step(model, partitioner, 2, length, length).compile()
   module, found = hlo.Module(hlo.module_of(compiled)), collections.Counter()
   for run in module.executions():
