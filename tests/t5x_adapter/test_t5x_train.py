@@ -81,8 +81,8 @@ def test_the_run_exercises_what_it_is_to_prove(trained):
     (['RANDOM_SEED = 4294967296'], ['random_seed = 4294967296 (macro RANDOM_SEED)', '4294967295']),
     (['RANDOM_SEED = -1'], ['random_seed = -1 (macro RANDOM_SEED)', 'from 0 to']),
     (
-      ['UPDATE_LEN = 8', 'SEQUENCE_PARTITIONS = 2'],
-      ['SEQUENCE_PARTITIONS = 2', 'segments of 8 tokens', 'give one of 1,', 'multiple of 16'],
+      ['TransformerConfig.block_len = 32', 'SEQUENCE_PARTITIONS = 2'],
+      ['SEQUENCE_PARTITIONS = 2', 'segments of 32 tokens', 'give one of 1,', 'multiple of 64'],
     ),
     (['NUM_PARTITIONS = 2', 'SEQUENCE_PARTITIONS = 2'], ['SEQUENCE_PARTITIONS = 2', 'or NUM_PART']),
     (['VOCAB_SIZE = 263'], ['TransformerConfig.vocab_size = 263', 'multiple of 2']),

@@ -161,7 +161,7 @@ def test_parameters_that_do_not_divide_are_refused(num_partitions, dims, fields,
   assert found == {
     f'TransformerConfig.{name} = {getattr(config, name)} is not accepted with data axis '
     f'{8 // num_partitions} x model axis {num_partitions} = 8 devices: give a multiple of {unit}, '
-    'or another Partitioner.num_partitions.'
+    'or another NUM_PARTITIONS.'
     for name, unit in wrong.items()
   }
 

@@ -133,7 +133,7 @@ def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) ->
       ConfigError(
         f'TransformerConfig.{field}',
         _value(config, field),
-        f'a multiple of {unit}, or another Partitioner.num_partitions',
+        f'a multiple of {unit}, or another NUM_PARTITIONS',
         problem=f'is not accepted with {partitioner.mesh_in_words()}',
       )
       for field, unit in units.items()
