@@ -82,6 +82,19 @@ def test_fewer_steps_than_there_are(copied, capsys):
       ['train_eval/datasets.DatasetConfig.batch_size = 3'],
       ['batch_size = 3 (train_eval/DatasetConfig.batch_size)', 'multiple of'],
     ),
+    (
+      ['NUM_PARTITIONS = 2', 'SEQUENCE_PARTITIONS = 4'],
+      ['SEQUENCE_PARTITIONS = 4', 'the model or'],
+    ),
+    (['SEQUENCE_PARTITIONS = 3'], ['partitions = 3 (macro SEQUENCE_PARTITIONS)', '1, 2, 4, 8']),
+    (
+      ['SEQUENCE_PARTITIONS = 8'],
+      ['SEQUENCE_PARTITIONS = 8', 'segments of 32', 'give one of 1, 2, 4,', 'multiple of 64'],
+    ),
+    (
+      ["TransformerConfig.attention_type = 'quadratic'", 'SEQUENCE_PARTITIONS = 2'],
+      ['SEQUENCE_PARTITIONS = 2', 'QuadraticAttention', 'one device', 'give 1'],
+    ),
     (['NUM_MICROBATCHES = 3'], ['train.num_microbatches = 3 (macro NUM_MICROBATCHES)']),
     (
       ['runner.train.random_seed = 9223372036854775808'],

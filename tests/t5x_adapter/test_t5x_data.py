@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import seqio
@@ -113,6 +114,24 @@ def test_other_numbers_of_hosts_go_on(tmp_path, expected, before, after):
   for host in range(after):
     found = _read(_restored(tmp_path, step, host, after), 1)
     np.testing.assert_array_equal(found[0], expected[3][host::after])
+
+
+@pytest.mark.parametrize('saved', [True, False])
+def test_hosts_that_read_the_same_go_on_together(tmp_path, expected, monkeypatch, saved):
+  """T5X saves and restores the position of the first of them; or the run was on other hosts."""
+  monkeypatch.setattr(jax, 'process_count', lambda: 4)
+  step, iterators = 3 * UPDATES, [_iterator(tmp_path, share, 2) for share in (0, 0, 1, 1)]
+  for host in (0, 2):
+    _read(iterators[host], 3)
+    if saved:
+      iterators[host].save(str(_file(tmp_path, step, host, 4)))
+  if not saved:
+    batches = _runner()
+    batches.skip(3)
+    batches.save(_file(tmp_path, step).parent)
+  for share in (0, 0, 1, 1):
+    found = _read(_iterator(tmp_path, share, 2), 2)
+    np.testing.assert_array_equal(found, [batch[share::2] for batch in expected[3:5]])
 
 
 def test_several_hosts_go_on_where_the_runner_stopped(tmp_path, expected):

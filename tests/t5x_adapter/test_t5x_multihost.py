@@ -120,6 +120,34 @@ def test_the_devices_of_each_host_share_sequences(trained, environment, tmp_path
   assert_same_metrics(tmp_path / 'run', trained)
 
 
+# On CPU, T5X's mesh has the devices of a host on its model axis, and no others.
+_ACROSS_HOSTS = """
+import runpy
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from t5x import partitioning
+
+def mesh(*args, **kwargs):
+  return Mesh(np.array(jax.devices()).reshape(1, -1), ('data', 'model'))
+
+partitioning.default_mesh = mesh
+runpy.run_module('t5x.train', run_name='__main__', alter_sys=True)
+"""
+
+
+def test_hosts_that_share_sequences_go_on_together(trained, environment, tmp_path):
+  program, folder = ['-c', _ACROSS_HOSTS], tmp_path / 'run'
+  settings = {'SEQUENCE_PARTITIONS': 2, 'CHECKPOINT_PERIOD': 2}
+  with Hosts(program, 2, tmp_path, environment, **settings) as hosts:
+    hosts.wait_for_step(folder, 4)
+  assert layout.steps_in(folder)[-1] < STEPS
+  with Hosts(program, 2, tmp_path, environment, **settings) as hosts:
+    hosts.finish()
+  assert_same_arrays(folder, trained)
+  assert_same_metrics(folder, trained)
+
+
 def test_a_host_dies_and_all_are_started_again(trained, environment, tmp_path):
   folder = tmp_path / 'run'
   with Hosts(MODULE, 2, tmp_path, environment, CHECKPOINT_PERIOD=2) as hosts:

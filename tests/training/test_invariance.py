@@ -28,11 +28,7 @@ from tvq_t5x.training import placement
 from tvq_t5x.training.base_model import Batch, Model
 from tvq_t5x.training.classifier import ClassifierModel
 from tvq_t5x.training.models import TransformerVQModel
-from tvq_t5x.training.partitioning import (
-  Partitioner,
-  sequence_axis_rules,
-  standard_logical_axis_rules,
-)
+from tvq_t5x.training.partitioning import Partitioner, standard_logical_axis_rules
 from tvq_t5x.training.train_step import train_on_sequences
 
 BATCH_SIZE, LENGTH, UPDATE_LEN, STEPS = 8, 32, 16, 3
@@ -44,7 +40,12 @@ pytestmark = pytest.mark.skipif(
 # Codes start from keys and are replaced by keys: those of the same places in the global batch.
 _LIVING = {'codes_from_keys': True, 'replace_below': 0.5}
 _CASES = {
-  'shga': ({'num_layers': 1, 'scan_layers': False, 'block_len': 2, 'window_len': 2}, 'adamw'),
+  'shga': ({'num_layers': 1, 'scan_layers': False}, 'adamw'),
+  # Short enough for eight parts.
+  'short_blocks': (
+    {'num_layers': 1, 'scan_layers': False, 'block_len': 2, 'window_len': 2},
+    'sgd',
+  ),
   # Wide enough for factored moments.
   'mha': (
     {'num_layers': 2, 'head_type': 'mha', 'num_heads': 2, 'emb_dim': 128, **_LIVING},
@@ -124,8 +125,9 @@ def train(
   model = make_model(case)
   update_len = LENGTH if model.config.bidirectional else UPDATE_LEN
   rules = standard_logical_axis_rules(1 if by_sequence else dims, dims)
-  rules = sequence_axis_rules(rules, model_axis if by_sequence else 1)
-  partitioner = Partitioner(model_axis, rules, jax.devices('cpu')[: data * model_axis])
+  partitions = (1, model_axis) if by_sequence else (model_axis, 1)
+  devices = jax.devices('cpu')[: data * model_axis]
+  partitioner = Partitioner(partitions[0], rules, devices, partitions[1])
   placement.validate(partitioner, model.config, BATCH_SIZE, num_microbatches)
   placement.validate_length(partitioner, model.config, update_len)
   shardings = placement.train_state_shardings(partitioner, model)
@@ -218,15 +220,15 @@ def test_an_encoder_is_the_same_on_every_mesh(data, model_axis, num_microbatches
 @pytest.mark.parametrize(
   ('data', 'parts', 'num_microbatches', 'dims'), [(1, 8, 1, 1), (2, 4, 2, 2), (2, 2, 1, 1)]
 )
-def test_shga_is_the_same_on_devices_that_share_sequences(data, parts, num_microbatches, dims):
-  run = train('shga', data, parts, num_microbatches, dims, by_sequence=True)
-  assert_same(run, train('shga', 1, 1, 1))
+def test_numbers_are_the_same_on_devices_that_share_sequences(data, parts, num_microbatches, dims):
+  run = train('short_blocks', data, parts, num_microbatches, dims, by_sequence=True)
+  assert_same(run, train('short_blocks', 1, 1, 1))
   shapes, other = run.shard_shapes, data if dims == 2 else 1
   assert shapes['params/layers_0/attention_0/gate/kernel'] == (32 // other, 1, 64)
   assert shapes['params/layers_0/attention_0/quantizer/c_sum'] == (1, 16, 16)
 
 
-@pytest.mark.parametrize('case', ['mha', 'longvq'])
+@pytest.mark.parametrize('case', ['mha', 'longvq', 'encoder'])
 def test_living_codes_are_the_same_on_devices_that_share_sequences(case):
   run = train(case, 2, 2, 2, by_sequence=True)
   assert_same(run, train(case, 1, 1, 1), 20 * TOLERANCE)

@@ -161,7 +161,7 @@ def test_parameters_that_do_not_divide_are_refused(num_partitions, dims, fields,
   assert found == {
     f'TransformerConfig.{name} = {getattr(config, name)} is not accepted with data axis '
     f'{8 // num_partitions} x model axis {num_partitions} = 8 devices: give a multiple of {unit}, '
-    'or another Partitioner.num_partitions.'
+    'or another NUM_PARTITIONS.'
     for name, unit in wrong.items()
   }
 
@@ -289,3 +289,36 @@ def test_a_model_too_large_for_this_machine_can_be_described():
   info = placement.describe(partitioner, model)
   assert info.num_bytes > 2**39
   assert info.num_bytes_per_device < info.num_bytes / 7
+
+
+def test_devices_that_share_sequences_have_the_whole_model():
+  partitioner = Partitioner(1, None, jax.devices('cpu')[:8], sequence_partitions=4)
+  assert dict(partitioner.mesh.shape) == {'data': 2, 'model': 4}
+  assert partitioner.sequence_partitions == 4
+  assert partitioner.spec(('batch', 'length', 'embed')) == P('data', 'model', None)
+  assert partitioner.spec(('batch', 'length', 'vocab')) == P('data', 'model', None)
+  rows = placement.describe(partitioner, small_model()).rows
+  assert all('model' not in row.spec for row in rows)
+  assert cpu_partitioner(4).sequence_partitions == 1
+
+
+@pytest.mark.parametrize(
+  ('length', 'parts'),
+  # Blocks of 4; a window of 9 is three of them.
+  [(8, '1'), (24, '1, 2'), (32, '1, 2'), (40, '1, 2'), (20, '1')],
+)
+def test_a_part_is_whole_blocks_and_no_shorter_than_the_window(length, parts):
+  partitioner = Partitioner(1, None, jax.devices('cpu')[:8], sequence_partitions=4)
+  config = small_config(window_len=9)
+  with pytest.raises(
+    ConfigError, match=f'segments of {length} .* one of {parts}, or .* multiple of 16 .* 48'
+  ):
+    placement.validate_length(partitioner, config, length)
+  placement.validate_length(partitioner, config, 48)
+  placement.validate_length(cpu_partitioner(4), config, length)
+
+
+def test_activations_that_devices_share_otherwise_are_refused():
+  rules = standard_logical_axis_rules(activation_partitioning_dims=2)
+  with pytest.raises(ConfigError, match='activation_partitioning_dims = 2 .* 1 with SEQUENCE_PART'):
+    Partitioner(1, rules, jax.devices('cpu')[:8], sequence_partitions=4)

@@ -28,12 +28,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     'tvq_t5x.training.classifier': ('ClassifierModel',),
     'tvq_t5x.training.models': ('TransformerVQModel', 'TransformerVQModel.predict_batch_with_aux'),
     'tvq_t5x.training.optimizers': ('adafactor', 'adamw', 'lion', 'warmup_cosine', 'warmup_linear'),
-    'tvq_t5x.training.partitioning': (
-      'Partitioner',
-      'model_axis_size',
-      'sequence_axis_rules',
-      'standard_logical_axis_rules',
-    ),
+    'tvq_t5x.training.partitioning': ('Partitioner', 'standard_logical_axis_rules'),
   }.items()
 }
 # Of these, what has settings and is called by nobody but this package: a run writes files.

@@ -74,8 +74,14 @@ class Part(NamedTuple):
   axis: str
   number: int  # P.
   index: jax.Array  # [] int32, 0 to P - 1.
+  backwards: bool = False  # Whether the last one comes first.
 
-  def after(self, first: X, x: X) -> X:
+  @property
+  def mirrored(self) -> 'Part':
+    """The same part, counted from the other end."""
+    return self._replace(index=self.number - 1 - self.index, backwards=not self.backwards)
+
+  def from_previous(self, first: X, x: X) -> X:
     """What the part before has as `x`; the first part has `first`."""
     moved = jax.tree.map(lambda leaf: self._moved(leaf, 1), x)
     return jax.tree.map(lambda a, b: jnp.where(self.index == 0, a, b), first, moved)
@@ -88,7 +94,7 @@ class Part(NamedTuple):
       x: of each part.
       merge: of what comes before n parts, and of these, with n; associative.
     """
-    total, reach = self.after(first, x), 1
+    total, reach = self.from_previous(first, x), 1
     while reach < self.number:
       earlier = jax.tree.map(functools.partial(self._moved, by=reach), total)
       merged = merge(earlier, total, reach)
@@ -128,6 +134,8 @@ class Part(NamedTuple):
   def _moved(self, x: jax.Array, by: int) -> jax.Array:
     """To each part what another one has, which comes earlier; zero where there is none."""
     pairs = [(i, i + by) for i in range(self.number - by)]
+    if self.backwards:
+      pairs = [(self.number - 1 - i, self.number - 1 - j) for i, j in pairs]
     return jax.lax.ppermute(x, self.axis, pairs)
 
 

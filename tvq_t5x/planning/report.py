@@ -178,7 +178,10 @@ def advice(x: Estimate) -> str:
     )
   partitions = 2 * mesh.shape[MODEL]
   if mesh.size % partitions == 0:
-    lines.append(f'--gin.NUM_PARTITIONS={partitions}: less of the model on each {x.chip.device}')
+    name, what = 'NUM_PARTITIONS', 'the model'
+    if program.partitioner.sequence_partitions > 1:
+      name, what = 'SEQUENCE_PARTITIONS', 'a sequence'
+    lines.append(f'--gin.{name}={partitions}: less of {what} on each {x.chip.device}')
   lines.append('a topology with more devices or more memory')
   need = words.size(x.memory.total)
   need = need if x.work is not None else f'at least {need}'

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import seqio
 import tensorflow as tf
 from absl import logging
@@ -47,7 +48,10 @@ def get_dataset(
     dataset = datasets.training_dataset(cfg, feature_converter_cls, shard_id, num_shards)
   identity = datasets.identity(cfg, carry_state)
   updates = cfg.task_feature_lengths['targets'] // update_len if update_len else 1
-  return TrainingIterator(dataset, model_dir, updates, identity)
+  iterator = TrainingIterator(dataset, model_dir, updates, identity, (shard_id, num_shards))
+  if num_shards < jax.process_count():
+    iterator.go_on()
+  return iterator
 
 
 def name_in_sequences(mixture_or_task_name: str, module: str | None = None) -> str:
@@ -85,6 +89,10 @@ def check_task(cfg: utils.DatasetConfig, model: Model) -> None:
   model.check_task(cfg.mixture_or_task_name, cfg.module)
 
 
+# The file beside a position that says of which share of the batches it is.
+_SHARE = 'share'
+
+
 class TrainingIterator(dataset_iterator.TfDatasetIterator):
   """Endless batches of one host, from the place that its run has come to.
 
@@ -94,7 +102,12 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
   """
 
   def __init__(
-    self, dataset: tf.data.Dataset, model_dir: str, updates: int, identity: dict[str, Any]
+    self,
+    dataset: tf.data.Dataset,
+    model_dir: str,
+    updates: int,
+    identity: dict[str, Any],
+    share: tuple[int, int] = (0, 1),
   ):
     """Starts at the first batch.
 
@@ -103,6 +116,7 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
       model_dir: of the run; checkpoints in other folders are other runs'.
       updates: steps that a batch gives.
       identity: of the batches, see `datasets.identity`.
+      share: which of how many shares of each batch these are.
 
     Raises:
       ConfigError: if the run's newest checkpoint has a position in other batches.
@@ -112,6 +126,7 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
     self._model_dir, self._updates = epath.Path(model_dir).resolve(), updates
     self._batches, self._first_step = 0, 0
     self._identity = identity
+    self._share = '{}-of-{}'.format(*share)
     for step in layout.steps_in(self._model_dir)[-1:]:
       self._check(layout.folder(self._model_dir, step))
 
@@ -137,6 +152,7 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
     else:
       super().save(path)
     (path.parent / layout.BATCHES).write_text(str(batches))
+    (path.parent / _SHARE).write_text(self._share)
     (path.parent / datasets.IDENTITY).write_text(datasets.identity_text(self._identity))
 
   def restore(self, filename: Any) -> None:
@@ -159,8 +175,22 @@ class TrainingIterator(dataset_iterator.TfDatasetIterator):
       super().restore(path)
       self._batches = batches
       return
-    for _ in range(batches):
+    while self._batches < batches:
       next(self)
+
+  def go_on(self) -> None:
+    """Goes to the position of the run's newest checkpoint.
+
+    Of the hosts that share a model or sequences, and so read the same, T5X has one save its
+    position, and restores that one's only.
+    """
+    for step in layout.steps_in(self._model_dir)[-1:]:
+      position = layout.folder(self._model_dir, step) / layout.DATASET
+      same = (
+        x.parent for x in position.glob(f'process_*/{_SHARE}') if x.read_text() == self._share
+      )
+      files = [x.with_suffix('') for folder in same for x in folder.glob('*.index')]
+      self.restore(files[0] if files else position / 'none')
 
 
 def _checkpoint(file: epath.Path) -> epath.Path:

@@ -69,13 +69,6 @@ class CheckedTrainer(TrainingSettings):
         seed,
         f'a whole number from 0 to {2**32 - 1}, as T5X takes any other for one of these, or None',
       )
-    if self.partitioner.get_data_layout().num_shards < jax.process_count():
-      raise ConfigError(
-        'PjitPartitioner.num_partitions (NUM_PARTITIONS, SEQUENCE_PARTITIONS) spreads a model or a '
-        'sequence over several hosts, of which T5X would restore the position in the data on the '
-        'first only: give at most the devices of a host, '
-        f'{jax.local_device_count()}.'
-      )
     if self.partitioner.mesh.axis_names == (partitioning.DATA, partitioning.MODEL):
       self.check_placement(_Placement(self.partitioner))
 

@@ -135,29 +135,34 @@ class Partitioner:
     num_partitions: int = 1,
     logical_axis_rules: Iterable[tuple[str, str | None]] | None = None,
     devices: Sequence[jax.Device] | None = None,
+    sequence_partitions: int = 1,
   ):
     """Creates the mesh.
 
     Args:
-      num_partitions: size of the 'model' axis; the other devices share the batch.
+      num_partitions: devices that share the model, on the 'model' axis; the others share the batch.
       logical_axis_rules: None means `standard_logical_axis_rules()`.
       devices: of the mesh; None means all.
+      sequence_partitions: devices that share each sequence, in place of the model.
 
     Raises:
-      ConfigError: if num_partitions does not divide the number of devices.
+      ConfigError: if a number of partitions does not divide the number of devices, or neither is 1.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if not is_count(num_partitions) or len(devices) % num_partitions:
-      raise ConfigError(
-        'Partitioner.num_partitions',
-        num_partitions,
-        f'one of {_join(_divisors(len(devices)))}',
-        problem=f'is not accepted with {len(devices)} devices',
-      )
+    sizes = {'num_partitions': num_partitions, 'sequence_partitions': sequence_partitions}
+    for name, size in sizes.items():
+      if not is_count(size) or len(devices) % size:
+        raise ConfigError(
+          f'Partitioner.{name}',
+          size,
+          f'one of {_join(_divisors(len(devices)))}',
+          problem=f'is not accepted with {len(devices)} devices',
+        )
     if logical_axis_rules is None:
       logical_axis_rules = standard_logical_axis_rules()
-    self.logical_axis_rules: LogicalAxisRules = tuple((a, b) for a, b in logical_axis_rules)
-    shape = (len(devices) // num_partitions, num_partitions)
+    size = model_axis_size(num_partitions, sequence_partitions)
+    self.logical_axis_rules = sequence_axis_rules(logical_axis_rules, sequence_partitions)
+    shape = (len(devices) // size, size)
     self.mesh = Mesh(
       mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), (DATA, MODEL)
     )

@@ -108,8 +108,8 @@ def _validate_sublayers(partitioner: Partitioner, config: TransformerConfig) -> 
         _SEQUENCE_PARTITIONS,
         partitioner.sequence_partitions,
         '1',
-        problem=f'is not accepted with {type(sublayer.mixer).__name__}'
-        f'{" in an encoder" * config.bidirectional}, whose positions lie on one device',
+        problem=f'is not accepted with {type(sublayer.mixer).__name__}, whose positions lie on one '
+        'device',
       )
 
 
@@ -133,7 +133,7 @@ def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) ->
       ConfigError(
         f'TransformerConfig.{field}',
         _value(config, field),
-        f'a multiple of {unit}, or another Partitioner.num_partitions',
+        f'a multiple of {unit}, or another NUM_PARTITIONS',
         problem=f'is not accepted with {partitioner.mesh_in_words()}',
       )
       for field, unit in units.items()

@@ -206,7 +206,7 @@ class LongVQ(Mixer):
   @property
   def shares_sequences(self) -> bool:
     """As its attention and its state-space layer do."""
-    return not self.config.bidirectional and self.attention != AttentionKind.QUADRATIC
+    return self.attention != AttentionKind.QUADRATIC
 
   @nn.nowrap
   def init_state(self, batch_size: int) -> LongVQState:

@@ -90,9 +90,11 @@ class SSM(nn.Module):
 
   def _both_ways(self, u: jax.Array, modes: '_Modes') -> jax.Array:
     """One circular convolution of length 2T with what came before and what comes after."""
-    length = u.shape[1]
-    past = _kernel(modes.c * modes.b, modes.a, length)
-    future = _kernel(self._parameter_c('c2', u.shape[-1]) * modes.b, modes.a, length)
+    length, ahead = u.shape[1], modes._replace(c=self._parameter_c('c2', u.shape[-1]))
+    if sequence.num_parts(length) > 1:
+      function = functools.partial(_filter_part_both_ways, chunk_len=self.chunk_len)
+      return sequence.on_parts(function, u, (), (modes, ahead))[0]
+    past, future = (_kernel(x.c * x.b, x.a, length) for x in (modes, ahead))
     # Entry 2T - 1 - j reaches j + 1 positions ahead.
     kernel = jnp.concatenate([past, jnp.flip(future, axis=-1)], axis=-1)
     return _convolve(u, kernel) + modes.d * u
@@ -209,17 +211,43 @@ def _filter_part(
 ) -> tuple[jax.Array, jax.Array]:
   """One part of sequences that devices share; the states are those before the whole sequences."""
   before, lengths = states
-  length = u.shape[1]
-  owner, lengths = part.ends(lengths, length)
-
-  def merge(old, new, num_parts):
-    return jnp.exp(modes.a * (length * num_parts)) * old + new
-
-  before = part.before_each(before, _absorb_chunks(u, modes, chunk_len), merge)
+  owner, lengths = part.ends(lengths, u.shape[1])
+  before = _state_before(part, u, before, modes, chunk_len)
   y, after = filter_chunks(u, before, modes, chunk_len)
   if lengths is not None:
     after = state_after(u, before, modes, lengths)
   return y, part.of_owner(owner, after)
+
+
+def _filter_part_both_ways(
+  part: Part, u: jax.Array, states: tuple[()], shared: tuple[_Modes, _Modes], chunk_len: int
+) -> tuple[jax.Array, tuple[()]]:
+  """One part of sequences that devices share, with the modes that look back and ahead."""
+  del states
+  modes, ahead = shared
+  empty = jnp.zeros((u.shape[0], *modes.a.shape), jnp.complex64)
+  before = _state_before(part, u, empty, modes, chunk_len)
+  past, _ = filter_chunks(u, before, modes, chunk_len)
+  u = jnp.flip(u, axis=1)
+  after = _state_before(part.mirrored, u, empty, ahead, chunk_len)
+  ahead = ahead._replace(d=jnp.zeros_like(ahead.d))
+  future, _ = filter_chunks(u, after, ahead, chunk_len)
+  # From the next position on: each has what the one after it reads.
+  of_next = jnp.einsum('BDn,Dn->BD', after, ahead.c).real[:, None]
+  future = jnp.concatenate([of_next, future[:, :-1]], axis=1)
+  return past + jnp.flip(future, axis=1), ()
+
+
+def _state_before(
+  part: Part, u: jax.Array, first: jax.Array, modes: _Modes, chunk_len: int
+) -> jax.Array:
+  """The state [B, D, n] before a part, of which `first` is that before the first one."""
+  length = u.shape[1]
+
+  def merge(old, new, num_parts):
+    return jnp.exp(modes.a * (length * num_parts)) * old + new
+
+  return part.before_each(first, _absorb_chunks(u, modes, chunk_len), merge)
 
 
 def _absorb_chunks(u: jax.Array, modes: _Modes, chunk_len: int) -> jax.Array:

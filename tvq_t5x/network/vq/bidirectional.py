@@ -4,10 +4,14 @@ A query attends to the keys of its block and of both neighbours, and to everythi
 by code, under one softmax. What is compressed for a block is the sequence less those three blocks.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from tvq_t5x.network import sequence
 from tvq_t5x.network.attention import MASKED, Queries
+from tvq_t5x.network.sequence import Part
 from tvq_t5x.network.vq.attention import Keys, log_counts
 
 _F32 = {'preferred_element_type': jnp.float32}
@@ -35,6 +39,23 @@ def bidirectional_attention(
   Returns:
     [B, T, N, G, V] in the dtype of the values; without meaning for a sequence without tokens.
   """
+  args = queries, keys, mask
+  attend = functools.partial(_attend, block_len=block_len)
+  if sequence.num_parts(mask.shape[1], unit=block_len) == 1:
+    return attend(None, args, (), (distances, codebook))[0]
+  return sequence.on_parts(attend, args, (), (distances, codebook))[0]
+
+
+def _attend(
+  part: Part | None,
+  sequences: tuple[Queries, Keys, jax.Array],
+  states: tuple[()],
+  shared: tuple[jax.Array, jax.Array],
+  block_len: int,
+) -> tuple[jax.Array, tuple[()]]:
+  """`bidirectional_attention` of all positions, or of the part of a device."""
+  del states
+  (queries, keys, mask), (distances, codebook) = sequences, shared
   length, num_codes = mask.shape[1], codebook.shape[1]
   block_len = min(block_len, length)
   padding = -length % block_len
@@ -51,17 +72,17 @@ def bidirectional_attention(
     one_hot = jax.nn.one_hot(codes, num_codes, dtype=dtype)
     counts = jnp.sum(one_hot, axis=2, dtype=jnp.float32)  # [B, R, N, S]
     sums = jnp.einsum('BRLNS,BRLNV->BRNSV', one_hot, values, **_F32)
-    far_counts, far_sums = (jnp.sum(x, axis=1, keepdims=True) - _near(x) for x in (counts, sums))
+    far_counts, far_sums = (_total(x, part) - sum((x, *_beside(x, part))) for x in (counts, sums))
     far_means = far_sums / jnp.maximum(far_counts, 1.0)[..., None]
 
   content, position = (to_blocks(x) for x in queries)  # [B, R, L, N, G, K]
   near_keys, near_values, is_near = (
-    _three_blocks(x) for x in (to_blocks(keys.quantized), values, is_key)
+    _three_blocks(x, part) for x in (to_blocks(keys.quantized), values, is_key.astype(jnp.int32))
   )
   with jax.named_scope('scores'):
     near = jnp.einsum('BRLNGK,BRJNK->BRNGLJ', content, near_keys, **_F32)
     near = near + _distance_terms(position, distances)
-    near = jnp.where(is_near[:, :, None, None, None], near, MASKED)
+    near = jnp.where(is_near[:, :, None, None, None] > 0, near, MASKED)
     far = jnp.einsum('BRLNGK,NSK->BRNGLS', content, codebook.astype(content.dtype), **_F32)
     far = far + log_counts(far_counts)[:, :, :, None, None]
     peak = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (near, far)))
@@ -71,24 +92,28 @@ def bidirectional_attention(
     total = jnp.einsum('BRNGLJ,BRJNV->BRLNGV', near.astype(dtype), near_values, **_F32)
     total = total + jnp.einsum('BRNGLS,BRNSV->BRLNGV', far, far_means)
     out = total / jnp.moveaxis(mass, 4, 2)[..., None]
-  return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length].astype(dtype)
+  return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length].astype(dtype), ()
 
 
-def _shifted(x: jax.Array, by: int) -> jax.Array:
-  """Block r of the result is block r + by of x [B, R, ...]; zero where there is none."""
-  sides = [(0, 0)] * x.ndim
-  sides[1] = (max(-by, 0), max(by, 0))
-  return jnp.pad(x, sides)[:, max(by, 0) : x.shape[1] + max(by, 0)]
+def _total(x: jax.Array, part: Part | None) -> jax.Array:
+  """The sum of all blocks [B, R, ...] of a sequence, [B, 1, ...]."""
+  total = jnp.sum(x, axis=1, keepdims=True)
+  return jax.lax.psum(total, part.axis) if part else total
 
 
-def _near(x: jax.Array) -> jax.Array:
-  """The sum of each block and its neighbours, [B, R, ...]."""
-  return _shifted(x, -1) + x + _shifted(x, 1)
+def _beside(x: jax.Array, part: Part | None) -> tuple[jax.Array, jax.Array]:
+  """The blocks before and after each of [B, R, ...]; zero where there is none."""
+  first = last = jnp.zeros_like(x[:, :1])
+  if part:
+    first = part.from_previous(first, x[:, -1:])
+    last = part.mirrored.from_previous(last, x[:, :1])
+  return jnp.concatenate([first, x[:, :-1]], axis=1), jnp.concatenate([x[:, 1:], last], axis=1)
 
 
-def _three_blocks(x: jax.Array) -> jax.Array:
+def _three_blocks(x: jax.Array, part: Part | None) -> jax.Array:
   """[B, R, L, ...] to [B, R, 3L, ...]: the block before, the block, the one after."""
-  return jnp.concatenate([_shifted(x, -1), x, _shifted(x, 1)], axis=2)
+  before, after = _beside(x, part)
+  return jnp.concatenate([before, x, after], axis=2)
 
 
 def _distance_terms(queries: jax.Array, distances: jax.Array) -> jax.Array:

@@ -30,8 +30,8 @@ class VQAttention(Attention):
 
   @property
   def shares_sequences(self) -> bool:
-    """See `shared_attention`."""
-    return not self.config.bidirectional
+    """See `shared_attention` and `bidirectional_attention`."""
+    return True
 
   def init_state(self, batch_size: int) -> AttentionState | tuple[()]:
     """An empty window and an empty cache; () in an encoder."""

@@ -52,7 +52,7 @@ def _attention_of_part(
   owner, lengths = part.ends(lengths, length)
   window = Keys(state.keys, state.codes, state.values)
   last = jax.tree.map(lambda x: x[:, length - config.window_len :], keys)
-  window = jax.tree.map(save_for_backward, part.after(window, last))
+  window = jax.tree.map(save_for_backward, part.from_previous(window, last))
   own = compress(keys, window, lengths, config)
   before = part.before_each(state.cache, own, _merge)
   before = before._replace(means=save_for_backward(before.means))
