@@ -62,14 +62,7 @@ def _gather(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
   pass the parts around step by step within each product. So is the sum of the gradient, which is
   shared out again.
   """
-  if 'embed' not in axes:
-    return kernel
-  at = axes.index('embed')
-  # Along the first axis, the parts lie one after the other in memory as they arrive.
-  kernel = with_sharding_constraint(
-    jnp.moveaxis(kernel, at, 0), (None, *axes[:at], *axes[at + 1 :])
-  )
-  return jnp.moveaxis(kernel, 0, at)
+  return with_sharding_constraint(kernel, tuple(None if x == 'embed' else x for x in axes))
 
 
 _gather.defvjp(
