@@ -103,6 +103,13 @@ def test_the_table_has_what_the_compiler_said(estimate):
   assert not [name for name in cells if 'tokens/s' in name]
 
 
+def test_the_table_has_the_flags_that_the_compiler_obeys(estimate, monkeypatch):
+  monkeypatch.delenv('LIBTPU_INIT_ARGS', raising=False)
+  assert 'LIBTPU_INIT_ARGS' not in _cells(estimate)
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_some_flag=true')
+  assert _cells(estimate)['LIBTPU_INIT_ARGS'] == '`--xla_some_flag=true`'
+
+
 def _with_work(estimate, **fields):
   """An estimate of 0.1 s of cycles, 0.1 s of other instructions, and what `fields` say."""
   work = Work(

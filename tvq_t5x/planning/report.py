@@ -1,5 +1,6 @@
 """What a compiled training program takes, and what would take less, in words and as a picture."""
 
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -51,6 +52,8 @@ def _rows(x: Estimate) -> Iterator[tuple[str, str]]:
     'devices',
     f'{mesh.size} ({kind} {chip.device}s), data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}',
   )
+  if flags := os.environ.get('LIBTPU_INIT_ARGS'):  # The compiler obeys them.
+    yield 'LIBTPU_INIT_ARGS', f'`{flags}`'
   yield 'parameters', f'{x.state.num_parameters:,}'
   yield (
     'a batch',
