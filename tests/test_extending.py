@@ -1,5 +1,6 @@
 """The code in docs/extending.md and docs/own_data.md does what the pages say."""
 
+import inspect
 import pathlib
 import re
 import sys
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from util import one_device
 
+import tvq_t5x
 from tvq_t5x import train, train_vocab
 from tvq_t5x.checkpoints import layout
 from tvq_t5x.generation import language_model
 from tvq_t5x.standalone import run_records
+from tvq_t5x.training import writers
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = str(ROOT / 'tests' / 'tiny.gin')
@@ -64,6 +67,47 @@ def test_all_at_once(pieces, tmp_path, capsys):
   whole, first = lm.inspect('the sea and the ship'), lm.score('the sea an')
   second = lm.inspect('d the ship', first.state)
   np.testing.assert_allclose(second.logits, whole.logits[10:], rtol=1e-4, atol=1e-4)
+
+
+def test_mlflow(pieces, tmp_path, monkeypatch):
+  mlflow = pytest.importorskip('mlflow', reason='mlflow is not installed: a writer for it')
+  monkeypatch.setenv('MLFLOW_TRACKING_URI', (tmp_path / 'mlruns').as_uri())
+  monkeypatch.setenv('MLFLOW_ALLOW_FILE_STORE', 'true')  # A database needs more packages.
+  import my_mlflow
+
+  for last_step in (0, 4):
+    writer = writers.make([my_mlflow.Mlflow], tmp_path, last_step)
+    writer.write_scalars(last_step + 4, {'train/loss': np.float32(1.5)})
+    writer.write_texts(last_step + 4, {'validation/sample/0': 'text'})
+    writer.write_histograms(last_step + 4, {'validation/code_usage/layer_0': np.ones(3)})
+    writer.close()
+  number = (tmp_path / 'mlflow_run').read_text()
+  history = mlflow.MlflowClient().get_metric_history(number, 'train/loss')
+  assert [(x.step, x.value) for x in history] == [(4, 1.5), (8, 1.5)]
+  assert mlflow.artifacts.load_text(f'runs:/{number}/validation/sample/0/8.txt') == 'text'
+
+
+def test_training_in_a_notebook(pieces, tiny_run, monkeypatch):
+  asked = []
+
+  def train_model(*arguments, **more):
+    asked.append((arguments, more))
+    return tvq_t5x.Run(tiny_run)
+
+  # Its arguments are those of the real one.
+  inspect.signature(tvq_t5x.train_model).bind(
+    'gin/text_tiny.gin', 'runs/text', ['TRAIN_STEPS = 600'], data_dir='texts'
+  )
+  real = language_model.load
+  monkeypatch.setattr(tvq_t5x, 'train_model', train_model)
+  monkeypatch.setattr(tvq_t5x, 'load', lambda run: real(run, modules=['tiny_task']))
+  found = {}
+  with one_device():
+    exec(pieces['notebook.py'].read_text(), found)
+  assert asked == [
+    (('gin/text_tiny.gin', 'runs/text', ['TRAIN_STEPS = 600']), {'data_dir': 'texts'})
+  ]
+  assert repr(found['lm']).startswith('LanguageModel(')
 
 
 def test_what_is_seen_of_a_text(pieces, tiny_run, monkeypatch, capsys):

@@ -182,6 +182,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
     for step in (last_step + 4, last_step + 8):
       writer.write_scalars(step, {'train/loss': 1.0 / step})
       writer.write_scalars(step, {'test/loss': 2.0})
+    writer.write_texts(last_step + 8, {'validation/sample/0': 'a < b'})
+    writer.write_images(last_step + 8, {'validation/curve': np.zeros([8, 8, 3], np.uint8)})
+    writer.write_histograms(last_step + 8, {'validation/code_usage/layer_0': np.arange(9.0)})
     writer.close()
     numbers.append((tmp_path / 'wandb_run').read_text())
   assert numbers[0] == numbers[1]
@@ -192,5 +195,11 @@ def test_wandb_offline(tmp_path, monkeypatch):
       if record.WhichOneof('record_type') == 'history':
         items = record.history.item
         found.append({i.key or '/'.join(i.nested_key): json.loads(i.value_json) for i in items})
+  shown = [x for x in found if x['_step'] == 12][-1]
+  assert shown['validation/sample/0']['_type'] == 'html-file'
+  assert shown['validation/curve']['_type'] == 'images/separated'
+  assert sum(shown['validation/code_usage/layer_0']['values']) == 9
+  (page,) = tmp_path.glob('wandb/offline-run-*/files/media/html/**/*_12_*.html')
+  assert 'a &lt; b' in page.read_text()
   losses = [(x['_step'], x['train/loss'], x['test/loss']) for x in found]
   assert losses == [(4, 0.25, 2.0), (8, 0.125, 2.0), (8, 0.125, 2.0), (12, 1 / 12, 2.0)]

@@ -1,5 +1,7 @@
 """Training in T5X is training in the standalone runner: the same numbers from the same gin file."""
 
+import csv
+
 import numpy as np
 import pytest
 import seqio
@@ -33,6 +35,19 @@ def assert_same_curves(folder, standalone):
       assert found[name][step] == value, (name, step)
 
 
+def assert_same_tables(folder, standalone):
+  """What WRITERS got are the records of the standalone runner."""
+  records = run_records.read_records(standalone / 'metrics.jsonl')
+  for split in ('train', 'validation'):
+    expected = [r for r in records if r['split'] == split]
+    with (folder / f'{split}.csv').open(newline='') as f:
+      rows = list(csv.DictReader(f))
+    assert [int(row['step']) for row in rows] == [r['step'] for r in expected] != []
+    for row, record in zip(rows, expected, strict=True):
+      value = pytest.approx(record['cross_entropy'], rel=1e-5)
+      assert float(row['cross_entropy']) == value
+
+
 def test_numbers_are_those_of_the_standalone_runner(trained, standalone):
   """20 updates in two engines, with every dropout and two updates a batch."""
   assert_same_curves(trained, standalone)
@@ -40,9 +55,10 @@ def test_numbers_are_those_of_the_standalone_runner(trained, standalone):
 
 
 def test_microbatches_change_no_number(trained, standalone, tmp_path):
-  t5x_runs.train(tmp_path / 'run', NUM_MICROBATCHES=2)
+  t5x_runs.train(tmp_path / 'run', NUM_MICROBATCHES=2, WRITERS=['csv'])
   assert_same_curves(tmp_path / 'run', standalone)
   assert_same_arrays(tmp_path / 'run', trained)
+  assert_same_tables(tmp_path / 'run' / 'csv', standalone)
 
 
 def test_the_run_exercises_what_it_is_to_prove(trained):
@@ -67,6 +83,7 @@ def test_the_run_exercises_what_it_is_to_prove(trained):
     (['TRAIN_STEPS = 25'], ['TRAIN_STEPS', '25', '24 or 26']),
     (['TRAIN_STEPS_RELATIVE = 3'], ['train.relative_steps = 3', 'macro TRAIN_STEPS_R', '2 or 4']),
     (['LOG_PERIOD = 3'], ['train.log_period = 3', 'LOG_PERIOD', 'multiple of 2', '2 or 4']),
+    (["WRITERS = ['cvs']"], ['checked_trainer.writers', 'macro WRITERS', "'csv', 'wandb'"]),
     (['EVAL_PERIOD = 0'], ['train.eval_period = 0', 'or None']),
     (['CHECKPOINT_PERIOD = 5'], ['train.checkpoint_period = 5', '4 or 6']),
     (

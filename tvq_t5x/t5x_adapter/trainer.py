@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import clu.metrics
@@ -18,7 +18,8 @@ from tvq_t5x.common.errors import ConfigError, is_seed
 from tvq_t5x.gin_support import origins
 from tvq_t5x.network import sequence
 from tvq_t5x.network.transformer import DecoderState
-from tvq_t5x.training import eval_step, partitioning
+from tvq_t5x.t5x_adapter.more_writers import MoreWriters
+from tvq_t5x.training import eval_step, partitioning, writers
 from tvq_t5x.training import train_state as train_state_lib
 from tvq_t5x.training.metrics import Metrics
 from tvq_t5x.training.settings import TrainingSettings
@@ -39,6 +40,7 @@ class CheckedTrainer(TrainingSettings):
     relative_steps: parameter updates after the checkpoint, in place of total_steps.
     log_period: steps between training metrics; None means as T5X does.
     random_seed: that T5X is given for parameters and dropout; None means that it chooses one.
+    writers: that get the metrics besides TensorBoard, see `writers`.
     ...: those of `TrainingSettings`.
 
   Raises:
@@ -49,6 +51,7 @@ class CheckedTrainer(TrainingSettings):
   relative_steps: int | None = None
   log_period: int | None = None
   random_seed: int | None = None
+  writers: Sequence[Any] = ()
 
   def __post_init__(self):
     with origins.added_to_errors():
@@ -62,6 +65,7 @@ class CheckedTrainer(TrainingSettings):
   def check(self) -> None:
     """Refuses settings that do not fit together."""
     super().check()
+    writers.check(self.writers, 'checked_trainer.writers')
     seed = self.random_seed
     if seed is not None and not (is_seed(seed) and 0 <= seed < 2**32):
       raise ConfigError(
@@ -79,6 +83,7 @@ class CheckedTrainer(TrainingSettings):
       update_len=self.update_len,
       segment_len=self.segment_len,
       num_microbatches=self.num_microbatches,
+      writers=self.writers,
       learning_rate_fn=rate if callable(rate) else optax.constant_schedule(rate),
       **kwargs,
     )
@@ -108,6 +113,7 @@ class Trainer(t5x_trainer.Trainer):
     *args: Any,
     update_len: int | None = None,
     segment_len: int | None = None,
+    writers: Sequence[Any] = (),
     **kwargs: Any,
   ):
     """Creates the trainer.
@@ -116,10 +122,13 @@ class Trainer(t5x_trainer.Trainer):
       *args: as T5X's.
       update_len: tokens of each sequence that an update sees; None means all.
       segment_len: tokens of each sequence that are held at once; None means update_len.
+      writers: that get the metrics too.
       **kwargs: as T5X's.
     """
     super().__init__(*args, **kwargs)
     self._update_len, self._segment_len = update_len, segment_len
+    with origins.added_to_errors():
+      self._more = MoreWriters(writers, kwargs.get('summary_dir'), int(self.train_state.step))
 
   def train(self, batch_iter: Any, num_steps: int, start_step: int | None = None) -> Any:
     """Trains for some updates.
@@ -152,7 +161,20 @@ class Trainer(t5x_trainer.Trainer):
         )
         step += self._updates(batch)
       self.train_state = train_state
-    return self.train_metrics_manager.write_metrics_summary(metrics, step, step - start_step)
+    written = self.train_metrics_manager.write_metrics_summary(metrics, step, step - start_step)
+    self._more.trained(step, written)
+    return written
+
+  def eval(self, batch_iters: Mapping[str, Any]) -> Any:
+    """Evaluates as T5X does, and gives the metrics to the other writers."""
+    found = super().eval(batch_iters)
+    self._more.evaluated(int(self.train_state.step), found)
+    return found
+
+  def close(self) -> None:
+    """Writes what is left."""
+    super().close()
+    self._more.close()
 
   @origins.added_to_errors()
   def _check_steps(self, batch: Mapping[str, jax.Array], num_steps: int) -> None:

@@ -2,10 +2,12 @@
 
 `WRITERS` names them. A writer is a `clu.metric_writers.MetricWriter`, and what makes it is called
 with the run's folder and the step that the run goes on after: what was written of later steps will
-come again.
+come again. Names are `SPLIT/NAME`. The standalone runner writes metrics as scalars, samples as
+texts or images, the curve as an image and the usage of codes as histograms; T5X the metrics.
 """
 
 import csv
+import html
 import io
 import os
 import pathlib
@@ -129,6 +131,7 @@ class WandbWriter(ScalarWriter):
       import wandb  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as e:
       raise ConfigError("WRITERS: 'wandb' is not installed: pip install wandb.") from e
+    self._wandb = wandb
     saved = model_dir / 'wandb_run'
     number = saved.read_text(encoding='utf-8') if saved.exists() else secrets.token_hex(4)
     try:
@@ -148,6 +151,21 @@ class WandbWriter(ScalarWriter):
     """See the base class."""
     self._run.log({name: np.asarray(x).item() for name, x in scalars.items()}, step=step)
 
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    """See the base class; arrays are [height, width, channels], or several of them."""
+    shown = {name: x[None] if x.ndim == 3 else x for name, x in images.items()}
+    make = self._wandb.Image
+    self._run.log({name: [make(image) for image in x] for name, x in shown.items()}, step=step)
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """See the base class; texts are shown as they are."""
+    quoted = {name: f'<pre>{html.escape(text)}</pre>' for name, text in texts.items()}
+    self._run.log({name: self._wandb.Html(x) for name, x in quoted.items()}, step=step)
+
+  def write_histograms(self, step: int, arrays: Mapping[str, Any], num_buckets: Any = None) -> None:
+    """See the base class; wandb chooses the buckets."""
+    self._run.log({name: self._wandb.Histogram(x) for name, x in arrays.items()}, step=step)
+
   def close(self) -> None:
     """Ends the run."""
     self._run.finish()
@@ -156,18 +174,22 @@ class WandbWriter(ScalarWriter):
 _NAMED: dict[str, Factory] = {'csv': CsvWriter, 'wandb': WandbWriter}
 
 
-def check(given: Any) -> None:
+def check(given: Any, setting: str = 'train.writers') -> None:
   """Refuses what is no list of writers.
+
+  Args:
+    given: for WRITERS.
+    setting: its name, for the message.
 
   Raises:
     ConfigError: naming what is accepted.
   """
   accepted = "a list of 'csv', 'wandb', and references to writers of yours, such as @my.Writer"
   if not isinstance(given, list | tuple):
-    raise ConfigError('train.writers', given, accepted)
+    raise ConfigError(setting, given, accepted)
   for one in given:
     if not callable(one) and one not in _NAMED:
-      raise ConfigError('train.writers', given, accepted)
+      raise ConfigError(setting, given, accepted)
 
 
 def make(given: Sequence[Any], model_dir: pathlib.Path, last_step: int) -> Writer:
