@@ -15,7 +15,6 @@ from tvq_t5x.gin_support.configurables import configurable
 _MACRO = 'TEXT_FILES'
 _MACROS = dict(zip(SPLITS, (_MACRO, 'TEXT_VALIDATION_FILES', 'TEXT_TEST_FILES'), strict=True))
 _OF_TFDS = 'TFDS_DATA_DIR'
-_CACHE = 'token_cache'  # What lies in the folder of the data by default.
 
 Names = str | Sequence[str]
 
@@ -94,7 +93,7 @@ def _with_folders_of_splits(names: dict[str, list[str]]) -> dict[str, list[str]]
 def _of_files(names: dict[str, list[str]], rules: dict) -> TextCorpus:
   sources = {}
   for split in names:
-    found = text_files.find(names[split], _MACROS[split], left_alone=(_CACHE,))
+    found = text_files.find(names[split], _MACROS[split])
     sources[split] = found.files
     if found.others:
       text_task.tell_once(

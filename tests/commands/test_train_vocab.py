@@ -126,6 +126,14 @@ def test_any_name_of_a_file(tmp_path):
   assert (tmp_path / 'out.model').read_bytes() == same
 
 
+def test_a_token_cache_beside_the_text_is_not_told_of(tmp_path, caplog):
+  (tmp_path / 'texts' / 'token_cache').mkdir(parents=True)
+  (tmp_path / 'texts' / 'a.txt').write_text(TEXT)
+  (tmp_path / 'texts' / 'token_cache' / 'config.json').write_text('{}')
+  assert run(tmp_path, inputs=[str(tmp_path / 'texts')]) == 0
+  assert 'other kinds' not in caplog.text
+
+
 def test_patterns(tmp_path, text_file):
   (tmp_path / 'a' / 'b').mkdir(parents=True)
   (tmp_path / 'a' / 'b' / 'deep.txt').write_text('zebra zebra zebra zebra')

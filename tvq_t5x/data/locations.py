@@ -6,6 +6,8 @@ from collections.abc import Callable
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import configurables
 
+# The folder of the tokens of data, by default beside it.
+TOKEN_CACHE = 'token_cache'
 # What --data_dir sets, so that processes that are started see it too, and T5X can be told.
 _DATA_DIR = 'TVQ_DATA_DIR'
 # The folder of --data_dir, until something is looked for in it.

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from tvq_t5x.common.errors import ConfigError, reason
+from tvq_t5x.data import locations
 
 _BLOCK = 1 << 20
 _COMPRESSED = ('.gz', '.zst')
@@ -49,14 +50,15 @@ class Found(NamedTuple):
   others: tuple[str, ...]
 
 
-def find(names: Sequence[str], setting: str, left_alone: Sequence[str] = ()) -> Found:
+def find(names: Sequence[str], setting: str) -> Found:
   """Looks for files; reads nothing but the list of files of a Hugging Face data set.
+
+  Folders of tokens that we keep beside data are not searched.
 
   Args:
     names: paths of files, of folders, which are searched with all that is below them, or patterns,
       in which `**` is any folders. A file that is there is no pattern, whatever it is called.
     setting: that names come from, for messages.
-    left_alone: names of folders that are not searched.
 
   Raises:
     ConfigError: for a name that nothing has.
@@ -64,13 +66,13 @@ def find(names: Sequence[str], setting: str, left_alone: Sequence[str] = ()) -> 
   files: dict[str, TextFile] = {}
   others: list[str] = []
   for name in names:
-    paths, unknown = _paths(name, setting, left_alone)
+    paths, unknown = _paths(name, setting)
     files.update((path, TextFile(path, _kind(path) or 'text')) for path in paths)
     others += unknown
   return Found(tuple(files.values()), tuple(others))
 
 
-def _paths(name: str, setting: str, left_alone: Sequence[str]) -> tuple[list[str], list[str]]:
+def _paths(name: str, setting: str) -> tuple[list[str], list[str]]:
   if '://' in name:
     raise ConfigError(f'{setting}: {name} is not on this machine: give local files or folders.')
   path = os.path.expanduser(name)
@@ -79,13 +81,13 @@ def _paths(name: str, setting: str, left_alone: Sequence[str]) -> tuple[list[str
   if os.path.isdir(path):
     if os.path.exists(os.path.join(path, 'state.json')):
       return _arrow_files(path, setting), []
-    known, unknown = _files_below(path, setting, left_alone)
+    known, unknown = _files_below(path, setting)
     if not known:
       shown = f'; there is {unknown[0]}, which a pattern would name' if unknown else ''
       raise ConfigError(f'{setting}: {path} holds no file of {_shown_kinds()}{shown}.')
     return known, unknown
   matches = glob.glob(path, recursive=True)
-  found = sorted(x for x in matches if os.path.isfile(x) and not _is_below(x, left_alone))
+  found = sorted(x for x in matches if os.path.isfile(x) and not _is_of_tokens(x))
   if not found:
     raise ConfigError(
       f'{setting}: there is no {name}; give a file, a folder, or a pattern such as '
@@ -94,13 +96,11 @@ def _paths(name: str, setting: str, left_alone: Sequence[str]) -> tuple[list[str
   return found, []
 
 
-def _is_below(path: str, folders: Sequence[str]) -> bool:
-  return not set(path.split(os.sep)[:-1]).isdisjoint(folders)
+def _is_of_tokens(path: str) -> bool:
+  return locations.TOKEN_CACHE in path.split(os.sep)[:-1]
 
 
-def _files_below(
-  folder: str, setting: str, left_alone: Sequence[str]
-) -> tuple[list[str], list[str]]:
+def _files_below(folder: str, setting: str) -> tuple[list[str], list[str]]:
   """The files with texts, and the others; hidden ones are neither. Links are followed."""
 
   def refuse(error: OSError) -> None:
@@ -112,7 +112,7 @@ def _files_below(
       folders.clear()
       continue
     seen.add(real)
-    folders[:] = sorted(x for x in folders if x[0] != '.' and x not in left_alone)
+    folders[:] = sorted(x for x in folders if x[0] != '.' and x != locations.TOKEN_CACHE)
     for name in sorted(names):
       if name[0] != '.':
         path = os.path.join(parent, name)

@@ -92,7 +92,7 @@ class CachedTask(IndexedTask):
       'first_id': self._first_id,
       'dtype': str(np.min_scalar_type(vocabulary.vocab_size - 1 - self._first_id)),
     }
-    folder = directory() or os.path.join(corpus.folder, 'token_cache')
+    folder = directory() or os.path.join(corpus.folder, locations.TOKEN_CACHE)
     name = f'{self.name}-{split}'
     ids = range(self._first_id, vocabulary.vocab_size)
     shares = self._shares(corpus, split)
