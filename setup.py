@@ -36,6 +36,10 @@ setuptools.setup(
   long_description=_read('README.md'),
   long_description_content_type='text/markdown',
   author='The tvq_t5x Authors',
+  project_urls={
+    'Transformer-VQ': 'https://arxiv.org/abs/2309.16354',
+    'LongVQ': 'https://arxiv.org/abs/2404.11163',
+  },
   keywords=['jax', 'flax', 't5x', 'transformer', 'vector quantization', 'long context'],
   license='Apache-2.0',
   license_files=['LICENSE'],

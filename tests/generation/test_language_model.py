@@ -100,6 +100,16 @@ def test_a_text_goes_on_where_it_is_inspected(lm):
 
 def test_what_it_is_can_be_seen(lm):
   assert 'parameters, step 16 of ' in repr(lm) and 'checkpoint_16, ByteVocabulary)' in repr(lm)
+  score = lm.score(_TEXT)
+  bits = f'{score.bits_per_byte:.4f} bits per byte'
+  assert repr(score) == f'Score({len(_TEXT)} tokens, {score.total_nats:.2f} nats, {bits})'
+  state = lm.repeat(score.state, 2)
+  assert repr(state).startswith('GenerationState(2 sequences, ') and len(repr(state)) < 50
+  shapes = repr(jax.eval_shape(lambda x: x, state))
+  assert 'ShapeDtypeStruct' in shapes
+  written = repr(lm.generate(state, 3, seed=0))
+  assert written.startswith('Generated(tokens 2 x 3, ') and written.endswith(' nats a token)')
+  assert repr(lm.inspect(_TEXT)).startswith(f'Inspection({len(_TEXT)} tokens: logits [')
 
 
 @pytest.mark.parametrize('cuts', [[0], [1], [7, 8], [8, 16, 24], [3, 3, 19], [9, 17, 45]])
