@@ -82,10 +82,6 @@ def test_the_notebook(tmp_path, monkeypatch):
   monkeypatch.setenv('STEPS', '8')
   flags = [x for x in os.environ['XLA_FLAGS'].split() if 'device_count' not in x]
   monkeypatch.setenv('XLA_FLAGS', ' '.join(flags))  # A kernel has one device.
-  # Less text than there is in the books.
-  (tmp_path / 'texts').mkdir()
-  for name in 'abc':
-    (tmp_path / 'texts' / f'{name}.txt').write_text(f'{name} sea and a ship. ' * 2000)
   client = nbclient.NotebookClient(
     notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}
   )

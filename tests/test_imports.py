@@ -166,8 +166,12 @@ def test_public_names_are_there_without_tensorflow(program):
 def test_public_names_are_those_of_their_modules():
   from tvq_t5x.generation import language_model
   from tvq_t5x.network import config, sampling, transformer
+  from tvq_t5x.standalone import run
+  from tvq_t5x.train import train_model
   from tvq_t5x.training import models
 
+  assert tvq_t5x.Run is run.Run
+  assert tvq_t5x.train_model is train_model
   assert tvq_t5x.load is language_model.load
   assert tvq_t5x.SamplingConfig is sampling.SamplingConfig
   assert tvq_t5x.Transformer is transformer.Transformer

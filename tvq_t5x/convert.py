@@ -100,6 +100,7 @@ def run(
 
     from tvq_t5x.interop import conversion
 
+  with quiet.calls():
     tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
 
   def command() -> None:

@@ -75,6 +75,7 @@ def run(
     from tvq_t5x.data import locations
     from tvq_t5x.standalone import checkpoint_evaluation, configuration
 
+  with quiet.calls():
     tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
 
   def command() -> None:

@@ -150,6 +150,7 @@ def _train(
     from tvq_t5x.gin_support import parsing
     from tvq_t5x.standalone import configuration, runner
 
+  with quiet.calls():
     tf.config.set_visible_devices([], 'GPU')  # They are JAX's.
   if not gin_files:
     raise ConfigError(f'no --gin_file was given: try {_EXAMPLE}')

@@ -19,13 +19,20 @@ _LOG_LINE = (
 
 @contextlib.contextmanager
 def imports() -> Iterator[None]:
-  """Leaves out what C++ libraries log while they load, errors apart; --verbosity=1 shows all.
+  """Leaves out what C++ libraries log while they load; see `calls`."""
+  with contextlib.nullcontext() if 'tensorflow' in sys.modules else calls():
+    yield
+
+
+@contextlib.contextmanager
+def calls() -> Iterator[None]:
+  """Leaves out what C++ libraries log meanwhile, errors apart; --verbosity=1 shows all.
 
   Another process leaves it out: if this one is aborted, its last words are still seen.
   """
   files.do_without_temporary_folder()
   grep = shutil.which('grep')
-  if logging.get_verbosity() > logging.INFO or not grep or 'tensorflow' in sys.modules:
+  if logging.get_verbosity() > logging.INFO or not grep:
     yield
     return
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')

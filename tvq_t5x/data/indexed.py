@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
-from tvq_t5x.common import errors
+from tvq_t5x.common import errors, quiet
 from tvq_t5x.common.tokens import EOS, FIRST_BYTE
-from tvq_t5x.data import split_metrics
-from tvq_t5x.data.documents import Counts, documents
+
+with quiet.imports():  # A user's own task imports this first.
+  import seqio
+  import tensorflow as tf
+
+  from tvq_t5x.data import split_metrics
+  from tvq_t5x.data.documents import Counts, documents
 
 
 class Tokens(Protocol):

@@ -63,6 +63,9 @@ class Curves:
   def __init__(self, figure: Any):
     self.figure = figure
 
+  def __repr__(self) -> str:
+    return 'Curves: a notebook shows them, and save(path) writes them'
+
   def _repr_png_(self) -> bytes:
     return plots.png(self.figure)
 
