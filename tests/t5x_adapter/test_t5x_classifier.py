@@ -56,7 +56,7 @@ def test_it_trains_as_in_the_runner_on_a_mesh(standalone, tmp_path):
 
 
 def test_two_hosts_train_as_one(in_t5x, environment, tmp_path):
-  with Hosts(SCRIPT, 2, tmp_path, environment, gin_file=TINY) as hosts:
+  with Hosts(SCRIPT, 2, tmp_path, environment, files=(TINY,)) as hosts:
     hosts.finish()
   assert_same_arrays(tmp_path / 'run', in_t5x)
 
