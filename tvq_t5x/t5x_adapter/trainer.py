@@ -127,8 +127,10 @@ class Trainer(t5x_trainer.Trainer):
     """
     super().__init__(*args, **kwargs)
     self._update_len, self._segment_len = update_len, segment_len
+    state = self.train_state
+    step = 0 if state is None else int(state.step)  # t5x.eval sets it later.
     with origins.added_to_errors():
-      self._more = MoreWriters(writers, kwargs.get('summary_dir'), int(self.train_state.step))
+      self._more = MoreWriters(writers, kwargs.get('summary_dir'), step)
 
   def train(self, batch_iter: Any, num_steps: int, start_step: int | None = None) -> Any:
     """Trains for some updates.
