@@ -68,7 +68,7 @@ class Run:
     if not steps:
       return None
     arrays = layout.read_metadata(layout.folder(self.folder, steps[-1]))['arrays']
-    return sum(math.prod(shape) for k, (shape, _) in arrays.items() if k.startswith('target/'))
+    return sum(math.prod(shape) for k, (shape, _) in arrays.items() if k.startswith('params/'))
 
   @property
   def tokens_per_second(self) -> float | None:
