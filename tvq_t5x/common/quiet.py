@@ -20,6 +20,7 @@ _LOG_LINE = (
 @contextlib.contextmanager
 def imports() -> Iterator[None]:
   """Leaves out what C++ libraries log while they load; see `calls`."""
+  files.do_without_temporary_folder()
   with contextlib.nullcontext() if 'tensorflow' in sys.modules else calls():
     yield
 
@@ -30,7 +31,6 @@ def calls() -> Iterator[None]:
 
   Another process leaves it out: if this one is aborted, its last words are still seen.
   """
-  files.do_without_temporary_folder()
   grep = shutil.which('grep')
   if logging.get_verbosity() > logging.INFO or not grep:
     yield
