@@ -60,6 +60,7 @@ def test_classes(evaluated):
   np.testing.assert_allclose(more['scores'], np.max(aux['log_probabilities'], axis=1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_learns_labels_and_its_codes_follow_the_keys():
   model = small_classifier(optax.adam(1e-2), ema_decay=0.5, **LIGHT)
   batch = random_examples(model, BATCH_SIZE, LENGTH)

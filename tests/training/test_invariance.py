@@ -228,6 +228,7 @@ def test_numbers_are_the_same_on_devices_that_share_sequences(data, parts, num_m
   assert shapes['params/layers_0/attention_0/quantizer/c_sum'] == (1, 16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', ['mha', 'longvq', 'encoder'])
 def test_living_codes_are_the_same_on_devices_that_share_sequences(case):
   run = train(case, 2, 2, 2, by_sequence=True)

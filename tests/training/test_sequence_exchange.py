@@ -48,8 +48,11 @@ def exchanged(length, **fields):
   'fields',
   [
     {'codes_from_keys': True, 'replace_below': 0.5},
-    {'sublayers': ('longvq', 'mlp')},
-    {'sublayers': ('vq', 'longvq'), 'bidirectional': True, 'num_layers': 1},
+    pytest.param({'sublayers': ('longvq', 'mlp')}, marks=pytest.mark.slow),
+    pytest.param(
+      {'sublayers': ('vq', 'longvq'), 'bidirectional': True, 'num_layers': 1},
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=['vq', 'longvq', 'encoder'],
 )

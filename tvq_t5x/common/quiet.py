@@ -31,6 +31,7 @@ def calls() -> Iterator[None]:
 
   Another process leaves it out: if this one is aborted, its last words are still seen.
   """
+  files.do_without_temporary_folder()
   grep = shutil.which('grep')
   if logging.get_verbosity() > logging.INFO or not grep:
     yield
