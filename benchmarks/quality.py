@@ -9,6 +9,7 @@ fast they are: nothing else should run then. The same command goes on where it w
 `--table_only` runs nothing.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -37,11 +38,14 @@ MODELS = (
 )
 _TOKENS_OF_A_STEP = 1024
 _MOST_APART = 0.03
-_STEPS_FOR_SPEED = 200
+_STEPS_FOR_SPEED = 120
 
 
 def _speed_run(model: Model) -> Run:
-  return runs.of_kjv(f'{_OUT.value}/speed', model, _STEPS_FOR_SPEED, seed=0)
+  steps = _STEPS_FOR_SPEED
+  run = runs.of_kjv(f'{_OUT.value}/speed', model, steps, seed=0)
+  settings = {**run.settings, 'LOG_PERIOD': 20, 'EVAL_PERIOD': steps, 'CHECKPOINT_PERIOD': steps}
+  return dataclasses.replace(run, settings=settings)
 
 
 def _table(found: dict[str, list[Run]]) -> str:
