@@ -42,14 +42,9 @@ def _health(of_model: Sequence[Run], name: str) -> str:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
-  found = {
-    model.name: [runs.of_kjv(_OUT.value, model, _STEPS.value, seed) for seed in range(_SEEDS.value)]
-    for model in MODELS
-  }
+  found = runs.of_seeds(_OUT.value, MODELS, _STEPS.value, _SEEDS.value)
   if not _TABLE_ONLY.value:
-    # Seed after seed, so that what there is can be compared.
-    seeds = range(_SEEDS.value)
-    runs.finish_all((of_model[i] for i in seeds for of_model in found.values()), 'bits_per_byte')
+    runs.finish_seeds(found, 'bits_per_byte')
   lines = [
     '| | test bits per byte: mean (range) | perplexity | dead, share | quantization error |',
     '| --- | ---: | ---: | ---: | ---: |',

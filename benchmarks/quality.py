@@ -83,15 +83,9 @@ def _plot(found: dict[str, list[Run]], path: pathlib.Path) -> None:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
-  found = {
-    model.name: [runs.of_kjv(_OUT.value, model, _STEPS.value, seed) for seed in range(_SEEDS.value)]
-    for model in MODELS
-  }
+  found = runs.of_seeds(_OUT.value, MODELS, _STEPS.value, _SEEDS.value)
   if not _TABLE_ONLY.value:
-    # Seed after seed, so that what there is can be compared.
-    runs.finish_all(
-      (of_model[i] for i in range(_SEEDS.value) for of_model in found.values()), 'bits_per_byte'
-    )
+    runs.finish_seeds(found, 'bits_per_byte')
     runs.finish_all(map(_speed_run, MODELS), 'bits_per_byte')
   sizes = [of_model[0].num_params for of_model in found.values() if of_model[0].num_params]
   if sizes and max(sizes) / min(sizes) > (1 + _MOST_APART) / (1 - _MOST_APART):

@@ -118,6 +118,16 @@ def of_kjv(out: str, model: Model, steps: int, seed: int) -> Run:
   return Run(model, folder, steps, ('gin/kjv_tiny.gin',), settings)
 
 
+def of_seeds(out: str, models: Iterable[Model], steps: int, num_seeds: int) -> dict[str, list[Run]]:
+  """`of_kjv` of each seed, by the models' names."""
+  return {m.name: [of_kjv(out, m, steps, seed) for seed in range(num_seeds)] for m in models}
+
+
+def finish_seeds(found: Mapping[str, Sequence[Run]], metric: str) -> None:
+  """`finish_all` of all, seed after seed, so that what there is can be compared."""
+  finish_all((run for of_seed in zip(*found.values(), strict=True) for run in of_seed), metric)
+
+
 def finish_all(runs: Iterable[Run], metric: str) -> None:
   """Runs what is not finished, in this order, and prints each result."""
   for run in runs:
