@@ -45,6 +45,7 @@ def pieces(tmp_path, monkeypatch):
     sys.modules.pop(name.removesuffix('.py'), None)
 
 
+@pytest.mark.slow
 def test_all_at_once(pieces, tmp_path, capsys):
   names = ('my_loss', 'my_mixer', 'my_optimizer', 'my_writer')
   folder = tmp_path / 'run'

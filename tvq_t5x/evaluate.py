@@ -86,7 +86,7 @@ def run(
     configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths, modules)
     _write(checkpoint_evaluation.evaluate(configured, split, carry_state), json_file)
 
-  return command_line.exit_code(command)
+  return command_line.exit_code(command, gin_bindings)
 
 
 def _write(result: dict[str, Any], json_file: str | None) -> None:

@@ -84,7 +84,7 @@ def run(
     configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths, modules)
     sampling_session.run(configured, options)
 
-  return command_line.exit_code(command)
+  return command_line.exit_code(command, gin_bindings)
 
 
 def run_flags(values: flags.FlagValues) -> int:

@@ -39,7 +39,9 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     'it for more.',
     fv,
   )
-  flags.DEFINE_string('field', 'text', 'Field of the records of --input that is their text.', fv)
+  flags.DEFINE_string(
+    'field', None, "Field of the records of --input that is their text; by default 'text'.", fv
+  )
   command_line.define_path_flag('output', None, 'Where to write: this path and .model.', fv)
   command_line.define_data_flag(fv)
   flags.DEFINE_integer(
@@ -66,7 +68,7 @@ def run(
   max_bytes: int,
   data_dir: str | None = None,
   module: str | None = None,
-  field: str = 'text',
+  field: str | None = None,
 ) -> int:
   """Trains a vocabulary and writes it.
 
@@ -78,7 +80,7 @@ def run(
     max_bytes: of text.
     data_dir: of the task, see `locations.set_data_dir`.
     module: that registers the task; None means one of this package.
-    field: of the records of `inputs` that is their text.
+    field: of the records of `inputs` that is their text; None means 'text'.
 
   Returns:
     Exit code: 0, or 2 for a wrong setting.
@@ -90,6 +92,8 @@ def run(
       raise ConfigError(f'--module={module} registers a task: give its name with --task.')
     if data_dir and not task:
       raise ConfigError(f'--data_dir={data_dir} is where a task has its data; leave it out.')
+    if field and task:
+      raise ConfigError(f'--field={field} is of the records of --input; leave it out.')
     if not output:
       raise ConfigError(f'--output has to be given: try {_EXAMPLE}')
     command_line.check_output('--output', f'{output}.model')
@@ -130,13 +134,16 @@ def _start(block: bytes, size: int) -> bytes:
   return block[:size]
 
 
-def _blocks_of_files(inputs: Sequence[str], field: str) -> Iterator[bytes]:
+def _blocks_of_files(inputs: Sequence[str], field: str | None) -> Iterator[bytes]:
   found = text_files.find(inputs, '--input')
+  if field and not any(file.has_records for file in found.files):
+    raise ConfigError(f'--field={field}: no file of --input has records; leave it out.')
   if found.others:
     logging.info(
       '--input: %d files of other kinds are not read, such as %s.',
       len(found.others), found.others[0],
     )  # fmt: skip
+  field = field or 'text'
   return itertools.chain.from_iterable(_blocks_of_file(file, field) for file in found.files)
 
 

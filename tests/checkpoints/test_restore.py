@@ -102,7 +102,7 @@ def test_no_checkpoint(tmp_path, monkeypatch, checkpoint, part):
   with pytest.raises(ConfigError) as error:
     configuration.load(checkpoint, [_TINY])
   message = str(error.value)
-  assert message.startswith(f'--checkpoint={checkpoint}:') and part in message
+  assert message.startswith(f'checkpoint={checkpoint}:') and part in message
   assert '\n' not in message
 
 

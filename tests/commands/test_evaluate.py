@@ -167,6 +167,13 @@ def test_carried_state_sees_all_of_the_split(call, tiny_run, recorded):
   assert table.splitlines()[0].endswith('checkpoint_16, state carried on')
 
 
+def test_settings_that_change_nothing_are_told(call, tiny_run, caplog):
+  bindings = (f'--gin_bindings={x}' for x in ('BATCH_SIZE = 8', 'TOP_P = 0.5', 'UPDATE_LEN = 8'))
+  _json(call, tiny_run, *bindings)
+  told = [r.getMessage() for r in caplog.records if 'changed nothing' in r.getMessage()]
+  assert told == ['--gin.TOP_P=0.5 changed nothing: leave it out.']
+
+
 @pytest.mark.parametrize(
   ('args', 'parts'),
   [

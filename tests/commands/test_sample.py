@@ -344,6 +344,13 @@ def test_pieces(call, tmp_path):
   assert call(_pieces(tmp_path), '--prompt=the sea', '--score').startswith('the sea\nnats ')
 
 
+def test_settings_that_change_nothing_are_told(call, caplog):
+  bindings = (f'--gin_bindings={x}' for x in ('BATCH_SIZE = 0', 'NUM_PARTITIONS = 1'))
+  call('--prompt=a', '--max_tokens=8', *bindings)
+  told = [r.getMessage() for r in caplog.records if 'changed nothing' in r.getMessage()]
+  assert told == ['--gin.BATCH_SIZE=0 changed nothing: leave it out.']
+
+
 # Refusals
 
 

@@ -290,6 +290,8 @@ def test_files_of_all_kinds_and_the_task_of_own_texts(tmp_path, monkeypatch):
   records = [json.dumps({'body': text}) for text in texts[4:]]
   (folder / 'b.jsonl.gz').write_bytes(gzip.compress('\n'.join(records).encode()))
   assert run(tmp_path, inputs=[str(folder)], field='body') == 0
+  assert run(tmp_path, inputs=[str(folder / 'a.txt')], field='body') == 2  # It has no fields.
+  assert run(tmp_path, 'kjv_bytes', field='body') == 2
   pieces = processor(str(tmp_path / 'out.model'))
   assert pieces.decode(pieces.encode(TEXT)) == TEXT
   (folder / 'b.jsonl.gz').unlink()

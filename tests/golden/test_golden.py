@@ -79,7 +79,11 @@ OVERRIDES = [
 
 
 @needs('params/transformer')
-@pytest.mark.parametrize('overrides', OVERRIDES, ids=lambda x: str(x['reduction'].value))
+@pytest.mark.parametrize(
+  'overrides',
+  [*OVERRIDES[:2], pytest.param(OVERRIDES[2], marks=pytest.mark.slow)],
+  ids=lambda x: str(x['reduction'].value),
+)
 def test_forward_losses_and_gradients(case, overrides):
   for prefix, model, params, state, loss, metrics, grads, logprobs, captured in run(
     case, overrides

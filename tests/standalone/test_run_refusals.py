@@ -208,6 +208,16 @@ def test_speed_settings_may_change(copied, caplog):
   assert 'with other settings' not in caplog.text
 
 
+def test_settings_that_no_sublayer_reads_are_told(tmp_path, caplog):
+  bindings = ['TransformerConfig.mlp_dim = 5', 'TransformerConfig.mlp_activation = "silu"']
+  assert _run(tmp_path / 'run', *bindings, dry_run=True) == 0
+  told = {r.getMessage() for r in caplog.records if 'changes nothing' in r.getMessage()}
+  assert told == {
+    f'TransformerConfig.{setting} changes nothing: no sublayer of the model reads it.'
+    for setting in ('mlp_dim = 5', 'mlp_activation = silu')
+  }
+
+
 def test_changed_training_settings_are_told(copied, caplog):
   bindings = ['TransformerConfig.commit_weight = 0.5', 'TransformerConfig.block_len = 16']
   assert _run(copied, *bindings, 'runner.train.random_seed = 4') == 0

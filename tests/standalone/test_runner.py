@@ -290,6 +290,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(killed, whole, wh
   _assert_same_end(folder, whole)
 
 
+@pytest.mark.slow
 def test_signals_save_and_the_run_continues(whole, tmp_path, monkeypatch, caplog, interruptible):
   folder = tmp_path / 'run'
   # Within a window of training metrics, and at a step without a checkpoint of its own.

@@ -170,6 +170,7 @@ def test_shga_is_the_same_with_activations_and_parameters_sharded_in_two_dimensi
   assert shapes['params/layers_0/attention_0/quantizer/c_sum'] == (1, 16 // 2, 16)
 
 
+@pytest.mark.slow
 def test_mha_with_scanned_layers_and_adafactor_is_the_same_on_a_mesh():
   run = train('mha', 2, 2, 2)
   assert_same(run, train('mha', 1, 1, 1))
@@ -218,7 +219,8 @@ def test_an_encoder_is_the_same_on_every_mesh(data, model_axis, num_microbatches
 
 
 @pytest.mark.parametrize(
-  ('data', 'parts', 'num_microbatches', 'dims'), [(1, 8, 1, 1), (2, 4, 2, 2), (2, 2, 1, 1)]
+  ('data', 'parts', 'num_microbatches', 'dims'),
+  [pytest.param(1, 8, 1, 1, marks=pytest.mark.slow), (2, 4, 2, 2), (2, 2, 1, 1)],
 )
 def test_numbers_are_the_same_on_devices_that_share_sequences(data, parts, num_microbatches, dims):
   run = train('short_blocks', data, parts, num_microbatches, dims, by_sequence=True)

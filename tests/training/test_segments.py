@@ -62,7 +62,7 @@ def of_values(gradients):
   return [x for path, x in leaves if x.dtype.kind == 'f' and 'counts' not in str(path[-1])]
 
 
-@pytest.mark.parametrize('segment_len', [4, 12])
+@pytest.mark.parametrize('segment_len', [pytest.param(4, marks=pytest.mark.slow), 12])
 @pytest.mark.parametrize(
   'kind', ['scanned mqa', 'no gradient', pytest.param('mixed', marks=pytest.mark.slow)]
 )

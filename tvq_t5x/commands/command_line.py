@@ -231,19 +231,25 @@ def check_output(flag: str, path: str | None) -> None:
     raise ConfigError(f'{flag}={path} can not be written.')
 
 
-def exit_code(command: Callable[[], None]) -> int:
+def exit_code(command: Callable[[], None], gin_bindings: Sequence[str] = ()) -> int:
   """Runs a command that reads a checkpoint, and says what went wrong on a line.
+
+  Args:
+    command: to run.
+    gin_bindings: settings of which it tells afterwards if they changed nothing.
 
   Returns:
     0, 1 for a checkpoint that can't be read, 2 for a wrong setting, 130 after Ctrl-C.
   """
   from tvq_t5x.common import jax_modes
-  from tvq_t5x.gin_support import parsing
+  from tvq_t5x.gin_support import parsing, unread
 
   try:
     with jax_modes.usual():
       command()
     sys.stdout.flush()
+    for binding in unread.unread(gin_bindings):
+      logging.warning('--gin.%s changed nothing: leave it out.', binding.replace(' = ', '=', 1))
   except ConfigError as e:
     return fail(parsing.message(e), 2)
   except CheckpointError as e:

@@ -1,6 +1,7 @@
 """The sublayers of a layer, as `TransformerConfig.sublayers` names them."""
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,15 @@ _MIXERS: dict[str, type[Mixer]] = {
   Sublayer.QUADRATIC: QuadraticAttention,
   Sublayer.MLP: Mlp,
   Sublayer.LONGVQ: LongVQ,
+}
+# Settings with a default, of the config, and which of these mixers read them.
+_READ_BY: dict[str, tuple[type[Mixer], ...]] = {
+  **dict.fromkeys(('mlp_dim', 'mlp_activation'), (Mlp,)),
+  'kv_cache_len': (QuadraticAttention, LongVQ),
+  **dict.fromkeys(
+    ('compressed_cache', 'grad_through_cache', 'codes_from_keys', 'replace_below'),
+    (VQAttention, LongVQ),
+  ),
 }
 
 
@@ -48,6 +58,23 @@ def of_layer(config: TransformerConfig) -> tuple[NamedMixer, ...]:
     counts[mixer.KIND] += 1
     found.append(NamedMixer(name, make, mixer))
   return tuple(found)
+
+
+def unused_settings(config: TransformerConfig) -> list[str]:
+  """Names of settings that were given another value than their default, and change nothing.
+
+  There are none where a sublayer is not of this package: it may read any.
+  """
+  mixers = [named.mixer for named in of_layer(config)]
+  if any(name_of(type(mixer)) is None for mixer in mixers):
+    return []
+  return [
+    field.name
+    for field in dataclasses.fields(config)
+    if (readers := _READ_BY.get(field.name))
+    and getattr(config, field.name) != field.default
+    and not any(isinstance(mixer, readers) for mixer in mixers)
+  ]
 
 
 def name_of(cls: type[Mixer]) -> str | None:

@@ -27,6 +27,7 @@ class Configured(NamedTuple):
   """A checkpoint and what the gin configuration says of it, before it is read."""
 
   given: str  # What was given for it, as to `configure`.
+  flag: str  # Or argument, that it was given with.
   checkpoint: pathlib.Path  # Absolute path of its folder.
   model: Model
   partitioner: Partitioner
@@ -42,11 +43,14 @@ class Configured(NamedTuple):
       try:
         return restore.restore(tried[-1], self.model, self.partitioner)
       except CheckpointError as e:
-        left = [path for path in _candidates(self.given) if path not in tried]
+        left = [path for path in self._candidates() if path not in tried]
         if not left:
           raise
         logging.warning('%s is taken instead. %s', left[0], e)
         tried.append(left[0])
+
+  def _candidates(self) -> list[pathlib.Path]:
+    return layout.candidates(self.given, f'{self.flag}={self.given}')
 
 
 def load(
@@ -56,8 +60,10 @@ def load(
   search_paths: Sequence[str] = (),
   modules: Sequence[str] = (),
 ) -> Loaded:
-  """`configure` and `Configured.restore` in one."""
-  return configure(checkpoint, gin_files, gin_bindings, search_paths, modules).restore()
+  """`configure` and `Configured.restore` in one, for callers without flags."""
+  return configure(
+    checkpoint, gin_files, gin_bindings, search_paths, modules, flag='checkpoint'
+  ).restore()
 
 
 def configure(
@@ -66,6 +72,7 @@ def configure(
   gin_bindings: Sequence[str] = (),
   search_paths: Sequence[str] = (),
   modules: Sequence[str] = (),
+  flag: str = '--checkpoint',
 ) -> Configured:
   """Parses the gin files of a checkpoint's run, in place of the configuration that gin holds now.
 
@@ -76,14 +83,15 @@ def configure(
     gin_bindings: more settings, such as 'NUM_PARTITIONS = 2' for another mesh than the run's.
     search_paths: more folders to look for gin files in.
     modules: of the user, which that `config.gin` may import and call, too.
+    flag: that names the checkpoint, for messages.
 
   Raises:
     ConfigError: if there is no checkpoint, or a setting is wrong; also where the parameters do not
       fit on this machine's devices evenly.
   """
-  path = _candidates(checkpoint)[0]
+  path = layout.find(checkpoint, f'{flag}={checkpoint}')
   gin_files = files_of(path, gin_files, search_paths, modules)
-  return Configured(checkpoint, path, *parse(gin_files, gin_bindings, search_paths))
+  return Configured(checkpoint, flag, path, *parse(gin_files, gin_bindings, search_paths))
 
 
 def parse(
@@ -146,10 +154,6 @@ def _is_there(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
   except (ImportError, ValueError):  # No parent, or no name of a module.
     return False
-
-
-def _candidates(checkpoint: str) -> list[pathlib.Path]:
-  return layout.candidates(checkpoint, f'--checkpoint={checkpoint}')
 
 
 def run_settings() -> RunSettings:

@@ -3,8 +3,10 @@
 import dataclasses
 
 import optax
+from absl import logging
 
 from tvq_t5x.data.datasets import DatasetConfig
+from tvq_t5x.network import sublayers
 from tvq_t5x.training import placement, run_limits
 from tvq_t5x.training.base_model import Model
 from tvq_t5x.training.partitioning import Partitioner
@@ -84,7 +86,7 @@ class TrainingSettings:
     return {name: getattr(self, name) for name in names}
 
   def check(self) -> None:
-    """Refuses tasks and numbers of steps that do not go with the model.
+    """Refuses tasks and numbers of steps that do not go with the model; tells what changes nothing.
 
     Raises:
       ConfigError: naming the setting, and what it accepts.
@@ -95,6 +97,12 @@ class TrainingSettings:
       updates = run_limits.updates_in_batch(length, self.model.config, self.update_len)
       run_limits.check_segment_len(self.segment_len, length, updates, self.model.config)
     run_limits.check_steps(self.updates, self.total_steps, **self.periods)
+    config = self.model.config
+    for name in sublayers.unused_settings(config):
+      logging.warning(
+        'TransformerConfig.%s = %s changes nothing: no sublayer of the model reads it.',
+        name, getattr(config, name),
+      )  # fmt: skip
 
   def check_placement(self, partitioner: Partitioner) -> None:
     """Refuses sizes that a mesh can't share out evenly.
