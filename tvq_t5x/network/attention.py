@@ -9,13 +9,14 @@ from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
 
 from tvq_t5x.network import xla
-from tvq_t5x.network.config import HeadType
+from tvq_t5x.network.config import HeadType, Remat
 from tvq_t5x.network.layers import (
   SEQUENCE_DROPOUT,
   Einsum,
   RMSNorm,
   rms_normalize,
   save_for_backward,
+  silu,
   with_sharding_constraint,
 )
 from tvq_t5x.network.mixers import Aux, Call, Mixer, State
@@ -101,7 +102,10 @@ class Attention(Mixer):
     heads = c.heads_axis(h)
     out = out.reshape(*out.shape[:2], h, v)
     if c.head_type == HeadType.GATED:
-      out = out * jax.nn.silu(self._project(x, 'gate', v, h, heads, c.value_axis))
+      gate = self._project(x, 'gate', v, h, heads, c.value_axis)
+      if c.remat == Remat.LAYER:  # XLA would compute it again for each part of the product below.
+        gate = xla.computed_once(gate)
+      out = out * silu(gate)
     out = with_sharding_constraint(out, ('batch', 'length', heads, c.value_axis))
     out = Einsum(
       'BTHV,HVD->BTD', (h, v, d), (heads, c.value_axis, 'embed'), 2, dtype=c.dtype, name='out'
@@ -116,7 +120,7 @@ class Attention(Mixer):
     q = self._scale * rms_normalize(self._project(x, 'query', k, h, heads, 'kv'))
     keys = self._scale * rms_normalize(self._project(x, 'key', k, n, kv_heads, 'kv'))
     values = self._project(x, 'value', c.value_width, n, kv_heads, c.value_axis)
-    values = jax.nn.silu(values) if c.head_type == HeadType.GATED else values
+    values = silu(values) if c.head_type == HeadType.GATED else values
     q = with_sharding_constraint(q, ('batch', 'length', heads, 'kv'))
     keys = with_sharding_constraint(keys, ('batch', 'length', kv_heads, 'kv'))
     values = with_sharding_constraint(values, ('batch', 'length', kv_heads, c.value_axis))

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from tvq_t5x.network.config import Activation
-from tvq_t5x.network.layers import Einsum, RMSNorm, with_sharding_constraint
+from tvq_t5x.network.layers import Einsum, RMSNorm, silu, with_sharding_constraint
 from tvq_t5x.network.mixers import Aux, Call, Mixer, State
 
 _ACTIVATIONS = {
   Activation.SQUARED_RELU: lambda x: jnp.square(jax.nn.relu(x)),
-  Activation.SILU: jax.nn.silu,
+  Activation.SILU: silu,
 }
 
 

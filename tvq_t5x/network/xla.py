@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 _in_training = jax.make_user_context(False)
 
@@ -30,6 +31,18 @@ def platform() -> str:
   """Of the devices that the program being traced is for: 'cpu', 'gpu' or 'tpu'."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+  """Identity; on TPU x is written to memory, and not computed within what takes it."""
+  return jax.lax.optimization_barrier(x) if platform() == 'tpu' else x
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """Identity; on TPU x is in memory with the last axis fastest, whatever products prefer."""
+  if platform() != 'tpu':
+    return x
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:

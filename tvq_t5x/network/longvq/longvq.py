@@ -23,6 +23,7 @@ from tvq_t5x.network.layers import (
   RMSNorm,
   rms_normalize,
   save_for_backward,
+  silu,
   with_sharding_constraint,
 )
 from tvq_t5x.network.longvq.ssm import SSM, Initialization
@@ -117,13 +118,13 @@ class LongVQ(Mixer):
     if out is not None:
       h = h + out
     u = jax.nn.sigmoid(self._project(g, 'update'))
-    branch = u * (jax.nn.silu(h) - x)
+    branch = u * (silu(h) - x)
     return branch.astype(x.dtype), LongVQState(after_ssm, after_attention), aux
 
   def _filter(self, x: jax.Array, state: LongVQState | None, call: Call) -> tuple[jax.Array, Any]:
     """G [B, T, D], and the state of the state-space layer."""
     if not self.use_ssm:
-      return jax.nn.silu(x), ()
+      return silu(x), ()
     ssm = SSM(
       self.state_size,
       self.initialization,
@@ -134,7 +135,7 @@ class LongVQ(Mixer):
     )
     before = None if state is None or self.config.bidirectional else state.ssm
     y, after = ssm(with_sharding_constraint(x, ('batch', 'length', 'mlp')), before, call.lengths)
-    g = save_for_backward(jax.nn.silu(y).astype(self.config.dtype))
+    g = save_for_backward(silu(y).astype(self.config.dtype))
     return g, () if self.config.bidirectional else after
 
   def _attend(
@@ -145,14 +146,14 @@ class LongVQ(Mixer):
     if self.attention == AttentionKind.NONE:
       return None, (), {}
     queries, keys = self._queries_and_keys(g)
-    values = jax.nn.silu(self._heads(x, 'value', c.value_width, c.value_axis))
+    values = silu(self._heads(x, 'value', c.value_width, c.value_axis))
     args = Queries(queries[:, :, :, None], queries[:, :, :, None]), keys, values
     before = None if state is None else state.attention
     if self.attention == AttentionKind.QUADRATIC:
       out, after, aux = quadratic.attend(*args, self._window_bias(), before, call, c)
     else:
       out, after, aux = vq.attend(*args, self._window_bias(), before, call, self)
-    reset = jax.nn.silu(self._heads(g, 'reset', c.value_width, c.value_axis))
+    reset = silu(self._heads(g, 'reset', c.value_width, c.value_axis))
     shape = c.num_heads, c.value_width, c.emb_dim
     axes = c.heads_axis(c.num_heads), c.value_axis, 'embed'
     project = Einsum('BTHV,HVD->BTD', shape, axes, 2, dtype=c.dtype, name='out')
@@ -162,7 +163,7 @@ class LongVQ(Mixer):
     """[B, T, H, K] each: affine maps of one projection, normalized as those of Transformer-VQ."""
     c = self.config
     shape, axes = (c.num_heads, c.key_dim), (c.heads_axis(c.num_heads), 'kv')
-    z = jax.nn.silu(self._heads(g, 'shared', c.key_dim, 'kv'))
+    z = silu(self._heads(g, 'shared', c.key_dim, 'kv'))
 
     def near_one(key, shape, dtype):
       return 1 + 0.02 * jax.random.normal(key, shape, dtype)
