@@ -28,10 +28,12 @@ def run(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
-def test_it_is_that_of_the_runner(run, tmp_path, shape):
+@pytest.mark.parametrize(
+  ('shape', 'macros'), [((1, 1), {}), ((4, 2), {}), ((2, 2), {'SEQUENCE_PARTITIONS': 2})]
+)
+def test_it_is_that_of_the_runner(run, tmp_path, shape, macros):
   folder = tmp_path / 'run'
-  t5x_runs.train(folder, shape=shape, **MACROS)
+  t5x_runs.train(folder, shape=shape, **MACROS, **macros)
   assert_same_arrays(folder, run, STEPS)
   positions = t5x_runs.arrays(folder, STEPS)['flax_mutables/carried/position']
   assert np.all(positions > t5x_runs.arrays(folder, STEPS // 2)['flax_mutables/carried/position'])

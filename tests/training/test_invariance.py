@@ -121,6 +121,7 @@ def train(
   num_microbatches: int,
   dims: int = 1,
   by_sequence: bool = False,
+  segment_len: int | None = None,
 ) -> Run:
   model = make_model(case)
   update_len = LENGTH if model.config.bidirectional else UPDATE_LEN
@@ -129,11 +130,11 @@ def train(
   devices = jax.devices('cpu')[: data * model_axis]
   partitioner = Partitioner(partitions[0], rules, devices, partitions[1])
   placement.validate(partitioner, model.config, BATCH_SIZE, num_microbatches)
-  placement.validate_length(partitioner, model.config, update_len)
+  placement.validate_length(partitioner, model.config, segment_len or update_len)
   shardings = placement.train_state_shardings(partitioner, model)
   step = partitioner.jit(
     lambda state, batch: train_on_sequences(
-      model, state, batch, jax.random.key(2), update_len, num_microbatches
+      model, state, batch, jax.random.key(2), update_len, num_microbatches, segment_len=segment_len
     ),
     (shardings, partitioner.batch_sharding()),
     (shardings, None),
@@ -219,11 +220,13 @@ def test_an_encoder_is_the_same_on_every_mesh(data, model_axis, num_microbatches
 
 
 @pytest.mark.parametrize(
-  ('data', 'parts', 'num_microbatches', 'dims'),
-  [pytest.param(1, 8, 1, 1, marks=pytest.mark.slow), (2, 4, 2, 2), (2, 2, 1, 1)],
+  ('data', 'parts', 'num_microbatches', 'dims', 'segment_len'),
+  [pytest.param(1, 8, 1, 1, None, marks=pytest.mark.slow), (2, 4, 2, 2, 8), (2, 2, 1, 1, None)],
 )
-def test_numbers_are_the_same_on_devices_that_share_sequences(data, parts, num_microbatches, dims):
-  run = train('short_blocks', data, parts, num_microbatches, dims, by_sequence=True)
+def test_numbers_are_the_same_on_devices_that_share_sequences(
+  data, parts, num_microbatches, dims, segment_len
+):
+  run = train('short_blocks', data, parts, num_microbatches, dims, True, segment_len)
   assert_same(run, train('short_blocks', 1, 1, 1))
   shapes, other = run.shard_shapes, data if dims == 2 else 1
   assert shapes['params/layers_0/attention_0/gate/kernel'] == (32 // other, 1, 64)
