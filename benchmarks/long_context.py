@@ -158,7 +158,9 @@ def main(argv: Sequence[str]) -> None:
   _print_table(results)
   report.write(_OUT.value, 'long_context', argv[0], results)
   path = pathlib.Path(_OUT.value, 'long_context.png')
-  caption = f'One sequence, {sizes.described()}; {machines.name()}'
+  caption = (
+    f'One sequence, {sizes.described()}, segments of {_SEGMENT_LEN.value}; {machines.name()}'
+  )
   report.plot(path, 'sequence length T', _panels(results), caption)
 
 

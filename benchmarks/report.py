@@ -71,7 +71,7 @@ def plot(
       axis.plot(line.sizes, line.values, style, color=colors[models[i]], label=variant)
     axis.set(xscale='log', yscale='log', xlabel=xlabel, title=title)
     sizes = sorted({size for line in lines.values() for size in line.sizes})
-    axis.set_xticks(sizes, [f'{size:,.0f}' for size in sizes])
+    axis.set_xticks(sizes, [_shortly(size) for size in sizes])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_minor_locator(NullLocator())
@@ -80,3 +80,11 @@ def plot(
     if axis is figure.axes[0]:
       axis.legend(fontsize='small')
   plots.save_both(figure, path)
+
+
+def _shortly(size: float) -> str:
+  """A power of two in units of 1,024 or 1,048,576, others as they are."""
+  for unit, letter in ((2**20, 'M'), (2**10, 'k')):
+    if size >= unit and (size / unit).is_integer():
+      return f'{size // unit:.0f}{letter}'
+  return f'{size:,.0f}'

@@ -165,7 +165,8 @@ def main(argv: Sequence[str]) -> None:
   _print_table(results)
   report.write(_OUT.value, 'sampling', argv[0], results)
   path = pathlib.Path(_OUT.value, 'sampling.png')
-  caption = f'Sampling, {sizes.described()}; {machines.name()}'
+  rounds = sizes.ROUNDS.value
+  caption = f'Sampling, {sizes.described()}; medians of {rounds}; {machines.name()}'
   report.plot(path, 'tokens before', _panels(results), caption)
 
 

@@ -46,8 +46,8 @@ def free_bytes() -> float:
 
 
 def described() -> str:
-  """The model that the flags describe, and how it is timed, in words."""
+  """The model that the flags describe, in words."""
   return (
     f'batch {BATCH_SIZE.value}, {_DTYPE.value}, D = {_EMB_DIM.value}, {_NUM_LAYERS.value} layers, '
-    f'S = {_NUM_CODES.value}, L = M = {_BLOCK_LEN.value}; medians of {ROUNDS.value}'
+    f'S = {_NUM_CODES.value}, L = M = {_BLOCK_LEN.value}'
   )

@@ -162,7 +162,8 @@ def main(argv: Sequence[str]) -> None:
   _print_table(results)
   report.write(_OUT.value, 'throughput', argv[0], results)
   path = pathlib.Path(_OUT.value, 'throughput.png')
-  caption = f'A training step, {sizes.described()}; {machines.name()}'
+  rounds = sizes.ROUNDS.value
+  caption = f'A training step, {sizes.described()}; medians of {rounds}; {machines.name()}'
   report.plot(path, 'sequence length T', _panels(results), caption)
 
 
