@@ -82,9 +82,9 @@ def run(
     if not checkpoint:
       raise ConfigError(f'no --checkpoint was given: try {_EXAMPLE}')
     command_line.check_output('--json', json_file)
-    locations.set_data_dir(data_dir)
     configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths, modules)
-    _write(checkpoint_evaluation.evaluate(configured, split, carry_state), json_file)
+    with locations.data_dir(data_dir):
+      _write(checkpoint_evaluation.evaluate(configured, split, carry_state), json_file)
 
   return command_line.exit_code(command, gin_bindings)
 

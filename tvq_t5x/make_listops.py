@@ -21,7 +21,7 @@ from absl import flags, logging
 
 from tvq_t5x.commands import command_line
 from tvq_t5x.common import files
-from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.errors import ConfigError, reason
 from tvq_t5x.data import listops
 
 _HEADER = b'Source\tTarget\r\n'
@@ -76,7 +76,10 @@ def run(
       raise ConfigError('--num_train, --num_validation, --num_test: give one that is not 0.')
     listops.check(settings, total)
     made = not folder.exists()
-    folder.mkdir(exist_ok=True)
+    try:
+      folder.mkdir(exist_ok=True)
+    except OSError as e:
+      raise ConfigError(f'--output_dir={output_dir} can not be written: {reason(e)}') from e
   except ConfigError as e:
     return command_line.fail(str(e), 2)
   try:

@@ -85,9 +85,8 @@ def train_model(
   folders = arguments.texts('search_paths', search_paths)
   data = None if data_dir is None else arguments.path('data_dir', data_dir)
   try:
-    _train(gin_files, bindings, folders, data, profile=profile)
-  except (ConfigError, CheckpointError, TrainingDiverged) as e:
-    raise type(e)(parsing.message(e)) from None
+    with parsing.plain_errors():
+      _train(gin_files, bindings, folders, data, profile=profile)
   except Stopped as e:
     if e.number == signal.SIGINT:
       raise KeyboardInterrupt(*e.args) from None
@@ -156,13 +155,12 @@ def _train(
     raise ConfigError(f'no --gin_file was given: try {_EXAMPLE}')
   if dry_run and profile is not None:
     raise ConfigError(f'--profile={profile}: a dry run trains nothing; leave one of them out.')
-  locations.set_data_dir(data_dir)
   parsing.parse_gin(gin_files, gin_bindings, search_paths)
   if not parsing.is_bound(runner.train):
     raise ConfigError(
       f"{', '.join(gin_files)}: nothing says what to train; add `include 'gin/runs/pretrain.gin'`"
     )
-  with jax_modes.usual():
+  with jax_modes.usual(), locations.data_dir(data_dir):
     runner.run(configuration.run_settings(), dry_run, profile)
 
 

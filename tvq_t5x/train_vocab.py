@@ -97,11 +97,11 @@ def run(
     if not output:
       raise ConfigError(f'--output has to be given: try {_EXAMPLE}')
     command_line.check_output('--output', f'{output}.model')
-    locations.set_data_dir(data_dir)
-    blocks = _blocks_of_task(task, module) if task else _blocks_of_files(inputs, field)
-    left_out = vocabulary_training.LeftOut()
-    lines = vocabulary_training.lines(_capped(blocks, max_bytes), left_out)
-    model = vocabulary_training.train(lines, vocab_size)
+    with locations.data_dir(data_dir):
+      blocks = _blocks_of_task(task, module) if task else _blocks_of_files(inputs, field)
+      left_out = vocabulary_training.LeftOut()
+      lines = vocabulary_training.lines(_capped(blocks, max_bytes), left_out)
+      model = vocabulary_training.train(lines, vocab_size)
   except (ConfigError, ModuleNotFoundError) as e:
     return command_line.fail(parsing.message(e), 2)
   with files.replacing(f'{output}.model') as f:

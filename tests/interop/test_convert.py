@@ -182,6 +182,30 @@ def test_a_vocabulary_goes_with_the_model(tmp_path, monkeypatch, macro):
   assert lm.text(lm.encode('the sea')) == 'the sea'
 
 
+@pytest.mark.slow
+def test_no_data_is_needed(tmp_path):
+  (tmp_path / 'texts').mkdir()
+  (tmp_path / 'texts' / 'a.txt').write_text('in the beginning was the word\n' * 999)
+  settings = {
+    'MODEL_DIR': str(tmp_path / 'run'), 'TASK_FEATURE_LENGTHS': {'targets': 64}, 'UPDATE_LEN': None,
+    'TRAIN_STEPS': 1, 'WARMUP_STEPS': 0, 'EVAL_PERIOD': 1, 'CHECKPOINT_PERIOD': 1, 'LOG_PERIOD': 1,
+  }  # fmt: skip
+  bindings = [
+    *(f'{name} = {x!r}' for name, x in settings.items()),
+    'runner.train.sample_cfg = None',
+  ]
+  with one_device():
+    assert train.run(['gin/text_tiny.gin'], bindings, data_dir=str(tmp_path / 'texts')) == 0
+  shutil.rmtree(tmp_path / 'texts')
+  run, folder, back = (tmp_path / name for name in ('run', 'folder', 'back'))
+  assert _convert(f'--checkpoint={run}', f'--output={folder}', module='') == 0
+  assert _convert(f'--folder={folder}', f'--output={back}', module='') == 0
+  before, after = (_saved(x / 'checkpoint_1') for x in (run, back))
+  assert before.keys() == after.keys()
+  for name, x in before.items():
+    np.testing.assert_array_equal(x, after[name])
+
+
 def _edit(path, **changes):
   content = json.loads(path.read_text())
   for name, value in changes.items():
@@ -258,6 +282,7 @@ def test_a_folder_that_can_not_be_read_is_one_line(
     (['--checkpoint={run}', '--output={run}'], 'is there already'),
     (['--checkpoint={run}', '--output={tmp}/out', '--author_settings=x'], '--author_settings'),
     (['--folder={run}', '--output={tmp}/out'], 'there is no config.json'),
+    (['--folder={tmp}/none', '--output={tmp}/out'], '/none: there is no such folder'),
     (['--folder={run}', '--output={tmp}/out', '--dtype=bfloat16'], '--dtype is for --checkpoint'),
     (['--checkpoint={run}', '--output={tmp}/out', '--evaluation={run}/none'], '--evaluation='),
     (['--author_checkpoint={run}', '--output={tmp}/out'], '--author_settings'),

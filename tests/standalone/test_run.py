@@ -43,6 +43,36 @@ def test_a_call_trains_within_an_event_loop_and_returns_the_run(run, capfd):
   assert tvq_t5x.load(again, modules=['tiny_task']).loaded.step == 16
 
 
+@pytest.mark.parametrize(
+  ('setting', 'said'),
+  [
+    ('WARMUP_STEPS = 100', r'^warmup_cosine.warmup_steps = 100 \(macro WARMUP_STEPS\) is not acc'),
+    ('TransformerConfig.emb_dim = 33', '^TransformerConfig.emb_dim = 33 is not accepted: [^\n]*$'),
+  ],
+)
+def test_what_gin_calls_refuses_in_words_too(run, tmp_path, setting, said):
+  with one_device(), pytest.raises(ConfigError, match=said):
+    tvq_t5x.train_model(TINY, tmp_path / 'run', [setting])
+  with pytest.raises(ConfigError, match=said):
+    tvq_t5x.load(run, gin_bindings=[setting], modules=['tiny_task'])
+
+
+def test_a_folder_of_data_is_of_one_call(tmp_path, monkeypatch):
+  monkeypatch.delenv('TVQ_DATA_DIR', raising=False)
+  (tmp_path / 'a.txt').write_text('in the beginning ' * 500)
+  settings = ['TRAIN_STEPS = 8']
+  with one_device(), pytest.raises(ConfigError, match='warmup_steps = 100'):
+    tvq_t5x.train_model('gin/text_tiny.gin', tmp_path / 'run', settings, data_dir=tmp_path)
+  with one_device(), pytest.raises(ConfigError, match='TEXT_FILES is not set'):
+    tvq_t5x.train_model('gin/text_tiny.gin', tmp_path / 'run')
+
+
+def test_only_runs_are_drawn_beside_a_run(run):
+  for beside in ('runs/other', [3]):
+    with pytest.raises(ConfigError, match='^beside = .* give a list of runs, such as'):
+      run.plot(beside=beside)
+
+
 def test_tables_have_what_was_recorded(run):
   records = run_records.read_records(run.model_dir / 'metrics.jsonl')
   for split in ('train', 'validation', 'test'):
@@ -130,7 +160,7 @@ def test_a_trace_that_can_not_be_made(tmp_path, steps, words):
 
 
 def test_no_trace_of_a_finished_run_or_a_dry_run(run, capsys):
-  with one_device(), pytest.raises(ConfigError, match='at most 0: of 16 updates 16 are done'):
+  with one_device(), pytest.raises(ConfigError, match='of at least 22: of 16 updates 16 are done'):
     tvq_t5x.train_model(TINY, run.model_dir, SETTINGS, profile=2)
   assert tvq_t5x.train.run([str(TINY)], ["MODEL_DIR = 'x'"], dry_run=True, profile=2) == 2
   assert '--profile=2: a dry run trains nothing' in capsys.readouterr().err

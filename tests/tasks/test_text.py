@@ -295,6 +295,15 @@ def test_counts(tmp_path):
   assert datasets.survey(cfg).tokens == 0
 
 
+def test_a_pipe_in_a_folder_is_waited_for_by_nobody(tmp_path):
+  write(tmp_path, many(9))
+  os.mkfifo(tmp_path / 'pipe.txt')
+  found = text_files.find([str(tmp_path)], 'TEXT_FILES')
+  assert found.others == (str(tmp_path / 'pipe.txt'),)
+  with pytest.raises(ConfigError, match='pipe.txt; give a file'):
+    text_files.find([str(tmp_path / 'pipe.txt')], 'TEXT_FILES')
+
+
 def test_a_dry_run_says_what_there_is(tmp_path, capsys):
   folder = write(tmp_path / 'texts', [b'a' * 1000, b'b' * 200, b''])
   bindings = ['BATCH_SIZE = 8', f'MODEL_DIR = {str(tmp_path / "run")!r}']

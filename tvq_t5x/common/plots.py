@@ -1,6 +1,7 @@
 """How pictures of numbers look: a thing has the same color in all, and papers get PDF files."""
 
 import io
+import logging as std_logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -71,6 +72,7 @@ def save(drawn: Any, path: pathlib.Path) -> None:
   from matplotlib import rc_context
 
   # The same picture is the same file, whenever it was drawn.
+  std_logging.getLogger('fontTools').setLevel(std_logging.WARNING)  # Of fonts in a PDF.
   metadata = {'.pdf': {'CreationDate': None}, '.svg': {'Date': None}}.get(path.suffix)
   with rc_context({**_PDF, 'svg.hashsalt': 'tvq_t5x'}), files.replacing(path) as f:
     drawn.savefig(f, format=path.suffix[1:], dpi=_DPI, metadata=metadata)

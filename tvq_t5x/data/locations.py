@@ -1,7 +1,8 @@
 """Where data and other files lie: said in gin, by an environment variable or by --data_dir."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.gin_support import configurables
@@ -79,6 +80,20 @@ def set_data_dir(folder: str | None) -> None:
       raise ConfigError(f'--data_dir={folder}: there is no such folder or file.')
     folder = os.path.abspath(folder)
   os.environ[_DATA_DIR] = folder
+
+
+@contextlib.contextmanager
+def data_dir(folder: str | None) -> Iterator[None]:
+  """`set_data_dir` until the context ends: what is read next in this process lies elsewhere."""
+  before = os.environ.get(_DATA_DIR)
+  try:
+    set_data_dir(folder)
+    yield
+  finally:
+    _unread.clear()
+    os.environ.pop(_DATA_DIR, None)
+    if before is not None:
+      os.environ[_DATA_DIR] = before
 
 
 def check_data_dir() -> None:

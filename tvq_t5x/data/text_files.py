@@ -101,7 +101,10 @@ def _is_of_tokens(path: str) -> bool:
 
 
 def _files_below(folder: str, setting: str) -> tuple[list[str], list[str]]:
-  """The files with texts, and the others; hidden ones are neither. Links are followed."""
+  """The files with texts, and the others; hidden ones are neither. Links are followed.
+
+  Pipes and devices are among the others: they can't be read twice, or wait for a writer.
+  """
 
   def refuse(error: OSError) -> None:
     raise ConfigError(f'{setting}: {folder} can not be searched: {reason(error)}') from error
@@ -116,7 +119,8 @@ def _files_below(folder: str, setting: str) -> tuple[list[str], list[str]]:
     for name in sorted(names):
       if name[0] != '.':
         path = os.path.join(parent, name)
-        (known if _kind(name) else unknown).append(path)
+        special = os.path.exists(path) and not os.path.isfile(path)
+        (known if _kind(name) and not special else unknown).append(path)
   return sorted(known), sorted(unknown)
 
 

@@ -114,9 +114,11 @@ def load(
   lists = [arguments.texts(name, values) for name, values in lists.items()]
   path = arguments.path('checkpoint', checkpoint)
   with quiet.imports():
+    from tvq_t5x.gin_support import parsing
     from tvq_t5x.standalone import configuration  # Slow to import: TensorFlow.
 
-  return LanguageModel(configuration.load(path, gin_files, *lists))
+  with parsing.plain_errors():
+    return LanguageModel(configuration.load(path, gin_files, *lists))
 
 
 class LanguageModel:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import gin
 
-from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.common.errors import CheckpointError, ConfigError, TrainingDiverged
 from tvq_t5x.gin_support import bindings, origins, private
 from tvq_t5x.gin_support.checks import suggest
 
@@ -114,6 +114,19 @@ def message(error: BaseException) -> str:
   """
   text = re.sub(r'\n  In call to configurable .*', '', str(error), flags=re.DOTALL)
   return origins.with_origins(text)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+  """Gives the errors of this package that pass their `message`, for callers from Python.
+
+  gin raises those of what it calls as instances of a class that can't be created anew.
+  """
+  try:
+    yield
+  except (ConfigError, CheckpointError, TrainingDiverged) as e:
+    kind = next(c for c in type(e).__mro__ if c in (ConfigError, CheckpointError, TrainingDiverged))
+    raise kind(message(e)) from None
 
 
 def _rewrite_gin_arg(arg: str) -> str:

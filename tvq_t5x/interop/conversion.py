@@ -152,6 +152,8 @@ def restore(source: str, gin: Gin, output: pathlib.Path) -> None:
     CheckpointError: if the folder can't be read. Nothing is written then.
   """
   path = files.absolute(source, f'--folder={source}')
+  if not path.is_dir():
+    raise ConfigError(f'--folder={source}: there is no such folder.')
   if not (path / folder.SETTINGS).is_file():
     raise ConfigError(f'--folder={source}: there is no {folder.SETTINGS} in it.')
   description = folder.read_description(path)
@@ -239,7 +241,7 @@ def _write_checkpoint(
   """Writes MODEL_DIR with `config.gin`, and a vocabulary if it is to be taken from there."""
   settings = configuration.run_settings()
   info = placement.describe(new.partitioner, new.model, settings.batch_size)
-  record = run_checks.record_of(settings, info)
+  record = run_checks.record_of(settings, info, new.data)
   state = placement.init_state(new.partitioner, new.model, settings.key, settings.batch_size)
   params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new.params, state.params)
   state = state._replace(step=jnp.asarray(new.step, state.step.dtype), params=params)
@@ -250,7 +252,7 @@ def _write_checkpoint(
   text = _run_text(gin, bindings)
   with folder.created(output) as path:
     with manager.Checkpoints(path, None, lambda: None) as checkpoints:
-      checkpoints.save(new.step, state, _NoPosition(new.data or record['data']), record)
+      checkpoints.save(new.step, state, _NoPosition(record['data']), record)
     (path / folder.RUN).write_text(text, encoding='utf-8')
     if vocabulary:
       shutil.copyfile(vocabulary, path / folder.SENTENCEPIECE)

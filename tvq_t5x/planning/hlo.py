@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from tensorflow.compiler.xla.service import hlo_pb2
 
+from tvq_t5x.common.errors import ConfigError, reason
+
 Computation = hlo_pb2.HloComputationProto
 Instruction = hlo_pb2.HloInstructionProto
 ProgramProto = hlo_pb2.HloModuleProto
@@ -74,9 +76,19 @@ class Module:
 
 
 def module_of(compiled: jax.stages.Compiled) -> ProgramProto:
-  """The program that JAX compiled, as the compiler left it."""
+  """The program that JAX compiled, as the compiler left it.
+
+  Raises:
+    ConfigError: if JAX can't read it, as some of libtpu for single chips.
+  """
   executable: Any = compiled.runtime_executable()
-  (module,) = executable.hlo_modules()
+  try:
+    (module,) = executable.hlo_modules()
+  except jax.errors.JaxRuntimeError as e:
+    raise ConfigError(
+      'The program is compiled, but this JAX can not read what libtpu made of it '
+      f'({reason(e)}) Try another version of libtpu, another --topology or other sizes.'
+    ) from e
   return ProgramProto.FromString(module.as_serialized_hlo_module_proto())
 
 

@@ -34,7 +34,10 @@ def check(steps: int, settings: RunSettings, done: int) -> None:
   most = settings.total_steps - done - _SKIPPED * updates
   if steps > most:
     left = f'of {settings.total_steps} updates {done} are done, and {_SKIPPED} batches come before'
-    raise ConfigError('--profile', steps, f'at most {max(most, 0)}: {left}')
+    needed = done + steps + _SKIPPED * updates
+    longer = f'it to a run with a train.total_steps of at least {needed}'
+    accepted = longer if most < updates else f'at most {most}'
+    raise ConfigError('--profile', steps, f'{accepted}: {left}')
   _check_libtpu()
 
 

@@ -153,8 +153,10 @@ class Run:
       A picture; the last line of a notebook's cell shows it.
 
     Raises:
-      ConfigError: if a run has no metric of that name.
+      ConfigError: if a run has no metric of that name, or `beside` is no list of runs.
     """
+    if isinstance(beside, str) or not all(isinstance(run, Run) for run in beside):
+      raise ConfigError('beside', beside, "a list of runs, such as [Run('runs/other')]")
     runs = [self, *beside]
     same_name = len({run.model_dir.name for run in runs}) < len(runs)
     names = [str(run.model_dir) if same_name else run.model_dir.name for run in runs]

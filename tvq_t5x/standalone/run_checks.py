@@ -102,14 +102,22 @@ def cuts(settings: RunSettings) -> list[str]:
   return lines
 
 
-def record_of(settings: RunSettings, info: StateInfo) -> dict[str, Any]:
-  """What a checkpoint says of the run that wrote it."""
+def record_of(
+  settings: RunSettings, info: StateInfo, data: dict[str, Any] | None = None
+) -> dict[str, Any]:
+  """What a checkpoint says of the run that wrote it.
+
+  Args:
+    settings: of the run.
+    info: of its state.
+    data: `datasets.identity` where it is known already; else the data is looked for.
+  """
   return {
     'model': model_settings.settings_of(settings.model.config),
     'arrays': {row.name: [list(row.shape), row.dtype] for row in info.rows},
     'updates_in_batch': settings.updates,
     'random_seed': settings.random_seed,
-    'data': datasets.identity(settings.train_dataset_cfg, settings.model.carry_state),
+    'data': data or datasets.identity(settings.train_dataset_cfg, settings.model.carry_state),
     'training': {
       'train.total_steps': settings.total_steps,
       **_optimizer(settings.model),

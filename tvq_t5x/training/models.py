@@ -325,6 +325,7 @@ def language_model_of(model: Model) -> TransformerVQModel:
   if not isinstance(model, TransformerVQModel):
     raise ConfigError(
       f'--checkpoint is of a {type(model).__name__}, an encoder, which neither writes nor scores '
-      'texts: give one of a language model, or try python -m tvq_t5x.evaluate.'
+      'texts, and has no form that convert exports: give one of a language model, or try '
+      'python -m tvq_t5x.evaluate.'
     )
   return model

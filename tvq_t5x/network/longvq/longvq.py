@@ -99,6 +99,10 @@ class LongVQ(Mixer):
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1 or value % unit:
         raise ConfigError(f'LongVQ.{name}', value, f'a positive multiple of {unit}')
+    if self.attention == AttentionKind.NONE and not self.use_ssm:
+      raise ConfigError(
+        'LongVQ.use_ssm', False, "True, as attention = 'none' leaves nothing else to mix positions"
+      )
     if self.config is not None and self.config.head_type != HeadType.GATED:
       raise ConfigError(
         'TransformerConfig.head_type', self.config.head_type.value, "'gated' with LongVQ"
