@@ -50,7 +50,6 @@ class Plan(NamedTuple):
 
 MESHES = (
   Plan('one_device', 'v5e:1x1', 'enwik8_base', ('BATCH_SIZE=8',)),
-  Plan('one_device', 'v5p:1x1x1', 'enwik8_base', ('BATCH_SIZE=64',)),
   Plan('v3_8', 'v3:2x2', 'enwik8_base'),
   Plan('v3_8', 'v3:2x2', 'pg19_large', ('BATCH_SIZE=32', 'NUM_MICROBATCHES=4')),
   Plan('v3_32', 'v3:4x4', 'pg19_large'),
