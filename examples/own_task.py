@@ -2,6 +2,10 @@
 
   python examples/own_task.py [MODEL_DIR [SETTING ...]]
 
+Commands that are to read its checkpoint find this file with
+
+  PYTHONPATH=examples python -m tvq_t5x.sample --checkpoint=MODEL_DIR --module=own_task
+
 docs/own_data.md has more: files and folders of text need no Python at all.
 """
 

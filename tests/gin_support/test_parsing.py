@@ -230,6 +230,10 @@ def test_what_gin_refuses_on_the_command_line_is_named(home, binding, parts):
   assert all(part in problem for part in ['command line', *parts])
 
 
+def test_a_setting_of_a_call_is_no_flag(home):
+  assert _problem(['gin/run.gin'], ['--gin.STEPS=3']).startswith('--gin.STEPS=3: give a setting as')
+
+
 def test_errors_of_imported_modules_are_left_alone(home, tmp_path):
   head = 'from __gin__ import dynamic_registration\n'
   path = _write(tmp_path / 'x.gin', f'{head}from ginfakes import broken\n')

@@ -77,6 +77,8 @@ def parse_gin(
     if not _is_found(path, folders):
       raise ConfigError(f'--gin_file={path}: no such file{_near_files(path, folders)}')
   for binding in gin_bindings:
+    if binding.startswith('-'):
+      raise ConfigError(f"{binding}: give a setting as 'NAME = VALUE', without --gin before it")
     _check_quotes(binding)
   gin.clear_config()
   with private.files_read_from(folders, _open, _in_package):
