@@ -31,7 +31,10 @@ class Example(NamedTuple):
 
 
 class Examples(Protocol):
-  """The examples of a split in order; one is read when it is asked for, by several threads."""
+  """The examples of a split in order; one is read when it is asked for, by several threads.
+
+  Those of one file may have its `path`, which is named where a split is refused.
+  """
 
   def __len__(self) -> int: ...
 
@@ -80,10 +83,13 @@ class ClassificationTask(indexed.TaskByIndex):
     self._read = read
 
   def find(self, split: str) -> None:
-    """See the base class; one example is read."""
+    """See the base class; one example is read, and a split without any is refused."""
     found = self._read(split)
-    if len(found):
-      _features(self, found[0])
+    if not len(found):
+      path = getattr(found, 'path', None)
+      where = '' if path is None else f': {str(path)!r} holds no examples'
+      raise ConfigError(f'The split {split!r} of {self.name} is empty{where}.')
+    _features(self, found[0])
 
   def examples(self, split: str, length: int) -> tuple[int, Callable[[tf.Tensor], dict[str, Any]]]:
     """See the base class."""
