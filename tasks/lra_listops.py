@@ -46,7 +46,7 @@ class _Expressions:
   """The rows of a file; see `classification.Examples`."""
 
   def __init__(self, path: str):
-    self._path, self._table = path, tables.read(path, _COLUMNS)
+    self.path, self._table = path, tables.read(path, _COLUMNS)
 
   def __len__(self) -> int:
     return len(self._table)
@@ -58,7 +58,7 @@ class _Expressions:
       ids = np.array([_IDS[symbol] for symbol in symbols], np.int32)
     except KeyError as e:
       raise ConfigError(
-        f'{self._path!r}, line {index + 2}: {e.args[0].decode(errors="replace")!r} is no symbol of '
+        f'{self.path!r}, line {index + 2}: {e.args[0].decode(errors="replace")!r} is no symbol of '
         f'ListOps; there are {" ".join(_SYMBOLS)}.'
       ) from e
     return classification.Example(ids, self._table.label(index))

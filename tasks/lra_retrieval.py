@@ -46,7 +46,7 @@ class _Pairs:
   """The rows of a file; see `classification.Examples`."""
 
   def __init__(self, path: str):
-    self._table = tables.read(path, _COLUMNS)
+    self.path, self._table = path, tables.read(path, _COLUMNS)
 
   def __len__(self) -> int:
     return len(self._table)

@@ -176,6 +176,117 @@ def test_refusals(name, changes, message):
     datasets.check(cfg, converter)
 
 
+NUMBERS = np.zeros(LENGTH)
+IDS = {'vocabulary': seqio.ByteVocabulary()}
+PAIR = {**IDS, 'pair': True}
+WRONG = [
+  ({}, Example(NUMBERS, 3), 'of class 3: its classes are 0 to 2'),
+  ({}, Example(NUMBERS, -1), 'of class -1'),
+  ({}, Example(NUMBERS, 0.5), 'label 0.5 is no integer: classes are 0 to 2'),
+  ({}, Example(NUMBERS, 1.0), 'label 1.0 is no integer'),
+  ({}, Example(NUMBERS, float('nan')), 'label nan is no integer'),
+  ({}, Example(NUMBERS, '1'), "label '1' is no integer"),
+  ({}, Example(NUMBERS, np.array([1])), 'is no integer'),
+  ({}, Example(NUMBERS, [[1], [1, 2]]), 'is no integer'),
+  ({}, Example(NUMBERS, 2**70), 'is no integer'),
+  ({}, (NUMBERS, 1), 'is no classification.Example'),
+  ({}, Example('sea', 1), "text 'sea': give a sequence of numbers, or the task a vocabulary"),
+  ({}, Example(np.zeros([3, 3]), 1), r'shape \(3, 3\): give a sequence of numbers: flatten it'),
+  ({}, Example([[1], [1, 2]], 1), 'give a sequence of numbers: flatten it'),
+  ({}, Example(1.0, 1), 'give a sequence of numbers'),
+  ({}, Example(['1', '2'], 1), 'give a sequence of numbers'),
+  ({}, Example([0, np.nan], 1), 'not finite'),
+  ({}, Example([0, 1e300], 1), 'not finite'),
+  ({}, Example(None, 1), 'it has no inputs'),
+  ({}, Example(NUMBERS, 1, NUMBERS), 'inputs2, which .* registered with pair=True'),
+  ({'sequence_len': 8}, Example(np.zeros(9), 1), 'length 9, .* sequence_len = 8'),
+  ({**IDS, 'sequence_len': 8}, Example('sea', 1), 'length 3, .* sequence_len = 8'),
+  (IDS, Example(NUMBERS, 1), 'float64: give a text, or a sequence of integer ids'),
+  (IDS, Example([3, 2**31], 1), 'ids from 3 to 2147483648: those .* are 0 to 258'),
+  (IDS, Example([-1], 1), 'ids from -1 to -1'),
+  (IDS, Example('sea', 1, 'sky'), 'inputs2, which .* registered with pair=True'),
+  (PAIR, Example('sea', 1), 'it has no inputs2'),
+  ({'vocabulary': seqio.PassThroughVocabulary(9)}, Example('sea', 1), "text 'sea': give ids"),
+]
+
+
+@pytest.fixture
+def own():
+  """Registers a task of given examples."""
+
+  def add(found, num_classes=3, **settings):
+    return classification.register(
+      'own', __name__, lambda split: found, ['train'], num_classes, **settings
+    )
+
+  yield add
+  if 'own' in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.remove('own')
+
+
+@pytest.mark.parametrize(('settings', 'wrong', 'message'), WRONG)
+def test_an_example_that_is_refused(own, settings, wrong, message):
+  """Before the run and, of images, where it is read."""
+  good = Example('two seas' if 'vocabulary' in settings else NUMBERS, 1)
+  if isinstance(settings.get('vocabulary'), seqio.PassThroughVocabulary):
+    good = Example([1, 2], 1)
+  task = own(
+    [good._replace(inputs2=good.inputs if 'pair' in settings else None), wrong], **settings
+  )
+  message = f"task own, split 'train', example 1 .*: .*{message}"
+  if 'sequence_len' not in settings:
+    with pytest.raises(ConfigError, match=message):
+      classification.num_cut(task, 'train', LENGTH)
+  with pytest.raises(ConfigError, match=message):
+    batches('own')
+
+
+@pytest.mark.parametrize('found', [None, (x for x in ()), {0: 1}, {1}])
+def test_examples_are_a_sequence(own, found):
+  own(found)
+  with pytest.raises(ConfigError, match="of own, split 'train', are of type .*: give a sequence"):
+    batches('own')
+
+
+def test_an_empty_split_is_refused(own):
+  own([])
+  converter = functools.partial(ClassificationFeatureConverter, real_inputs=True)
+  with pytest.raises(ConfigError, match="The split 'train' of own is empty"):
+    datasets.check(config('own'), converter)
+
+
+def test_what_is_accepted(own):
+  """Labels and inputs in the types that arrays and files give."""
+  labels = [1, True, np.int64(2), np.uint8(1), np.array(2), jax.numpy.int32(0)]
+  rows = [
+    [],
+    [1, 0],
+    np.ones(3, bool),
+    np.ones(2, np.float16),
+    jax.numpy.ones(2, 'bfloat16'),
+    [1.5],
+  ]
+  own([Example(x, label) for x, label in zip(rows, labels, strict=True)])
+  found = joined(batches('own'))
+  assert found['label'][:6].tolist() == [1, 1, 2, 1, 2, 0]
+  assert found['encoder_lengths'][:6].tolist() == [0, 2, 3, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    *[({'num_classes': n}, 'num_classes = .* at least 2') for n in (1, 0, 2.0, True, None, '3')],
+    *[({'sequence_len': n}, 'sequence_len = .* at least 1, or None') for n in (0, -1, 4.0, True)],
+    ({'vocabulary': 'bytes'}, "vocabulary = 'bytes' .* a seqio.Vocabulary, or None"),
+    ({'vocabulary': seqio.ByteVocabulary}, 'vocabulary = .* a seqio.Vocabulary, or None'),
+  ],
+)
+def test_registrations_that_are_refused(own, settings, message):
+  with pytest.raises(ConfigError, match=rf"register\('own'\): {message}"):
+    own([], **settings)
+  assert 'own' not in seqio.TaskRegistry.names()
+
+
 def test_a_language_model_has_no_use_for_it():
   with pytest.raises(ConfigError, match="no output feature 'targets'"):
     datasets.vocabulary('tiny_texts')

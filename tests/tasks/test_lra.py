@@ -230,6 +230,17 @@ def test_listops_that_are_refused(tmp_path, monkeypatch, content, words):
   assert str(tmp_path) in str(e.value) or 'empty' in words
 
 
+@pytest.mark.parametrize(
+  ('task', 'file', 'content'),
+  [('lra_listops', 'basic_val.tsv', HEADER), ('lra_retrieval', 'new_aan_pairs.eval.tsv', b'')],
+)
+def test_an_empty_split_is_refused_before_a_run(tmp_path, monkeypatch, task, file, content):
+  (tmp_path / file).write_bytes(content)
+  monkeypatch.setenv(TASKS[task][1], str(tmp_path))
+  with pytest.raises(ConfigError, match=f"'validation' of {task} is empty: .*{file}.* no examples"):
+    datasets.check(config(task, 'validation'), converter(task))
+
+
 def test_a_file_that_was_changed_is_read_anew(tmp_path, monkeypatch):
   monkeypatch.setenv('LISTOPS_PATH', str(tmp_path))
   for value in (3, 14):

@@ -31,7 +31,10 @@ class Example(NamedTuple):
 
 
 class Examples(Protocol):
-  """The examples of a split in order; one is read when it is asked for, by several threads."""
+  """The examples of a split in order; one is read when it is asked for, by several threads.
+
+  Those of one file may have its `path`, which is named where a split is refused.
+  """
 
   def __len__(self) -> int: ...
 
@@ -79,18 +82,38 @@ class ClassificationTask(indexed.TaskByIndex):
     super().__init__(*args, **kwargs)
     self._read = read
 
+  def read(self, split: str) -> Examples:
+    """The examples of a split, as they were registered.
+
+    Raises:
+      ConfigError: if they are not to be had, or have no length or items.
+    """
+    found: Any = self._read(split)
+    if not (hasattr(found, '__len__') and hasattr(found, '__getitem__')) or isinstance(
+      found, Mapping
+    ):
+      raise ConfigError(
+        f'The examples of {self.name}, split {split!r}, are of type {type(found).__name__}: give a '
+        'sequence, such as a list, with a length and items.'
+      )
+    return found
+
   def find(self, split: str) -> None:
-    """See the base class; one example is read."""
-    found = self._read(split)
-    if len(found):
-      _features(self, found[0])
+    """See the base class; one example is read, and a split without any is refused."""
+    found = self.read(split)
+    if not len(found):
+      path = getattr(found, 'path', None)
+      where = '' if path is None else f': {str(path)!r} holds no examples'
+      raise ConfigError(f'The split {split!r} of {self.name} is empty{where}.')
+    _features(self, split, 0, found[0])
 
   def examples(self, split: str, length: int) -> tuple[int, Callable[[tf.Tensor], dict[str, Any]]]:
     """See the base class."""
-    found, specs = self._read(split), _specs(self)
+    found, specs = self.read(split), _specs(self)
 
     def features(i: np.ndarray) -> list[np.ndarray]:
-      return [x[:length] for x in _features(self, found[int(i)]).values()]
+      index = int(i)
+      return [x[:length] for x in _features(self, split, index, found[index]).values()]
 
     def example(i: tf.Tensor) -> dict[str, Any]:
       values = tf.numpy_function(features, [i], [x.dtype for x in specs.values()], stateful=False)
@@ -102,18 +125,21 @@ class ClassificationTask(indexed.TaskByIndex):
     return len(found), example
 
   def num_cut(self, split: str, length: int) -> int:
-    """How many examples of a split have more than T tokens; all of them are read.
+    """How many examples of a split have more than T tokens; all of them are read and checked.
+
+    None are where all have T, which is checked when they are read.
 
     Raises:
-      ConfigError: if they can't be read.
+      ConfigError: if they can't be read, or one is not what the task was registered for.
     """
     if self.sequence_len is not None:
       return 0
-    found = self._read(split)
-    return sum(
-      any(_length(self, x) > length for x in (e.inputs, e.inputs2) if x is not None)
-      for e in (found[i] for i in range(len(found)))
-    )
+    found, names = self.read(split), [name for name in self.output_features if name != LABEL]
+    total = 0
+    for i in range(len(found)):
+      values = _checked(self, split, i, found[i])
+      total += any(_length(self, values[name]) > length for name in names)
+    return total
 
 
 def register(
@@ -134,7 +160,7 @@ def register(
     examples: returns the examples of a split in order, such as a list. It is called whenever the
       task is read; it raises a ConfigError where they are not to be had.
     splits: names of the splits; a run trains on 'train' and validates on 'validation'.
-    num_classes: labels are 0 to num_classes - 1.
+    num_classes: labels are 0 to num_classes - 1; at least 2.
     vocabulary: of the texts; None for real numbers.
     pair: whether an example has two texts.
     sequence_len: the length of every input where it is the same, such as the pixels of an image,
@@ -144,8 +170,10 @@ def register(
     the task, with the metrics `accuracy` and `cross_entropy`, exact in one pass.
 
   Raises:
+    ConfigError: if `num_classes`, `vocabulary` or `sequence_len` is not accepted.
     ValueError: if another module, or this one, has registered a task of this name.
   """
+  _check_settings(name, num_classes, vocabulary, sequence_len)
   inputs = (
     seqio.ContinuousFeature(dtype=tf.float32)
     if vocabulary is None
@@ -153,7 +181,7 @@ def register(
   )
   labels = seqio.Feature(seqio.PassThroughVocabulary(num_classes), add_eos=False)
   features = {INPUTS: inputs, **({INPUTS2: inputs} if pair else {}), LABEL: labels}
-  source = functools.partial(_source, name, examples)
+  source = functools.partial(_source, name)
   return indexed.register(  # pyright: ignore[reportReturnType]
     name,
     module,
@@ -165,6 +193,24 @@ def register(
     read=examples,
     sequence_len=sequence_len,
   )
+
+
+def _check_settings(name: str, num_classes: Any, vocabulary: Any, sequence_len: Any) -> None:
+  def refuse(setting: str, value: Any, accepted: str) -> None:
+    raise ConfigError(
+      f'classification.register({name!r}): {setting} = {value!r} is not accepted: give {accepted}.'
+    )
+
+  if not _is_integer(num_classes) or num_classes < 2:
+    refuse('num_classes', num_classes, 'a whole number of at least 2')
+  if vocabulary is not None and not isinstance(vocabulary, seqio.Vocabulary):
+    refuse('vocabulary', vocabulary, 'a seqio.Vocabulary, or None for real numbers')
+  if sequence_len is not None and (not _is_integer(sequence_len) or sequence_len < 1):
+    refuse('sequence_len', sequence_len, 'a whole number of at least 1, or None for any length')
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_classification(provider: seqio.Task | seqio.Mixture) -> bool:
@@ -283,15 +329,14 @@ class ClassMetrics(seqio.metrics.PassthroughLegacyMetric.from_metric_fn(class_me
     return [int(np.reshape(example[LABEL], [])) for example in task_dataset_as_numpy]
 
 
-def _source(
-  name: str, examples: Callable[[str], Examples], split: str, shuffle_files: bool, seed: Any = None
-) -> tf.data.Dataset:
+def _source(name: str, split: str, shuffle_files: bool, seed: Any = None) -> tf.data.Dataset:
   """The examples of a split, whole."""
   del shuffle_files, seed  # A `TaskByIndex` shuffles examples.
   task: Any = seqio.TaskRegistry.get(name)
-  found = examples(split)
+  found = task.read(split)
   return tf.data.Dataset.from_generator(
-    lambda: (_features(task, found[i]) for i in range(len(found))), output_signature=_specs(task)
+    lambda: (_features(task, split, i, found[i]) for i in range(len(found))),
+    output_signature=_specs(task),
   )
 
 
@@ -302,41 +347,119 @@ def _specs(task: seqio.Task) -> dict[str, tf.TensorSpec]:
   }
 
 
-def _features(task: seqio.Task, example: Example) -> dict[str, np.ndarray]:
+def _features(
+  task: ClassificationTask, split: str, index: int, example: Example
+) -> dict[str, np.ndarray]:
   """The features of an example, not cut.
 
   Raises:
     ConfigError: if it is not what the task was registered for.
   """
-  features = task.output_features
-  values = {INPUTS: example.inputs, INPUTS2: example.inputs2, LABEL: example.label}
-  found = {name: _array(task, name, values[name]) for name in features}
-  num_classes = features[LABEL].vocabulary.vocab_size
-  if not 0 <= found[LABEL][0] < num_classes:
-    raise ConfigError(
-      f'The task {task.name} has an example of class {example.label}: its classes are 0 to '
-      f'{num_classes - 1}.'
-    )
+  found = {}
+  for name, value in _checked(task, split, index, example).items():
+    is_text = isinstance(value, str | bytes)
+    found[name] = _tokens(task.output_features[name].vocabulary, value) if is_text else value
+    if name != LABEL and task.sequence_len not in (None, len(found[name])):
+      raise ConfigError(
+        f'{_place(task, split, index)}: {name} has the length {len(found[name])}, and the task '
+        f'was registered with sequence_len = {task.sequence_len}.'
+      )
   return found
 
 
-def _array(task: seqio.Task, name: str, value: Any) -> np.ndarray:
-  feature = task.output_features[name]
-  if name == LABEL:
-    return np.array([value], np.int32)
+def _checked(
+  task: ClassificationTask, split: str, index: int, example: Any
+) -> dict[str, str | bytes | np.ndarray]:
+  """An example by features; texts are as they were given, before they are tokenized.
+
+  Args:
+    task: that it is of.
+    split: likewise.
+    index: of the example, for messages.
+    example: what was read.
+
+  Raises:
+    ConfigError: if it is not what the task was registered for.
+  """
+  try:
+    if not isinstance(example, Example):
+      raise _Wrong(f'{_shown(example)} is no classification.Example')
+    features = task.output_features
+    found: dict[str, Any] = {INPUTS: _inputs(features[INPUTS], INPUTS, example.inputs)}
+    if INPUTS2 in features:
+      found[INPUTS2] = _inputs(features[INPUTS2], INPUTS2, example.inputs2)
+    elif example.inputs2 is not None:
+      raise _Wrong('it has inputs2, which tasks have that are registered with pair=True')
+    found[LABEL] = _label(example.label, features[LABEL].vocabulary.vocab_size)
+  except _Wrong as e:
+    raise ConfigError(f'{_place(task, split, index)}: {e}.') from None
+  return found
+
+
+class _Wrong(Exception):
+  """What is wrong with an example, in words."""
+
+
+def _place(task: seqio.Task, split: str, index: int) -> str:
+  return f'The task {task.name}, split {split!r}, example {index} (the first is 0)'
+
+
+def _shown(value: Any) -> str:
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+def _label(value: Any, num_classes: int) -> np.ndarray:
+  """The feature [1] of a class, which may be a bool or an array of one integer."""
+  found = np.asarray(None if isinstance(value, list | tuple) else value)
+  if found.dtype.kind not in 'biu' or found.ndim:
+    raise _Wrong(f'its label {_shown(value)} is no integer: classes are 0 to {num_classes - 1}')
+  if not 0 <= found < num_classes:
+    raise _Wrong(f'it is of class {found}: its classes are 0 to {num_classes - 1}')
+  return found.astype(np.int32)[None]
+
+
+def _inputs(feature: seqio.Feature, name: str, value: Any) -> str | bytes | np.ndarray:
+  """A text as it is; or ids [n] int32, or real numbers [n] float32."""
   if value is None:
-    raise ConfigError(f'The task {task.name} has an example without {name}.')
-  if feature.dtype.is_floating:
-    found = np.asarray(value, np.float32)
-    if not np.isfinite(found).all():
-      raise ConfigError(f'The task {task.name} has an example with numbers that are not finite.')
-    return found
-  vocabulary = feature.vocabulary
+    raise _Wrong(f'it has no {name}')
+  is_real, vocabulary = feature.dtype.is_floating, feature.vocabulary
   if isinstance(value, str | bytes):
-    return _tokens(vocabulary, value)
-  found, size = np.asarray(value, np.int32), vocabulary.vocab_size
+    if is_real:
+      raise _Wrong(
+        f'{name} is the text {_shown(value)}: give a sequence of numbers, or the task a vocabulary'
+      )
+    if isinstance(vocabulary, seqio.PassThroughVocabulary):
+      raise _Wrong(f'{name} is the text {_shown(value)}: give ids, as its vocabulary has no texts')
+    return value
+  try:
+    found = np.asarray(value)
+  except ValueError:  # Rows of different lengths.
+    raise _Wrong(f'{name} is {_shown(value)}: give a sequence of numbers: flatten it') from None
+  if found.ndim != 1:
+    raise _Wrong(f'{name} has the shape {found.shape}: give a sequence of numbers: flatten it')
+  if is_real:
+    return _real(found, name)
+  # An empty list has no integers.
+  if found.dtype.kind not in 'iu' and len(found):
+    raise _Wrong(f'{name} is of type {found.dtype}: give a text, or a sequence of integer ids')
+  size = vocabulary.vocab_size
   if len(found) and not 0 <= found.min() <= found.max() < size:
-    raise ConfigError(f'The task {task.name} has an example with ids that are not below {size}.')
+    raise _Wrong(
+      f'{name} has ids from {found.min()} to {found.max()}: those of its vocabulary are 0 to '
+      f'{size - 1}'
+    )
+  return found.astype(np.int32, copy=False)
+
+
+def _real(value: np.ndarray, name: str) -> np.ndarray:
+  # The second is how NumPy has bfloat16.
+  if value.dtype.kind not in 'biuf' and value.dtype.name != 'bfloat16':
+    raise _Wrong(f'{name} is of type {value.dtype}: give a sequence of numbers')
+  with np.errstate(over='ignore'):
+    found = value.astype(np.float32, copy=False)
+  if not np.isfinite(found).all():
+    raise _Wrong(f'{name} has numbers that are not finite')
   return found
 
 
