@@ -271,8 +271,8 @@ class TrainingLoop:
       logging.info('Finished, step %d, %s: %s', step, split, run_records.shortly(record))
     samples = 'samples/, ' if (self._plan.directory / 'samples').is_dir() else ''
     logging.info(
-      'In %s: curve.png (and .pdf), metrics.jsonl, %stensorboard/, config.gin, checkpoints of steps '
-      '%s (lowest validation loss: %s).',
+      'In %s: curve.png (and .pdf), metrics.jsonl, %stensorboard/, config.gin, checkpoints of '
+      'steps %s (lowest validation loss: %s).',
       self._plan.directory, samples, self._checkpoints.steps(), self._log.best_step(),
     )  # fmt: skip
 
