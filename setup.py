@@ -89,7 +89,8 @@ setuptools.setup(
     # What the task `text` reads tables and .zst with.
     'text': ['pyarrow>=20', 'zstandard>=0.23'],
     'wandb': ['wandb>=0.22'],  # A writer of metrics.
-    'plan': ['libtpu'],  # The TPU compiler, for `python -m tvq_t5x.plan`.
+    # The TPU compiler, libtpu, in the version that goes with JAX: for `python -m tvq_t5x.plan`.
+    'plan': ['jax[tpu]'],
     'docs': _DOCS,
     'test': [
       *_DOCS,

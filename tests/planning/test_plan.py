@@ -348,7 +348,7 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
     importlib.util, 'find_spec', lambda name, *a: None if name == 'libtpu' else found(name, *a)
   )
   assert _run('v3:2x2') == 2
-  assert 'pip install libtpu' in capsys.readouterr().err
+  assert 'pip install "jax[tpu]==' in capsys.readouterr().err
 
 
 def _command(flags, *args):

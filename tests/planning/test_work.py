@@ -12,6 +12,7 @@ import util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from programs import EIGHT_CORES, parse, program_text
 
+from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.planning import hlo, parts
 from tvq_t5x.planning.collectives import Traffic
 from tvq_t5x.planning.work import Work, work_of
@@ -255,3 +256,15 @@ def test_cycles_are_those_of_the_parts_and_of_copies():
     before=joined,
   )
   assert _work(text).parts == {'attention scores': 100, 'copies': 30, 'attention values': 7}
+
+
+def test_what_jax_can_not_read_of_a_later_libtpu_is_told():
+  class Unreadable:
+    def runtime_executable(self):
+      return self
+
+    def hlo_modules(self):
+      raise jax.errors.JaxRuntimeError('INTERNAL: RET_CHECK failure')
+
+  with pytest.raises(ConfigError, match=r'RET_CHECK failure.*pip install "jax\[tpu\]"'):
+    hlo.module_of(Unreadable())

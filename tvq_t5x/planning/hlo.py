@@ -79,7 +79,7 @@ def module_of(compiled: jax.stages.Compiled) -> ProgramProto:
   """The program that JAX compiled, as the compiler left it.
 
   Raises:
-    ConfigError: if JAX can't read it, as some of libtpu for single chips.
+    ConfigError: if JAX can't read it, as of a later libtpu than it goes with.
   """
   executable: Any = compiled.runtime_executable()
   try:
@@ -87,7 +87,7 @@ def module_of(compiled: jax.stages.Compiled) -> ProgramProto:
   except jax.errors.JaxRuntimeError as e:
     raise ConfigError(
       'The program is compiled, but this JAX can not read what libtpu made of it '
-      f'({reason(e)}) Try another version of libtpu, another --topology or other sizes.'
+      f'({reason(e)}) Install the version that goes with JAX: pip install "jax[tpu]".'
     ) from e
   return ProgramProto.FromString(module.as_serialized_hlo_module_proto())
 

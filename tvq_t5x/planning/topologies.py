@@ -76,8 +76,8 @@ def devices_of(topology: str) -> list[jax.Device]:
   sizes = _sizes(topology, chip)
   if importlib.util.find_spec('libtpu') is None:
     raise ConfigError(
-      'The compiler for TPUs is missing: pip install libtpu (no TPU is needed; the version that '
-      f'goes with this JAX comes with pip install "jax[tpu]=={jax.__version__}").'
+      f'The compiler for TPUs is missing: pip install "jax[tpu]=={jax.__version__}" (no TPU is '
+      'needed).'
     )
   # libtpu would else ask a metadata server for its machine, complain that it has none, whatever it
   # is, and refuse a second process.
