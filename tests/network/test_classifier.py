@@ -97,6 +97,7 @@ def test_every_position_sees_what_comes_after_it(kind):
   assert np.max(np.abs(seen[0][0, 0] - seen[1][0, 0])) > 1e-5
 
 
+@pytest.mark.slow
 def test_the_mean_is_over_tokens_and_two_texts_are_read_by_one_encoder():
   config = encoder_config(num_layers=1, scan_layers=False)
   one = Classifier(config, NUM_CLASSES)

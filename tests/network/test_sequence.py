@@ -187,6 +187,7 @@ def test_attention_of_parts_at_eight_devices(grad_through_cache):
   assert_same_attention(config, 1, 8, 8 * 6, before=7)
 
 
+@pytest.mark.slow
 def test_the_state_of_rows_that_end_in_any_part():
   config = make_config(block_len=2, window_len=3)
   for lengths in ([0, 1], [4, 5], [9, 16]):

@@ -252,7 +252,8 @@ def test_cycles_are_those_of_the_parts_and_of_copies():
     '%x = bf16[8] parameter(0)',
     f'%y = bf16[8] exponential(%x), {cycles(100, "scores/exp")}',
     f'%z = bf16[16] fusion(%y), kind=kLoop, calls=%join, {cycles(30, "values/concatenate")}',
-    f'ROOT %w = bf16[16] negate(%z), {cycles(7, "values/neg")}',
+    f'%w = bf16[16] negate(%z), {cycles(7, "values/neg")}',
+    f'ROOT %v = bf16[16] cosine(%w), {cycles(2**63 - 1, "values/cos")}',  # It has no estimate.
     before=joined,
   )
   assert _work(text).parts == {'attention scores': 100, 'copies': 30, 'attention values': 7}

@@ -31,9 +31,14 @@ _MOVES = frozenset(
 _Users = Mapping[int, Sequence[tuple[Instruction, int]]]
 
 
+# What the compiler writes where it has no estimate: the largest number of 64 bits.
+_NO_ESTIMATE = 2**63 - 1
+
+
 def cycles(instruction: Instruction) -> int:
-  """The compiler's own estimate; 0 where it writes none."""
-  return int(notes(instruction).get('window_config', {}).get('estimated_cycles', 0))
+  """The compiler's own estimate; 0 where it has none."""
+  found = int(notes(instruction).get('window_config', {}).get('estimated_cycles', 0))
+  return 0 if found == _NO_ESTIMATE else found
 
 
 def moves_only(instruction: Instruction, module: Module) -> bool:
