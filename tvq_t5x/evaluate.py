@@ -42,6 +42,11 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     'json', None, 'File to write the results to, or - to print them in place of the table.',
     flag_values,
   )  # fmt: skip
+  command_line.define_path_flag(
+    'predictions', None,
+    "File for a classifier's predictions: a line of JSON for each example, in the split's order.",
+    flag_values,
+  )  # fmt: skip
   flags.DEFINE_bool(
     'carry_state',
     False,
@@ -61,6 +66,7 @@ def run(
   carry_state: bool = False,
   data_dir: str | None = None,
   modules: Sequence[str] = (),
+  predictions_file: str | None = None,
 ) -> int:
   """Evaluates a checkpoint, prints a table and writes JSON.
 
@@ -82,9 +88,13 @@ def run(
     if not checkpoint:
       raise ConfigError(f'no --checkpoint was given: try {_EXAMPLE}')
     command_line.check_output('--json', json_file)
+    if predictions_file == '-':
+      raise ConfigError('--predictions=-: give the path of a file.')
+    command_line.check_output('--predictions', predictions_file)
     configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths, modules)
     with locations.data_dir(data_dir):
-      _write(checkpoint_evaluation.evaluate(configured, split, carry_state), json_file)
+      found = checkpoint_evaluation.evaluate(configured, split, carry_state, predictions_file)
+      _write(found, json_file)
 
   return command_line.exit_code(command, gin_bindings)
 
@@ -114,6 +124,7 @@ def run_flags(values: flags.FlagValues) -> int:
     values.carry_state,
     values.data_dir,
     values.module,
+    values.predictions,
   )
 
 

@@ -75,10 +75,12 @@ def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(whole, tmp_path):
 
 
 @pytest.mark.parametrize('batch_size', [5, 32])
-def test_it_is_evaluated_by_its_own_configuration(whole, capsys, batch_size):
+def test_it_is_evaluated_by_its_own_configuration(whole, tmp_path, capsys, batch_size):
   """Each example counts once, in batches of any size."""
+  file = tmp_path / 'predictions.jsonl'
   with one_device():
     args = {'checkpoint': str(whole), 'split': 'test', 'modules': ['tiny_classes']}
+    args['predictions_file'] = str(file)
     assert evaluate.run([], [f'BATCH_SIZE = {batch_size}'], json_file='-', **args) == 0
   found = json.loads(capsys.readouterr().out)
   records = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
@@ -89,6 +91,14 @@ def test_it_is_evaluated_by_its_own_configuration(whole, capsys, batch_size):
   assert found['examples'] == len(texts)
   assert found['examples_cut'] == sum(len(text) > LENGTH for text in texts) > 0
   assert not {'tokens', 'perplexity', 'bits_per_byte'} & found.keys()
+  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  labels = [line['label'] for line in lines]
+  assert labels == [example.label for example in tiny_classes.examples('test')]
+  hits = [line['class'] == line['label'] for line in lines]
+  np.testing.assert_allclose(np.mean(hits), found['accuracy'], rtol=1e-6)
+  assert all(line['class'] == np.argmax(line['log_probabilities']) for line in lines)
+  nats = [-line['log_probabilities'][line['label']] for line in lines]
+  np.testing.assert_allclose(np.mean(nats), found['cross_entropy'], rtol=1e-5)
 
 
 def test_a_dry_run_says_what_is_cut(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Evaluation of a checkpoint on a split of its task."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
@@ -7,18 +8,24 @@ from typing import Any
 
 from absl import logging
 
-from tvq_t5x.common import errors
+from tvq_t5x.common import errors, files
 from tvq_t5x.data import classification, datasets, indexed, locations, registered, streaming
 from tvq_t5x.data.datasets import Batch, DatasetConfig
-from tvq_t5x.standalone import configuration, run_checks
+from tvq_t5x.standalone import configuration, predictions, run_checks
 from tvq_t5x.standalone.configuration import Configured
 from tvq_t5x.standalone.evaluation import Evaluator
 from tvq_t5x.training import placement, run_limits
+from tvq_t5x.training.classifier import ClassifierModel
 
 _REPORT_SECONDS = 30
 
 
-def evaluate(configured: Configured, split: str | None, carry_state: bool) -> dict[str, Any]:
+def evaluate(
+  configured: Configured,
+  split: str | None,
+  carry_state: bool,
+  predictions_file: str | None = None,
+) -> dict[str, Any]:
   """Evaluates a checkpoint in one pass, every token once.
 
   Args:
@@ -26,6 +33,7 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     split: of the task; None means the one of the run's validation.
     carry_state: whether to read the split as long stretches, one for each row of a batch, see
       `streaming`.
+    predictions_file: of a classifier's `predictions`, or None.
 
   Returns:
     By name, as JSON has them: what was evaluated, `seconds`, the metrics of `Evaluator`, and what
@@ -36,6 +44,8 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     CheckpointError: if the checkpoint can't be read.
   """
   model, partitioner = configured.model, configured.partitioner
+  if predictions_file:
+    predictions.check(model, f'--predictions={predictions_file}')
   cfg: DatasetConfig = configuration.setting('eval_dataset_cfg')
   cfg = dataclasses.replace(cfg, split=split or cfg.split)
   with errors.renamed('DatasetConfig.split', '--split' if split else 'DatasetConfig.split'):
@@ -63,7 +73,13 @@ def evaluate(configured: Configured, split: str | None, carry_state: bool) -> di
     model, partitioner, loaded.params_shardings, segment_len or length // updates, carry_state
   )
   start = time.monotonic()
-  sums = evaluator.sums(loaded.params, _reported(batches))
+  with contextlib.ExitStack() as stack:
+    if predictions_file:
+      assert isinstance(model, ClassifierModel)
+      file = stack.enter_context(files.replacing(predictions_file))
+      how = partitioner, loaded.params, loaded.params_shardings
+      batches = predictions.written(batches, file, model, *how)
+    sums = evaluator.sums(loaded.params, _reported(batches))
   assert sums is not None  # Nothing stops it.
   seconds = time.monotonic() - start
   values = sums.ratios()
