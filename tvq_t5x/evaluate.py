@@ -94,7 +94,7 @@ def run(
     configured = configuration.configure(checkpoint, gin_files, gin_bindings, search_paths, modules)
     with locations.data_dir(data_dir):
       found = checkpoint_evaluation.evaluate(configured, split, carry_state, predictions_file)
-      _write(found, json_file)
+    _write(found, json_file)
 
   return command_line.exit_code(command, gin_bindings)
 

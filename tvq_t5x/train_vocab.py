@@ -78,7 +78,7 @@ def run(
     output: path of the vocabulary, without '.model'.
     vocab_size: pieces.
     max_bytes: of text.
-    data_dir: of the task, see `locations.set_data_dir`.
+    data_dir: of the task, see `locations.data_dir`.
     module: that registers the task; None means one of this package.
     field: of the records of `inputs` that is their text; None means 'text'.
 

@@ -24,30 +24,31 @@ def _unset(monkeypatch):
 
 def test_the_order(monkeypatch, tmp_path):
   assert locations.data_path('ENWIK8_PATH', None) is None
-  locations.set_data_dir(str(tmp_path))
-  locations.set_data_dir(None)
-  assert locations.data_path('ENWIK8_PATH', None) == str(tmp_path)
-  assert locations.path('ENWIK8_PATH', None) is None
-  monkeypatch.setenv('ENWIK8_PATH', '~/variable')
-  assert locations.data_path('ENWIK8_PATH', None) == os.path.expanduser('~/variable')
-  assert locations.data_path('ENWIK8_PATH', 'gin') == 'gin'
+  with locations.data_dir(str(tmp_path)), locations.data_dir(None):
+    assert locations.data_path('ENWIK8_PATH', None) == str(tmp_path)
+    assert locations.path('ENWIK8_PATH', None) is None
+    monkeypatch.setenv('ENWIK8_PATH', '~/variable')
+    assert locations.data_path('ENWIK8_PATH', None) == os.path.expanduser('~/variable')
+    assert locations.data_path('ENWIK8_PATH', 'gin') == 'gin'
 
 
 def test_a_relative_folder_stays_the_same_one(monkeypatch, tmp_path):
   (tmp_path / 'data').mkdir()
   monkeypatch.chdir(tmp_path)
-  locations.set_data_dir('data')
-  monkeypatch.chdir('/')
-  assert locations.data_path('ENWIK8_PATH', None) == str(tmp_path / 'data')
-  locations.set_data_dir('gs://bucket/tfds')
-  assert locations.data_path('ENWIK8_PATH', None) == 'gs://bucket/tfds'
+  with locations.data_dir('data'):
+    monkeypatch.chdir('/')
+    assert locations.data_path('ENWIK8_PATH', None) == str(tmp_path / 'data')
+  with locations.data_dir('gs://bucket/tfds'):
+    assert locations.data_path('ENWIK8_PATH', None) == 'gs://bucket/tfds'
+  assert locations.data_path('ENWIK8_PATH', None) is None
 
 
 def test_a_folder_that_is_not_there(tmp_path):
   (tmp_path / 'file').write_text('')
   for folder in ('', 'no/folder', str(tmp_path / 'file' / 'x')):
     with pytest.raises(ConfigError, match=f'^--data_dir={folder}: there is no such folder'):
-      locations.set_data_dir(folder)
+      with locations.data_dir(folder):
+        pass
 
 
 def test_training_looks_there(tmp_path, capsys):
@@ -62,19 +63,19 @@ def test_training_looks_there(tmp_path, capsys):
 
 
 def test_a_folder_in_which_nothing_is_looked_for(monkeypatch, tmp_path):
-  locations.set_data_dir(str(tmp_path))
-  locations.path('SENTENCEPIECE_MODEL', None)
-  locations.data_path('ENWIK8_PATH', 'gin')
-  monkeypatch.setenv('PG19_PATH', 'variable')
-  locations.data_path('PG19_PATH', None)
-  with pytest.raises(ConfigError, match=f'^--data_dir={tmp_path}: the data does not come from'):
+  with locations.data_dir(str(tmp_path)):
+    locations.path('SENTENCEPIECE_MODEL', None)
+    locations.data_path('ENWIK8_PATH', 'gin')
+    monkeypatch.setenv('PG19_PATH', 'variable')
+    locations.data_path('PG19_PATH', None)
+    with pytest.raises(ConfigError, match=f'^--data_dir={tmp_path}: the data does not come from'):
+      locations.check_data_dir()
+    locations.data_path('ENWIK8_PATH', None)
     locations.check_data_dir()
-  locations.data_path('ENWIK8_PATH', None)
-  locations.check_data_dir()
   # The environment is not a flag: it may serve other commands.
   monkeypatch.setenv('TVQ_DATA_DIR', str(tmp_path))
-  locations.set_data_dir(None)
-  locations.check_data_dir()
+  with locations.data_dir(None):
+    locations.check_data_dir()
 
 
 def test_training_on_a_task_that_reads_no_folder(tmp_path, capsys):

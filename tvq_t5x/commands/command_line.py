@@ -59,7 +59,7 @@ def define_checkpoint_flag(flag_values: flags.FlagValues) -> None:
 
 
 def define_data_flag(flag_values: flags.FlagValues) -> None:
-  """Adds --data_dir, which `settings.set_data_dir` takes."""
+  """Adds --data_dir, which `locations.data_dir` takes."""
   define_path_flag(
     'data_dir',
     None,

@@ -63,37 +63,35 @@ def needed_data_path(name: str, value: str | None, get_it: Callable[[], str]) ->
   return found
 
 
-def set_data_dir(folder: str | None) -> None:
-  """Makes a folder, or a file, that of --data_dir for this process; None changes nothing.
+@contextlib.contextmanager
+def data_dir(folder: str | None) -> Iterator[None]:
+  """Makes a folder, or a file, that of --data_dir until the context ends; None changes nothing.
 
   `check_data_dir` is to be called once the data has been looked for.
 
   Raises:
     ConfigError: if there is none.
   """
-  _unread.clear()
-  if folder is None:
-    return
-  _unread.append(folder)
-  if '://' not in folder:  # TFDS reads from Cloud Storage, too.
-    if not os.path.exists(folder):
-      raise ConfigError(f'--data_dir={folder}: there is no such folder or file.')
-    folder = os.path.abspath(folder)
-  os.environ[_DATA_DIR] = folder
-
-
-@contextlib.contextmanager
-def data_dir(folder: str | None) -> Iterator[None]:
-  """`set_data_dir` until the context ends: what is read next in this process lies elsewhere."""
   before = os.environ.get(_DATA_DIR)
+  _unread.clear()
   try:
-    set_data_dir(folder)
+    if folder is not None:
+      _unread.append(folder)
+      os.environ[_DATA_DIR] = _found(folder)
     yield
   finally:
     _unread.clear()
     os.environ.pop(_DATA_DIR, None)
     if before is not None:
       os.environ[_DATA_DIR] = before
+
+
+def _found(folder: str) -> str:
+  if '://' in folder:  # TFDS reads from Cloud Storage, too.
+    return folder
+  if not os.path.exists(folder):
+    raise ConfigError(f'--data_dir={folder}: there is no such folder or file.')
+  return os.path.abspath(folder)
 
 
 def check_data_dir() -> None:

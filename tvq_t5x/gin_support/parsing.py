@@ -45,6 +45,8 @@ _GIN_ERRORS = (
   tokenize.TokenError,
 )
 
+_OUR_ERRORS = (ConfigError, CheckpointError, TrainingDiverged)
+
 
 def gin_root() -> str:
   """This project's `gin/` folder: inside the package in a wheel, beside it in a checkout."""
@@ -126,8 +128,8 @@ def plain_errors() -> Iterator[None]:
   """
   try:
     yield
-  except (ConfigError, CheckpointError, TrainingDiverged) as e:
-    kind = next(c for c in type(e).__mro__ if c in (ConfigError, CheckpointError, TrainingDiverged))
+  except _OUR_ERRORS as e:
+    kind = next(c for c in type(e).__mro__ if c in _OUR_ERRORS)
     raise kind(message(e)) from None
 
 

@@ -15,7 +15,6 @@ from tvq_t5x.standalone import configuration, predictions, run_checks
 from tvq_t5x.standalone.configuration import Configured
 from tvq_t5x.standalone.evaluation import Evaluator
 from tvq_t5x.training import placement, run_limits
-from tvq_t5x.training.classifier import ClassifierModel
 
 _REPORT_SECONDS = 30
 
@@ -44,8 +43,9 @@ def evaluate(
     CheckpointError: if the checkpoint can't be read.
   """
   model, partitioner = configured.model, configured.partitioner
+  classifier = None
   if predictions_file:
-    predictions.check(model, f'--predictions={predictions_file}')
+    classifier = predictions.classifier_of(model, f'--predictions={predictions_file}')
   cfg: DatasetConfig = configuration.setting('eval_dataset_cfg')
   cfg = dataclasses.replace(cfg, split=split or cfg.split)
   with errors.renamed('DatasetConfig.split', '--split' if split else 'DatasetConfig.split'):
@@ -74,11 +74,10 @@ def evaluate(
   )
   start = time.monotonic()
   with contextlib.ExitStack() as stack:
-    if predictions_file:
-      assert isinstance(model, ClassifierModel)
+    if predictions_file and classifier:
       file = stack.enter_context(files.replacing(predictions_file))
       how = partitioner, loaded.params, loaded.params_shardings
-      batches = predictions.written(batches, file, model, *how)
+      batches = predictions.written(batches, file, classifier, *how)
     sums = evaluator.sums(loaded.params, _reported(batches))
   assert sums is not None  # Nothing stops it.
   seconds = time.monotonic() - start

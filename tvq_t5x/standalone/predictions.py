@@ -13,8 +13,8 @@ from tvq_t5x.training.classifier import ClassifierModel
 from tvq_t5x.training.partitioning import Partitioner
 
 
-def check(model: Model, flag: str) -> None:
-  """Refuses a model without classes.
+def classifier_of(model: Model, flag: str) -> ClassifierModel:
+  """The model of a checkpoint, if it has classes.
 
   Args:
     model: to be evaluated.
@@ -28,6 +28,7 @@ def check(model: Model, flag: str) -> None:
       f'{flag} is for classifiers, and the checkpoint is of a {type(model).__name__}: leave it '
       'out, or try python -m tvq_t5x.sample --score --per_token.'
     )
+  return model
 
 
 def written(
