@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 import signal
+import tempfile
 
 import pytest
 
@@ -13,6 +14,15 @@ os.environ.setdefault(
   '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
   ' --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false',
 )
+# What several tests compile is compiled once: by all workers, and by commands that tests start.
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+
+
+def pytest_configure(config):
+  if 'PYTEST_XDIST_WORKER' not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix='compiled-')
+    config.add_cleanup(folder.cleanup)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = folder.name
 
 
 def pytest_addoption(parser):
@@ -23,15 +33,6 @@ def pytest_addoption(parser):
   )
 
 
-@pytest.fixture(scope='module')
-def kept_programs(tmp_path_factory):
-  """Compiles each program of a test file once; the environment for subprocesses to share in it."""
-  from util import programs_kept_in
-
-  with programs_kept_in(tmp_path_factory.mktemp('compiled')) as environment:
-    yield environment
-
-
 @pytest.fixture
 def logged(caplog):
   """Captures what a run logs, and clears gin's configuration after it."""
@@ -40,12 +41,6 @@ def logged(caplog):
   caplog.set_level(logging.INFO, logger='absl')
   yield
   gin.clear_config()
-
-
-@pytest.fixture(scope='session')
-def programs(tmp_path_factory):
-  """A folder for `util.programs_kept_in`, for test files that compile the same programs."""
-  return tmp_path_factory.mktemp('programs')
 
 
 @pytest.fixture(scope='session')
@@ -64,15 +59,6 @@ def tiny_run(tmp_path_factory):
     assert train.run([str(tiny)], [*bindings, 'runner.train.sample_cfg = None']) == 0
   gin.clear_config()
   return folder
-
-
-@pytest.fixture(scope='module')
-def shared_programs(programs):
-  """Compiles what several test files have in common once."""
-  from util import programs_kept_in
-
-  with programs_kept_in(programs):
-    yield
 
 
 @pytest.fixture

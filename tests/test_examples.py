@@ -28,7 +28,7 @@ TINY_TASK = [
   "TASK_FEATURE_LENGTHS = {'targets': 64}",
   'UPDATE_LEN = 64',
 ]
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('shared_programs', 'cleared_gin')]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('cleared_gin')]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ MACROS = [
   'TEST_SPLIT = None',
   'runner.train.sample_cfg = None',
 ]
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 @pytest.fixture

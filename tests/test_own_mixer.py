@@ -31,7 +31,7 @@ TINY = pathlib.Path(__file__).parent / 'tiny.gin'
 DECAY = 0.75
 # Of the user, that the configuration of such a run names.
 MODULES = ['test_own_mixer', 'tiny_task']
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 class GatedAverage(Mixer):

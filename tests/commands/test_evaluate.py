@@ -21,7 +21,7 @@ from tvq_t5x.standalone import run_records
 
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 _SIZE = tiny_task.SIZES['test']
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 # A task of SeqIO's own kind, whose sequences are separate texts.
 seqio.TaskRegistry.add(

@@ -15,7 +15,7 @@ from tvq_t5x.commands.sampling_options import Options
 
 _TESTS = pathlib.Path(__file__).parents[1]
 _TINY = str(_TESTS / 'tiny.gin')
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 @pytest.mark.slow

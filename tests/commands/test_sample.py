@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from data_util import other_sentencepiece_model
 from matplotlib import image as matplotlib_image
-from util import one_device, programs_kept_in, without_vocabulary
+from util import one_device, without_vocabulary
 
 from tvq_t5x import sample
 from tvq_t5x.commands import sampling_session
@@ -34,8 +34,8 @@ VOCABULARY = @vocabularies.{name}()
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _keep_programs(programs):
-  with programs_kept_in(programs), one_device():
+def _one_device():
+  with one_device():
     yield
 
 

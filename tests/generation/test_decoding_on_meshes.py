@@ -89,8 +89,14 @@ def tpus(count):
   return topologies.devices_of(f'v5e:1x{count}')
 
 
-@pytest.mark.parametrize('num_devices', [2, 4])
-@pytest.mark.parametrize('heads', ['gated_single', 'mha'])
+@pytest.mark.parametrize(
+  ('heads', 'num_devices'),
+  [
+    ('gated_single', 4),
+    ('mha', 2),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in (('gated_single', 2), ('mha', 4))),
+  ],
+)
 def test_tokens_are_the_same_on_every_mesh(heads, num_devices):
   tokens, scores, state = Generation(cpus(num_devices), 2, **CASES[heads]).run()
   np.testing.assert_array_equal(tokens, expected(heads)[0])

@@ -29,7 +29,7 @@ load = functools.partial(language_model.load, modules=['tiny_task'])
 
 _TEXT = 'the ship and the sea and a sky.\nthe sky a ship'  # Longer than blocks and window of 8.
 _GREEDY = SamplingConfig(temperature=0.0)
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +42,7 @@ def _forward(lm, tokens):
   """Logits [T, W] of one forward pass from the start of a document."""
   inputs = np.array([[1, *tokens[:-1]]])
   inputs = np.pad(inputs, [(0, 0), (0, -len(tokens) % 8)])
-  logits = lm.loaded.model.module.apply({'params': lm.loaded.params}, inputs)[0]
+  logits = jax.jit(lm.loaded.model.module.apply)({'params': lm.loaded.params}, inputs)[0]
   return np.asarray(jax.nn.log_softmax(logits[0, : len(tokens)]))
 
 

@@ -81,7 +81,7 @@ OVERRIDES = [
 @needs('params/transformer')
 @pytest.mark.parametrize(
   'overrides',
-  [*OVERRIDES[:2], pytest.param(OVERRIDES[2], marks=pytest.mark.slow)],
+  [OVERRIDES[1], *(pytest.param(OVERRIDES[i], marks=pytest.mark.slow) for i in (0, 2))],
   ids=lambda x: str(x['reduction'].value),
 )
 def test_forward_losses_and_gradients(case, overrides):
@@ -232,7 +232,7 @@ def test_block_length_changes_nothing(case):
 
 
 @needs('logprobs')
-@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize('scan_layers', [pytest.param(True, marks=pytest.mark.slow), False])
 def test_tokens_one_by_one_in_place(case, scan_layers):
   """As above, with the windows as rings."""
   model = case.model(scan_layers=scan_layers)

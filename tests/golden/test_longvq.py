@@ -168,6 +168,8 @@ def test_segments_and_single_tokens(case):
   state, y = jax.lax.scan(token, block.for_tokens(block.init_state(len(x))), jnp.arange(length))
   assert_near(jnp.swapaxes(y[:, :, 0], 0, 1), case['Y'], 'tokens')
   in_order = block.from_tokens(state, jnp.int32(length))
-  whole = block.apply({'params': params['block']}, x, None, call_of(jnp.ones(x.shape[:2])))[1]
+  whole = jax.jit(block.apply)(
+    {'params': params['block']}, x, None, call_of(jnp.ones(x.shape[:2]))
+  )[1]
   for found, expected in zip(jax.tree.leaves(in_order), jax.tree.leaves(whole), strict=True):
     assert_near(found, expected, 'state')

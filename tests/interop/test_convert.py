@@ -20,7 +20,7 @@ from tvq_t5x.generation import language_model
 
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 _MODULE = '--module=tiny_task'  # The run's task is not the package's own.
-pytestmark = pytest.mark.usefixtures('kept_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 def _call(command, *args):
@@ -36,7 +36,7 @@ def _convert(*args, module=_MODULE):
 
 
 @pytest.fixture(scope='module')
-def exported(tiny_run, tmp_path_factory, kept_programs):
+def exported(tiny_run, tmp_path_factory):
   """The folder of the run's checkpoint."""
   folder = tmp_path_factory.mktemp('exported') / 'tiny'
   assert _convert(f'--checkpoint={tiny_run}', f'--output={folder}') == 0
@@ -44,7 +44,7 @@ def exported(tiny_run, tmp_path_factory, kept_programs):
 
 
 @pytest.fixture(scope='module')
-def restored(exported, tmp_path_factory, kept_programs):
+def restored(exported, tmp_path_factory):
   """MODEL_DIR made of that folder."""
   folder = tmp_path_factory.mktemp('restored') / 'run'
   assert _convert(f'--folder={exported}', f'--output={folder}') == 0

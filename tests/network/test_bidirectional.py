@@ -17,17 +17,18 @@ B, N, G, K, V, S = 2, 2, 3, 4, 5, 3
 
 
 def draw(length, reach, projected, seed=0):
-  keys = iter(jax.random.split(jax.random.key(seed), 9))
+  rng = np.random.default_rng(seed)
 
   def normal(*shape):
-    return jax.random.normal(next(keys), shape)
+    return rng.normal(size=shape).astype(np.float32)
 
   codebook = normal(N, S, K)
-  codes = jax.random.randint(next(keys), (B, length, N), 0, S)
-  quantized = codebook[jnp.arange(N), codes]
+  codes = rng.integers(0, S, (B, length, N), np.int32)
+  quantized = codebook[np.arange(N), codes]
   queries = Queries(normal(B, length, N, G, K), normal(B, length, N, G, K))
   distances = normal(2 * reach + 1, N, *([K] if projected else []))
-  mask = jnp.ones([B, length]).at[1, length - length // 3 :].set(0)
+  mask = np.ones([B, length], np.float32)
+  mask[1, length - length // 3 :] = 0
   return queries, Keys(quantized, codes, normal(B, length, N, V)), distances, codebook, mask
 
 
@@ -95,6 +96,6 @@ def test_padding_is_seen_by_nobody():
     values=jnp.where(mask[..., None, None] > 0, keys.values, 7.0),
     codes=jnp.where(mask[..., None] > 0, keys.codes, (keys.codes + 1) % S),
   )
-  out = [bidirectional_attention(queries, k, distances, codebook, mask, 4) for k in (keys, changed)]
-  shown = np.asarray(mask) > 0
+  out = [ours(queries, k, distances, codebook, mask, 4) for k in (keys, changed)]
+  shown = mask > 0
   np.testing.assert_array_equal(out[0][shown], out[1][shown])

@@ -83,17 +83,20 @@ def test_every_position_sees_what_comes_after_it(kind):
     encoder_config(**ENCODERS[kind], num_layers=1, scan_layers=False), NUM_CLASSES
   )
   params, x = random_classifier_params(module), draw()[:1]
-  seen = []
 
-  def keep(next_fun, args, kwargs, context):
-    out = next_fun(*args, **kwargs)
-    if context.module.name == 'layers_0' and context.method_name == '__call__':
-      seen.append(out[0])
+  @jax.jit
+  def after_the_layer(x):
+    found = module.apply(
+      {'params': params},
+      x,
+      SIZES[:1],
+      capture_intermediates=lambda module, method: module.name == 'layers_0',
+      mutable=['intermediates'],
+    )[1]
+    ((out, *_),) = found['intermediates']['layers_0']['__call__']
     return out
 
-  for last in (1, 2):
-    with nn.intercept_methods(keep):
-      classify(module, params, x.at[0, -1].set(last), SIZES[:1])
+  seen = [after_the_layer(x.at[0, -1].set(last)) for last in (1, 2)]
   assert np.max(np.abs(seen[0][0, 0] - seen[1][0, 0])) > 1e-5
 
 

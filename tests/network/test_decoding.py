@@ -83,9 +83,17 @@ CASES = {
   'hybrid': {'sublayers': ('quadratic', 'vq', 'mlp'), 'kv_cache_len': 40},
   'serial': {'reduction': 'serial', 'tied_embeddings': True, 'final_norm': True, **LIGHT},
 }
+# Much as others are.
+_VARIANTS = {f'{name}_False' for name in HEADS} | {'gated_multi_True', 'longvq'}
 
 
-@pytest.mark.parametrize('overrides', CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    pytest.param(case, id=name, marks=[pytest.mark.slow] if name in _VARIANTS else [])
+    for name, case in CASES.items()
+  ],
+)
 def test_greedy_choice_is_the_likeliest_token_of_the_full_forward(overrides):
   d = Decoder(**{'window_len': 6, 'absolute_positions': True, **overrides})
   prompts = np.asarray(random_tokens(d.config, len(LENGTHS), P))

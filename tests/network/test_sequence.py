@@ -1,5 +1,7 @@
 """A sequence on many devices has the values, the state and the gradients of one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,10 +71,11 @@ def attention_case(config, batch_size, length, before):
   quantized, codes = quantize(x['keys'], codebook)
   arrays = queries_of(x), Keys(quantized, codes, x['values'])
   state = init_attention_state(config, batch_size)
+  attend = jax.jit(functools.partial(vq_attention, config=config))
   for i in range(before):
     one = jax.tree.map(lambda a, i=i: a[:, i : i + 1], arrays)
     position = jnp.full([batch_size], i, jnp.int32)
-    _, state = vq_attention(*one, x['distances'], codebook, state, position, config)
+    _, state = attend(*one, x['distances'], codebook, state, position)
   (queries, keys) = jax.tree.map(lambda a: a[:, before:], arrays)
   floats = queries, keys.quantized, keys.values, x['distances'], state.keys, state.values
   position = jnp.full([batch_size], before, jnp.int32)
@@ -179,7 +182,7 @@ def test_attention_of_parts_is_that_of_one_device(case):
   assert_same_attention(*case)
 
 
-@pytest.mark.parametrize('grad_through_cache', [True, False])
+@pytest.mark.parametrize('grad_through_cache', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_attention_of_parts_at_eight_devices(grad_through_cache):
   config = make_config(
     num_heads=2, block_len=2, window_len=5, grad_through_cache=grad_through_cache

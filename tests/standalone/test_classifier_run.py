@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / 'tests' / 'tiny_classifier.gin')
 SETTINGS = {'TRAIN_STEPS': 8, 'CHECKPOINT_PERIOD': 4, 'EVAL_PERIOD': 8}
 LENGTH = 22
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 def run(folder, expected=0, dry_run=False, **settings):

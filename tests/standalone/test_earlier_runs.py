@@ -16,7 +16,7 @@ from tvq_t5x.standalone import configuration
 _FOLDER = pathlib.Path(__file__).parents[1] / 'earlier'
 # Of the evaluation that the earlier version printed.
 _EXPECTED = {'cross_entropy': 1.1236350541105289, 'accuracy': 0.656686626746507}
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 @pytest.fixture

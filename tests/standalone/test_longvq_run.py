@@ -27,7 +27,7 @@ SETTINGS = {
   'config.TransformerConfig.codes_from_keys': True,
   'config.TransformerConfig.replace_below': 0.5,
 }
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 def run(folder, **settings):

@@ -9,6 +9,7 @@ import shutil
 import gin
 import pytest
 from data_util import two_sentencepiece_models
+from util import one_device
 
 from tvq_t5x import evaluate, sample, train
 from tvq_t5x.checkpoints import layout
@@ -17,7 +18,7 @@ from tvq_t5x.data import vocabularies
 from tvq_t5x.generation import language_model
 
 _TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
-pytestmark = pytest.mark.usefixtures('kept_programs', 'logged')
+pytestmark = pytest.mark.usefixtures('logged')
 
 
 def _train(folder, model, files=(), dry_run=False, **macros):
@@ -31,7 +32,7 @@ def _train(folder, model, files=(), dry_run=False, **macros):
   }
   settings = [f'{name} = {value!r}' for name, value in macros.items()]
   settings.append('runner.train.sample_cfg = None')
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, one_device():
     patch.setenv('SENTENCEPIECE_MODEL', model)
     return train.run([_TINY, *files], settings, dry_run=dry_run)
 
@@ -43,7 +44,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, models, kept_programs):
+def trained(tmp_path_factory, models):
   """MODEL_DIR of a short run with the first vocabulary."""
   folder = tmp_path_factory.mktemp('pieces') / 'run'
   assert _train(folder, models[0]) == 0

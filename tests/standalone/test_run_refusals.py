@@ -1,5 +1,6 @@
 """What a run refuses to start with: one message that names the setting, and nothing compiled."""
 
+import contextlib
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 
 import jax
 import pytest
+from util import one_device
 
 from tvq_t5x import train
 from tvq_t5x.checkpoints import layout
@@ -17,7 +19,7 @@ from tvq_t5x.standalone import run_checks
 
 _TESTS = pathlib.Path(__file__).parents[1]
 _GIN = str(_TESTS / 'tiny.gin')
-pytestmark = pytest.mark.usefixtures('kept_programs', 'logged')
+pytestmark = pytest.mark.usefixtures('logged')
 
 
 def _bindings(model_dir, **macros):
@@ -25,12 +27,13 @@ def _bindings(model_dir, **macros):
   return [f'{name} = {value!r}' for name, value in macros.items()]
 
 
-def _run(model_dir, *bindings, dry_run=False, **macros):
-  return train.run([_GIN], [*_bindings(model_dir, **macros), *bindings], dry_run=dry_run)
+def _run(model_dir, *bindings, dry_run=False, mesh=one_device, **macros):
+  with mesh():
+    return train.run([_GIN], [*_bindings(model_dir, **macros), *bindings], dry_run=dry_run)
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory, kept_programs):
+def whole(tmp_path_factory):
   """A short run."""
   folder = tmp_path_factory.mktemp('whole') / 'run'
   assert _run(folder) == 0
@@ -123,7 +126,7 @@ def test_fewer_steps_than_there_are(copied, capsys):
   ],
 )
 def test_mistakes_are_refused_with_what_is_accepted(tmp_path, capsys, bindings, parts):
-  message = _refused(capsys, tmp_path / 'run', *bindings)
+  message = _refused(capsys, tmp_path / 'run', *bindings, mesh=contextlib.nullcontext)
   for part in parts:
     assert part in message
   assert not (tmp_path / 'run').exists()

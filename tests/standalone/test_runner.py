@@ -30,7 +30,7 @@ from tvq_t5x.training.optimizers import warmup_cosine
 
 _TESTS = pathlib.Path(__file__).parents[1]
 _GIN = str(_TESTS / 'tiny.gin')
-pytestmark = pytest.mark.usefixtures('kept_programs', 'logged')
+pytestmark = pytest.mark.usefixtures('logged')
 _STEPS = 40
 _KILLED_IN_SAVE = """
 import os, signal, sys
@@ -63,7 +63,7 @@ _NAME = 'run ]{1}$HOME%20#$$_^,;&|~é'  # Of a folder, with what means something
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory, kept_programs):
+def whole(tmp_path_factory):
   """An undisturbed run."""
   folder = tmp_path_factory.mktemp('whole') / _NAME
   assert _run(folder) == 0
@@ -229,42 +229,20 @@ def test_a_finished_run_says_so(copied, whole, caplog):
 # Interruptions
 
 
-@pytest.fixture(scope='module')
-def killed(tmp_path_factory, kept_programs, whole):
-  """Folders of a run killed at a random moment and of one killed within a save."""
-  del whole  # Has compiled what they need.
-  folder = tmp_path_factory.mktemp('killed')
-  env = {**os.environ, **kept_programs, 'PYTHONPATH': str(_TESTS)}
-  paths = {name: folder / name for name in ('random', 'in_save')}
-  flags = [f'--gin_bindings={b}' for b in _bindings(paths['random'])]
-  commands = {
-    'random': ['-m', 'tvq_t5x.train', f'--gin_file={_GIN}', *flags],
-    'in_save': ['-c', _KILLED_IN_SAVE, _GIN, *_bindings(paths['in_save'])],
-  }
-  started = {
-    name: subprocess.Popen(
-      [sys.executable, *args], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    for name, args in commands.items()
-  }
-  try:
-    seed = int.from_bytes(os.urandom(4), 'big')
-    print(f'seed of the moment of the kill: {seed}')
-    target = random.Random(seed).randrange(4, 30)
-    delay = random.Random(seed).uniform(0.0, 0.1)
-    _wait_for_step(paths['random'], target, started['random'])
-    time.sleep(delay)
-    started['random'].send_signal(signal.SIGKILL)
-  finally:
-    for process in started.values():
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(120)
-      process.kill()
-  for name, process in started.items():
-    log = process.stderr.read().decode()
-    assert process.returncode == -signal.SIGKILL, (name, log)
-    assert 'step 4/40' in log  # From Python, too.
-  return paths
+def _started(args):
+  env = {**os.environ, 'PYTHONPATH': str(_TESTS)}
+  command = [sys.executable, *args]
+  return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _killed(process):
+  """Waits until it is."""
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    process.wait(120)
+  process.kill()
+  log = process.stderr.read().decode()
+  assert process.returncode == -signal.SIGKILL, log
+  assert 'step 4/40' in log  # From Python, too.
 
 
 def _wait_for_step(folder, step, process):
@@ -276,18 +254,40 @@ def _wait_for_step(folder, step, process):
   raise AssertionError(f'no checkpoint of step {step}: {process.stderr.read()}')
 
 
-@pytest.mark.parametrize('when', ['random', 'in_save'])
-def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(killed, whole, when, caplog):
-  folder = killed[when]
+def _assert_it_goes_on(folder, whole, caplog):
   last = layout.steps_in(folder)[-1]
   assert 0 < last < _STEPS
-  if when == 'in_save':
-    # The killed save has left a part of itself, which does not count.
-    assert last == 12
-    assert any('tmp' in path.name for path in folder.iterdir())
   assert _run(folder) == 0
   assert f'Continuing from the checkpoint of step {last}.' in caplog.text
   _assert_same_end(folder, whole)
+
+
+def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(whole, tmp_path, caplog):
+  folder = tmp_path / 'run'
+  seed = int.from_bytes(os.urandom(4), 'big')
+  print(f'seed of the moment of the kill: {seed}')
+  target = random.Random(seed).randrange(4, 30)
+  delay = random.Random(seed).uniform(0.0, 0.1)
+  flags = [f'--gin_bindings={b}' for b in _bindings(folder)]
+  process = _started(['-m', 'tvq_t5x.train', f'--gin_file={_GIN}', *flags])
+  try:
+    _wait_for_step(folder, target, process)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+  finally:
+    process.kill()
+  _killed(process)
+  _assert_it_goes_on(folder, whole, caplog)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_save_ends_bit_for_bit_like_an_undisturbed_one(whole, tmp_path, caplog):
+  folder = tmp_path / 'run'
+  _killed(_started(['-c', _KILLED_IN_SAVE, _GIN, *_bindings(folder)]))
+  # The killed save has left a part of itself, which does not count.
+  assert layout.steps_in(folder)[-1] == 12
+  assert any('tmp' in path.name for path in folder.iterdir())
+  _assert_it_goes_on(folder, whole, caplog)
 
 
 @pytest.mark.slow

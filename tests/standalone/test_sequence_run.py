@@ -14,7 +14,7 @@ from tvq_t5x.standalone import run_log
 
 _GIN = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
 pytestmark = [
-  pytest.mark.usefixtures('kept_programs', 'cleared_gin'),
+  pytest.mark.usefixtures('cleared_gin'),
   pytest.mark.skipif(
     len(jax.devices('cpu')) < 8, reason='XLA_FLAGS is set in the environment, without 8 CPU devices'
   ),

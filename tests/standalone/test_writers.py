@@ -16,7 +16,7 @@ from tvq_t5x.standalone import run_log, run_records
 from tvq_t5x.training import writers
 
 TINY = str(pathlib.Path(__file__).parents[1] / 'tiny.gin')
-pytestmark = pytest.mark.usefixtures('shared_programs', 'cleared_gin')
+pytestmark = pytest.mark.usefixtures('cleared_gin')
 
 
 class Collected(writers.ScalarWriter):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import seqio
-from jax.experimental.compilation_cache import compilation_cache
 
 from tvq_t5x.data import datasets
 from tvq_t5x.data.feature_converters import TransformerVQFeatureConverter
@@ -139,23 +138,6 @@ def one_device():
   one = jax.devices()[:1]
   with mock.patch.object(jax, 'devices', lambda *args: one):
     yield
-
-
-@contextlib.contextmanager
-def programs_kept_in(folder):
-  """Compiles each program once; yields the environment for subprocesses to share in it."""
-  settings = {
-    'jax_compilation_cache_dir': str(folder),
-    'jax_persistent_cache_min_compile_time_secs': 0,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield {name.upper(): str(value) for name, value in settings.items()}
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 def lines_in_loops(program: str) -> list[str]:

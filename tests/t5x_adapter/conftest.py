@@ -2,14 +2,6 @@
 
 import gin
 import pytest
-from util import programs_kept_in
-
-
-@pytest.fixture(scope='session', autouse=True)
-def environment(tmp_path_factory):
-  """Programs are compiled once for all tests; for subprocesses, the variables that say so."""
-  with programs_kept_in(tmp_path_factory.mktemp('compiled')) as variables:
-    yield variables
 
 
 @pytest.fixture(autouse=True)

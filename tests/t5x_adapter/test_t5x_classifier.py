@@ -55,8 +55,8 @@ def test_it_trains_as_in_the_runner_on_a_mesh(standalone, tmp_path):
   assert_same_arrays(tmp_path / 'run', standalone, tolerance=1e-4)
 
 
-def test_two_hosts_train_as_one(in_t5x, environment, tmp_path):
-  with Hosts(SCRIPT, 2, tmp_path, environment, files=(TINY,)) as hosts:
+def test_two_hosts_train_as_one(in_t5x, tmp_path):
+  with Hosts(SCRIPT, 2, tmp_path, files=(TINY,)) as hosts:
     hosts.finish()
   assert_same_arrays(tmp_path / 'run', in_t5x)
 

@@ -25,16 +25,13 @@ SCRIPT = [t5x_train.__file__]
 class Hosts:
   """Processes of one run, each with as many devices; a context that leaves none of them behind."""
 
-  def __init__(
-    self, program, count, folder, environment, files=(t5x_runs.TINY,), devices=1, **macros
-  ):
+  def __init__(self, program, count, folder, files=(t5x_runs.TINY,), devices=1, **macros):
     with socket.socket() as s:
       s.bind(('localhost', 0))
       address = f'localhost:{s.getsockname()[1]}'
     paths = [str(t5x_runs.ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]
     self._environment = {
       **os.environ,
-      **environment,
       'PYTHONPATH': os.pathsep.join(paths),
       'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}'),
     }
@@ -103,8 +100,8 @@ def assert_same_metrics(folder, expected):
       assert found[name] == pytest.approx(reference[name], rel=1e-5), (part, name)
 
 
-def test_four_hosts_train_as_one(trained, environment, tmp_path):
-  with Hosts(SCRIPT, 4, tmp_path, environment, NUM_MICROBATCHES=2) as hosts:
+def test_four_hosts_train_as_one(trained, tmp_path):
+  with Hosts(SCRIPT, 4, tmp_path, NUM_MICROBATCHES=2) as hosts:
     hosts.finish()
   folder = tmp_path / 'run'
   assert_same_arrays(folder, trained)
@@ -113,8 +110,8 @@ def test_four_hosts_train_as_one(trained, environment, tmp_path):
   assert sorted(path.name for path in positions) == [f'process_{i}-of-4' for i in range(4)]
 
 
-def test_the_devices_of_each_host_share_sequences(trained, environment, tmp_path):
-  with Hosts(SCRIPT, 2, tmp_path, environment, devices=2, SEQUENCE_PARTITIONS=2) as hosts:
+def test_the_devices_of_each_host_share_sequences(trained, tmp_path):
+  with Hosts(SCRIPT, 2, tmp_path, devices=2, SEQUENCE_PARTITIONS=2) as hosts:
     hosts.finish()
   assert_same_arrays(tmp_path / 'run', trained)
   assert_same_metrics(tmp_path / 'run', trained)
@@ -136,35 +133,35 @@ runpy.run_module('t5x.train', run_name='__main__', alter_sys=True)
 """
 
 
-def test_hosts_that_share_sequences_go_on_together(trained, environment, tmp_path):
+def test_hosts_that_share_sequences_go_on_together(trained, tmp_path):
   program, folder = ['-c', _ACROSS_HOSTS], tmp_path / 'run'
   settings = {'SEQUENCE_PARTITIONS': 2, 'CHECKPOINT_PERIOD': 2}
-  with Hosts(program, 2, tmp_path, environment, **settings) as hosts:
+  with Hosts(program, 2, tmp_path, **settings) as hosts:
     hosts.wait_for_step(folder, 4)
   assert layout.steps_in(folder)[-1] < STEPS
-  with Hosts(program, 2, tmp_path, environment, **settings) as hosts:
+  with Hosts(program, 2, tmp_path, **settings) as hosts:
     hosts.finish()
   assert_same_arrays(folder, trained)
   assert_same_metrics(folder, trained)
 
 
-def test_a_host_dies_and_all_are_started_again(trained, environment, tmp_path):
+def test_a_host_dies_and_all_are_started_again(trained, tmp_path):
   folder = tmp_path / 'run'
-  with Hosts(MODULE, 2, tmp_path, environment, CHECKPOINT_PERIOD=2) as hosts:
+  with Hosts(MODULE, 2, tmp_path, CHECKPOINT_PERIOD=2) as hosts:
     hosts.wait_for_step(folder, 4)
     hosts.processes[1].send_signal(signal.SIGKILL)
     hosts.processes[1].wait()
     hosts.processes[0].kill()  # As whatever started them would do.
   last = layout.steps_in(folder)[-1]
   assert 4 <= last < STEPS
-  with Hosts(MODULE, 2, tmp_path, environment, CHECKPOINT_PERIOD=2) as hosts:
+  with Hosts(MODULE, 2, tmp_path, CHECKPOINT_PERIOD=2) as hosts:
     hosts.finish()
   assert_same_arrays(folder, trained)
   assert_same_metrics(folder, trained)
 
 
 @pytest.mark.slow
-def test_longvq_whose_codes_are_replaced_trains_on_two_hosts_as_on_one(environment, tmp_path):
+def test_longvq_whose_codes_are_replaced_trains_on_two_hosts_as_on_one(tmp_path):
   """The keys that codes are set to are those of the same places in the global batch."""
   steps = 12
   macros = {
@@ -177,7 +174,7 @@ def test_longvq_whose_codes_are_replaced_trains_on_two_hosts_as_on_one(environme
   }
   files = [t5x_runs.TINY, str(t5x_runs.ROOT / 'gin' / 'models' / 'longvq.gin')]
   t5x_runs.train(tmp_path / 'one', files=files, **macros)
-  with Hosts(SCRIPT, 2, tmp_path, environment, files, NUM_MICROBATCHES=2, **macros) as hosts:
+  with Hosts(SCRIPT, 2, tmp_path, files, NUM_MICROBATCHES=2, **macros) as hosts:
     hosts.finish()
   # Normalized keys leave little of the gradients of what scales them.
   assert_same_arrays(tmp_path / 'run', tmp_path / 'one', steps, 20 * 1e-5)

@@ -1,7 +1,7 @@
 """Associative recall: what is asked for was said before, and only that has a loss weight."""
 
 import gin
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import seqio
@@ -111,10 +111,11 @@ def test_only_queries_count_but_all_keys_of_the_network_are_learned():
   model = small_model(vocab_size=64)
   params = random_params(model.config)
   batch = next(datasets.training_batches(config(), TransformerVQFeatureConverter))
-  loss, metrics = model.eval_fn(params, batch)
+  evaluate = jax.jit(model.eval_fn)
+  loss, metrics = evaluate(params, batch)
   other = {**batch, WEIGHTS: np.ones_like(batch[WEIGHTS])}
-  _, of_all = model.eval_fn(params, other)
-  logits, _, _ = model.module.apply({'params': params}, jnp.asarray(batch['decoder_input_tokens']))
+  _, of_all = evaluate(params, other)
+  logits, _, _ = jax.jit(model.module.apply)({'params': params}, batch['decoder_input_tokens'])
   hits = (np.argmax(logits, -1) == batch[TARGETS])[batch[WEIGHTS] == 1]
   found, expected = computed(metrics), computed(of_all)
   assert found['accuracy'] == pytest.approx(hits.mean())

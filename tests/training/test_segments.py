@@ -64,7 +64,8 @@ def of_values(gradients):
 
 @pytest.mark.parametrize('segment_len', [pytest.param(4, marks=pytest.mark.slow), 12])
 @pytest.mark.parametrize(
-  'kind', ['scanned mqa', 'no gradient', pytest.param('mixed', marks=pytest.mark.slow)]
+  'kind',
+  ['scanned mqa', *(pytest.param(x, marks=pytest.mark.slow) for x in ('no gradient', 'mixed'))],
 )
 def test_values_and_gradients_are_those_of_the_whole(kind, segment_len):
   (loss, (state, metrics)), gradients = loss_and_gradients(kind, segment_len)

@@ -117,7 +117,7 @@ def by_hand(model, state, batch, update_len, carry):
   return params, jnp.stack(losses)
 
 
-@pytest.mark.parametrize('update_len', [4, 8])
+@pytest.mark.parametrize('update_len', [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_state_is_carried_along_the_sequence(update_len):
   model, state, batch = make()
   new_state, metrics = train(model, state, batch, update_len)
@@ -130,8 +130,14 @@ def test_state_is_carried_along_the_sequence(update_len):
   assert np.all(np.abs(losses[1:] - forgetful[1:]) > 1e-4)
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('num_microbatches', [1, 2])
+@pytest.mark.parametrize(
+  ('scan_layers', 'num_microbatches'),
+  [
+    (False, 1),
+    (True, 2),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in ((False, 2), (True, 1))),
+  ],
+)
 def test_state_is_carried_to_the_next_batch(scan_layers, num_microbatches):
   """Two batches are one of twice the length, but for the rows that begin with EOS."""
   config = small_config(**{**LIGHT, 'scan_layers': scan_layers})
