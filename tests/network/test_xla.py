@@ -50,6 +50,14 @@ def test_sums_over_positions(shape):
   assert_close(xla._sum_positions_on_cpu(x), expected)
 
 
+@pytest.mark.parametrize('num_devices', [1, 2])
+def test_an_order_in_memory_is_asked_for_where_no_device_shares_the_array(monkeypatch, num_devices):
+  monkeypatch.setattr(xla, 'platform', lambda: 'tpu')
+  with jax.set_mesh(jax.make_mesh((num_devices,), ('data',))):
+    program = str(jax.make_jaxpr(xla.row_major)(np.zeros([2, 3])))
+  assert ('layout_constraint' in program) == (num_devices == 1)
+
+
 @pytest.mark.parametrize('rows', [1, 2, 5])
 @pytest.mark.parametrize('columns', [1, 4, 7])
 def test_platforms_shift_alike(rows, columns):
