@@ -182,6 +182,13 @@ def test_attention_of_parts_is_that_of_one_device(case):
   assert_same_attention(*case)
 
 
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(cases())
+def test_attention_of_parts_is_that_of_one_device_at_many_sizes(case):
+  assert_same_attention(*case)
+
+
 @pytest.mark.parametrize('grad_through_cache', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_attention_of_parts_at_eight_devices(grad_through_cache):
   config = make_config(

@@ -234,7 +234,9 @@ def test_an_encoder_is_the_same_on_every_mesh(data, model_axis, num_microbatches
   ('data', 'parts', 'num_microbatches', 'dims', 'segment_len'),
   [
     (2, 4, 2, 2, 8),
-    *(pytest.param(*x, 1, 1, None, marks=pytest.mark.slow) for x in ((1, 8), (2, 2))),
+    *(
+      pytest.param(*x, 1, 1, None, marks=pytest.mark.slow) for x in ((1, 2), (1, 4), (1, 8), (2, 2))
+    ),
   ],
 )
 def test_numbers_are_the_same_on_devices_that_share_sequences(
