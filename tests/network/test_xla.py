@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from util import LIGHT, assert_close, random_batch, random_params, small_model
 
 from tvq_t5x.network import xla
@@ -51,11 +52,14 @@ def test_sums_over_positions(shape):
 
 
 @pytest.mark.parametrize('num_devices', [1, 2])
-def test_an_order_in_memory_is_asked_for_where_no_device_shares_the_array(monkeypatch, num_devices):
+def test_an_order_in_memory_is_asked_for_where_no_devices_share_the_array(monkeypatch, num_devices):
   monkeypatch.setattr(xla, 'platform', lambda: 'tpu')
-  with jax.set_mesh(jax.make_mesh((num_devices,), ('data',))):
-    program = str(jax.make_jaxpr(xla.row_major)(np.zeros([2, 3])))
-  assert ('layout_constraint' in program) == (num_devices == 1)
+  mesh, rows = Mesh(jax.devices()[:num_devices], 'data'), PartitionSpec('data')
+  of_parts = jax.shard_map(xla.row_major, mesh=mesh, in_specs=rows, out_specs=rows)
+  with jax.set_mesh(mesh):
+    shared, parts = (str(jax.make_jaxpr(f)(np.zeros([2, 3]))) for f in (xla.row_major, of_parts))
+  assert ('layout_constraint' in shared) == (num_devices == 1)
+  assert 'layout_constraint' in parts
 
 
 @pytest.mark.parametrize('rows', [1, 2, 5])

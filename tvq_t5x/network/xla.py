@@ -39,10 +39,11 @@ def computed_once(x: jax.Array) -> jax.Array:
 
 
 def row_major(x: jax.Array) -> jax.Array:
-  """Identity; in a program for one TPU x is in memory with its last axis fastest."""
-  mesh = jax.sharding.get_abstract_mesh()
-  # For several v5p chips, the compiler of libtpu 0.0.42 gathers on each what they share out.
-  if platform() != 'tpu' or (jax.device_count() if mesh.empty else mesh.size) > 1:
+  """Identity; on TPU, where no devices share x, it is in memory with its last axis fastest."""
+  mesh, manual = jax.sharding.get_abstract_mesh(), jax.sharding.AxisType.Manual
+  sharing = [n for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if kind != manual]
+  # For several v5p chips, the compiler of libtpu 0.0.42 gathers on each what they share.
+  if platform() != 'tpu' or (jax.device_count() if mesh.empty else math.prod(sharing)) > 1:
     return x
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
