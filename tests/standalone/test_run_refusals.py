@@ -98,6 +98,12 @@ def test_fewer_steps_than_there_are(copied, capsys):
       ["TransformerConfig.attention_type = 'quadratic'", 'SEQUENCE_PARTITIONS = 2'],
       ['SEQUENCE_PARTITIONS = 2', 'QuadraticAttention', 'one device', 'give 1'],
     ),
+    (['SEGMENT_LEN = 5'], ['train.segment_len = 5', 'tokens of an update; or None']),
+    (
+      ['SEGMENT_LEN = 8', 'TransformerConfig.codes_from_keys = True'],
+      ['segment_len = 8', 'which TransformerConfig.codes_from_keys needs at once'],
+    ),
+    (['BATCH_SIZE = 4'], ['batch_size = 4', 'multiple of 8', 'or SEQUENCE_PARTITIONS']),
     (['NUM_MICROBATCHES = 3'], ['train.num_microbatches = 3 (macro NUM_MICROBATCHES)']),
     (
       ['runner.train.random_seed = 9223372036854775808'],

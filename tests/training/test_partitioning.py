@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from util import small_config, small_model
 
 from tvq_t5x.common.errors import ConfigError
+from tvq_t5x.network.longvq.longvq import LongVQ
 from tvq_t5x.training import optimizers, placement
 from tvq_t5x.training.partitioning import Partitioner, own_axis_rules, standard_logical_axis_rules
 from tvq_t5x.training.train_state import TrainState, init_train_state
@@ -305,17 +306,27 @@ def test_devices_that_share_sequences_have_the_whole_model():
 @pytest.mark.parametrize(
   ('length', 'parts'),
   # Blocks of 4; a window of 9 is three of them.
-  [(8, '1'), (24, '1, 2'), (32, '1, 2'), (40, '1, 2'), (20, '1')],
+  [(8, '1'), (24, 'one of 1, 2'), (32, 'one of 1, 2'), (40, 'one of 1, 2'), (20, '1')],
 )
 def test_a_part_is_whole_blocks_and_no_shorter_than_the_window(length, parts):
   partitioner = Partitioner(1, None, jax.devices('cpu')[:8], sequence_partitions=4)
   config = small_config(window_len=9)
   with pytest.raises(
-    ConfigError, match=f'segments of {length} .* one of {parts}, or .* multiple of 16 .* 48'
+    ConfigError, match=f'segments of {length} .* give {parts}, or .* multiple of 16 .* 48'
   ):
     placement.validate_length(partitioner, config, length)
   placement.validate_length(partitioner, config, 48)
   placement.validate_length(cpu_partitioner(4), config, length)
+
+
+def test_messages_tell_which_sublayers_and_axes_are_meant():
+  partitioner = Partitioner(1, None, jax.devices('cpu')[:8], sequence_partitions=4)
+  quadratic = functools.partial(LongVQ, attention='quadratic')
+  config = small_config(sublayers=(quadratic, 'mlp'))
+  with pytest.raises(ConfigError, match=r'LongVQ \(attention = quadratic\), whose positions'):
+    placement.validate(partitioner, config, 8)
+  with pytest.raises(ConfigError, match='data axis 2 x sequence axis 4 = 8 devices'):
+    placement.validate(partitioner, small_config(), 3)
 
 
 def test_activations_that_devices_share_otherwise_are_refused():

@@ -46,12 +46,10 @@ def _table(header: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
 
 def _rows(x: Estimate) -> Iterator[tuple[str, str]]:
   program, memory, chip = x.program, x.memory, x.chip
-  mesh = program.partitioner.mesh
-  kind = mesh.devices.flat[0].device_kind
-  yield (
-    'devices',
-    f'{mesh.size} ({kind} {chip.device}s), data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}',
-  )
+  devices = program.partitioner.mesh.devices
+  kind = f'{devices.flat[0].device_kind} {chip.device}s'
+  axes = ' x '.join(f'{name} {n}' for name, n in program.partitioner.axes_in_words.items())
+  yield 'devices', f'{devices.size} ({kind}), {axes}'
   if flags := os.environ.get('LIBTPU_INIT_ARGS'):  # The compiler obeys them.
     yield 'LIBTPU_INIT_ARGS', f'`{flags}`'
   yield 'parameters', f'{x.state.num_parameters:,}'

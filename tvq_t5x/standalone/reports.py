@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import jax
-
 from tvq_t5x.common import words
 from tvq_t5x.data.documents import Counts
+from tvq_t5x.training.partitioning import Partitioner
 from tvq_t5x.training.placement import StateInfo
 
 
@@ -38,9 +37,9 @@ def data_table(splits: Mapping[str, Counts | None]) -> str:
   return '\n'.join(words.aligned([head, *rows])) if rows else ''
 
 
-def mesh(devices: jax.sharding.Mesh) -> str:
+def mesh(partitioner: Partitioner) -> str:
   """A mesh in words, such as '8 cpu devices (data 4 x model 2)'."""
-  kind = devices.devices.flat[0].platform
+  devices = partitioner.mesh.devices
   plural = 's' if devices.size > 1 else ''
-  axes = ' x '.join(f'{name} {length}' for name, length in devices.shape.items())
-  return f'{devices.size} {kind} device{plural} ({axes})'
+  axes = ' x '.join(f'{name} {size}' for name, size in partitioner.axes_in_words.items())
+  return f'{devices.size} {devices.flat[0].platform} device{plural} ({axes})'

@@ -77,7 +77,7 @@ def run(
       f.write(parsing.config_str().encode())
     logging.info(
       '%s parameters on %s; writing to %s',
-      f'{info.num_parameters:,}', reports.mesh(settings.partitioner.mesh), directory,
+      f'{info.num_parameters:,}', reports.mesh(settings.partitioner), directory,
     )  # fmt: skip
     return loop.train(Plan(settings, directory, batches, initial, record, profile or 0))
 

@@ -189,6 +189,8 @@ class Partitioner:
     accepted = f'a multiple of {unit}, such as {_join(near)}'
     if batch_size % data == 0:
       accepted += f', or one of {_join(_divisors(batch_size // data))} for {parts}'
+    elif batch_size < data:
+      accepted += ', or SEQUENCE_PARTITIONS: devices that share each sequence'
     problem = f'is not accepted with {parts} = {num_microbatches} and {self.mesh_in_words()}'
     raise ConfigError(size, batch_size, accepted, problem)
 
@@ -257,10 +259,16 @@ class Partitioner:
     """Sharding of an array with these logical axes."""
     return NamedSharding(self.mesh, self.spec(axes))
 
+  @property
+  def axes_in_words(self) -> dict[str, int]:
+    """The sizes of the mesh's axes, by what their devices share."""
+    shared = 'sequence' if self.sequence_partitions > 1 else MODEL
+    return {DATA: self.mesh.shape[DATA], shared: self.mesh.shape[MODEL]}
+
   def mesh_in_words(self) -> str:
     """The mesh, for messages."""
-    data, model = self.mesh.shape[DATA], self.mesh.shape[MODEL]
-    return f'data axis {data} x model axis {model} = {data * model} devices'
+    axes = ' x '.join(f'{name} axis {size}' for name, size in self.axes_in_words.items())
+    return f'{axes} = {self.mesh.size} devices'
 
 
 @dataclasses.dataclass(frozen=True)

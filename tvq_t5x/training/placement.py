@@ -1,5 +1,6 @@
 """Where the arrays of a model lie: parameters, what training changes, the state of sequences."""
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network import sublayers
 from tvq_t5x.network.classifier import Classifier
 from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.mixers import Mixer
 from tvq_t5x.network.transformer import DecoderState, Transformer, decoder_state_axes
 from tvq_t5x.training.base_model import Model
 from tvq_t5x.training.optimizer_axes import optimizer_axes
@@ -89,10 +91,11 @@ def validate_length(partitioner: Partitioner, config: TransformerConfig, length:
   if parts == 1 or (length % (parts * c.block_len) == 0 and length >= parts * least):
     return
   accepted = [n for n in range(1, length // least + 1) if length % (n * c.block_len) == 0] or [1]
+  one_of = f'one of {", ".join(map(str, accepted))}' if len(accepted) > 1 else str(accepted[0])
   raise ConfigError(
     _SEQUENCE_PARTITIONS,
     parts,
-    f'one of {", ".join(map(str, accepted))}, or segments (SEGMENT_LEN, else UPDATE_LEN, else '
+    f'{one_of}, or segments (SEGMENT_LEN, else UPDATE_LEN, else '
     f'TASK_FEATURE_LENGTHS) of a multiple of {parts * c.block_len} tokens, at least '
     f'{parts * least}',
     problem=f'is not accepted with segments of {length} tokens: a part is whole blocks of '
@@ -103,14 +106,23 @@ def validate_length(partitioner: Partitioner, config: TransformerConfig, length:
 
 def _validate_sublayers(partitioner: Partitioner, config: TransformerConfig) -> None:
   for sublayer in sublayers.of_layer(config):
-    if not sublayer.mixer.shares_sequences:
+    mixer = sublayer.mixer
+    if not mixer.shares_sequences:
       raise ConfigError(
         _SEQUENCE_PARTITIONS,
         partitioner.sequence_partitions,
         '1',
-        problem=f'is not accepted with {type(sublayer.mixer).__name__}, whose positions lie on one '
-        'device',
+        problem=f'is not accepted with {_in_words(mixer)}, whose positions lie on one device',
       )
+
+
+def _in_words(mixer: Mixer) -> str:
+  """Its class and what it is set to, such as "LongVQ (attention = 'quadratic')"."""
+  own = [f for f in dataclasses.fields(mixer) if f.name not in Mixer.__dataclass_fields__]
+  values = [(f, getattr(mixer, f.name)) for f in own]
+  changed = [f'{f.name} = {value!s}' for f, value in values if value != f.default]
+  name = type(mixer).__name__
+  return f'{name} ({", ".join(changed)})' if changed else name
 
 
 def _validate_parameters(partitioner: Partitioner, config: TransformerConfig) -> None:

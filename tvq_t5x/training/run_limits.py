@@ -79,15 +79,17 @@ def check_segment_len(
   if segment_len in (None, of_update):
     return
   accepted = [n for n in _parts(of_update) if n == of_update or n % block == 0]
-  if config.bidirectional or config.codes_from_keys or config.replace_below:
+  needs = [x for x in ('bidirectional', 'codes_from_keys', 'replace_below') if getattr(config, x)]
+  at_once = f', which TransformerConfig.{needs[0]} needs at once' if needs else ''
+  if needs:
     accepted = [of_update]  # Every position, or key to choose from, has to be there.
   if not is_count(segment_len) or segment_len not in accepted:
     raise ConfigError(
       'train.segment_len',
       segment_len,
       f'one of {", ".join(map(str, accepted))}: equal parts, in blocks of '
-      f'TransformerConfig.block_len = {block}, of the {of_update} tokens of an update, which an '
-      'encoder, codes_from_keys and replace_below need at once; or None for all',
+      f'TransformerConfig.block_len = {block}, of the {of_update} tokens of an update{at_once}; '
+      'or None for all',
     )
   needed = length - segment_len
   if config.kv_cache_len < needed and _keeps_keys(config):
