@@ -125,6 +125,17 @@ def unstacked(params):
   return {**params, **layers}
 
 
+@pytest.mark.parametrize('remat', ['none', 'attention', 'layer'])
+def test_the_backward_pass_does_not_look_for_codes_again(remat):
+  config = small_config(**LIGHT, remat=remat)
+
+  def loss(params, tokens):
+    return jnp.sum(Transformer(config).apply({'params': params}, tokens)[0])
+
+  program = jax.make_jaxpr(jax.grad(loss))(random_params(config), random_tokens(config, 2, 8))
+  assert str(program).count(' argmax[') == 1
+
+
 def test_scan_and_remat_change_nothing():
   config = small_config(head_type='mqa', num_heads=2)
   params, tokens = random_params(config), random_tokens(config, 2, 8)

@@ -61,7 +61,7 @@ class Remat(enum.StrEnum):
 
   NONE = 'none'
   ATTENTION = 'attention'  # Attention scores and weights only.
-  LAYER = 'layer'  # Everything inside a layer.
+  LAYER = 'layer'  # Everything inside a layer but what is small.
 
 
 _ENUMS = {

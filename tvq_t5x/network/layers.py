@@ -21,14 +21,24 @@ NORM_EPSILON = 1e-6
 DROPOUT = 'dropout'
 SEQUENCE_DROPOUT = 'sequence_dropout'
 
-_SAVED = 'saved'
+_SAVED, _SMALL = 'saved', 'small'
 # What `Remat.ATTENTION` keeps for the backward pass: what went through `save_for_backward`.
-SAVE_MARKED = jax.checkpoint_policies.save_only_these_names(_SAVED)
+SAVE_MARKED = jax.checkpoint_policies.save_only_these_names(_SAVED, _SMALL)
+# What `Remat.LAYER` keeps: of that, what takes next to no memory.
+SAVE_SMALL = jax.checkpoint_policies.save_only_these_names(_SMALL)
 
 
-def save_for_backward(x: jax.Array) -> jax.Array:
-  """Identity that marks x as cheaper to keep for the backward pass than to compute again."""
-  return checkpoint_name(x, _SAVED)
+def save_for_backward(x: jax.Array, small: bool = False) -> jax.Array:
+  """Identity that marks x as cheaper to keep for the backward pass than to compute again.
+
+  Args:
+    x: any array.
+    small: whether it is small beside the residual stream [B, T, D].
+
+  Returns:
+    x.
+  """
+  return checkpoint_name(x, _SMALL if small else _SAVED)
 
 
 def rms_normalize(x: jax.Array) -> jax.Array:

@@ -39,9 +39,10 @@ def _average(equation, scores, values):
 def _average_fwd(equation, scores, values):
   with jax.named_scope('scores'):
     peak = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
-    peak = save_for_backward(jax.lax.stop_gradient(peak))
+    peak = save_for_backward(jax.lax.stop_gradient(peak), small=True)
     weights = [jnp.exp(x - peak) for x in scores]
-    mass = save_for_backward(sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights))
+    mass = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+    mass = save_for_backward(mass, small=True)
     weights = [(x * (1.0 / mass)).astype(v.dtype) for x, v in zip(weights, values, strict=True)]
   with jax.named_scope('values'):
     totals = [

@@ -15,6 +15,7 @@ from tvq_t5x.network.config import Remat, TransformerConfig
 from tvq_t5x.network.layers import (
   DROPOUT,
   SAVE_MARKED,
+  SAVE_SMALL,
   SEQUENCE_DROPOUT,
   Embedding,
   Logits,
@@ -259,7 +260,7 @@ def run_layers(
   c = config
   layer_cls = Layer
   if c.remat == Remat.LAYER:
-    layer_cls = nn_partitioning.remat(Layer, prevent_cse=not c.scan_layers)
+    layer_cls = nn_partitioning.remat(Layer, policy=SAVE_SMALL, prevent_cse=not c.scan_layers)
   if c.scan_layers:
     layers = nn_partitioning.scan_with_axes(
       layer_cls,

@@ -84,7 +84,8 @@ class VectorQuantizer(nn.Module):
       codebook(c_sum, c_count), (axes[0], None, None)
     )
     float_keys = keys.astype(jnp.float32)
-    codes = save_for_backward(nearest_codes(jax.lax.stop_gradient(float_keys), table))
+    codes = nearest_codes(jax.lax.stop_gradient(float_keys), table)
+    codes = save_for_backward(codes, small=True)
     nearest = table[jnp.arange(heads), codes]
     quantized = nearest.astype(keys.dtype) + (keys - jax.lax.stop_gradient(keys))
 
@@ -98,7 +99,7 @@ class VectorQuantizer(nn.Module):
       statistics, averages = jax.lax.stop_gradient(((batch_sum, batch_count), (c_sum, c_count)))
       detached = jax.lax.stop_gradient(keys)
       batch_sum, batch_count = set_codes(statistics, averages, detached, call, c)
-    batch_count, batch_sum = save_for_backward(batch_count), save_for_backward(batch_sum)
+    batch_count, batch_sum = (save_for_backward(x, small=True) for x in (batch_count, batch_sum))
     squared_norm = jax.lax.stop_gradient(jnp.sum(mask * jnp.square(float_keys)))
     dead = jnp.mean(c_count < DEAD_SHARE * jnp.mean(c_count, axis=-1, keepdims=True))
     aux = {
