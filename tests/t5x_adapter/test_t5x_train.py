@@ -99,7 +99,7 @@ def test_the_run_exercises_what_it_is_to_prove(trained):
     (['RANDOM_SEED = -1'], ['random_seed = -1 (macro RANDOM_SEED)', 'from 0 to']),
     (
       ['TransformerConfig.block_len = 32', 'SEQUENCE_PARTITIONS = 2'],
-      ['SEQUENCE_PARTITIONS = 2', 'segments of 32 tokens', 'give one of 1,', 'multiple of 64'],
+      ['SEQUENCE_PARTITIONS = 2', 'segments of 32 tokens', 'give 1, or segments', 'multiple of 64'],
     ),
     (['NUM_PARTITIONS = 2', 'SEQUENCE_PARTITIONS = 2'], ['SEQUENCE_PARTITIONS = 2', 'or NUM_PART']),
     (['VOCAB_SIZE = 263'], ['TransformerConfig.vocab_size = 263', 'multiple of 2']),
