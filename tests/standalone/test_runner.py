@@ -273,7 +273,6 @@ def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(whole, tmp_path, 
   try:
     _wait_for_step(folder, target, process)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
   finally:
     process.kill()
   _killed(process)

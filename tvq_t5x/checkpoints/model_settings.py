@@ -9,7 +9,6 @@ from tvq_t5x.network.config import TransformerConfig, standard_sublayers
 
 # They change speed and memory only.
 _FREE = frozenset({'reduction', 'remat'})
-_OF_EVERY_MIXER = frozenset({'config', 'deterministic', 'name', 'parent'})
 # They change how a model is trained, not what it is: a run may go on with others.
 _TRAINING = frozenset(
   {
@@ -45,11 +44,11 @@ def _settings_of_sublayer(sublayer: sublayers.NamedMixer) -> Any:
   """
   cls = type(sublayer.mixer)
   name = sublayers.name_of(cls) or f'{cls.__module__}.{cls.__qualname__}'
-  changed = {}
-  for f in dataclasses.fields(cls):
-    value = getattr(sublayer.mixer, f.name)
-    if f.name not in _OF_EVERY_MIXER | cls.SPEED_ONLY and value != f.default:
-      changed[f.name] = value if isinstance(value, str | int | float | None) else repr(value)
+  changed = {
+    setting: value if isinstance(value, str | int | float | None) else repr(value)
+    for setting, value in sublayers.changed_settings(sublayer.mixer).items()
+    if setting not in cls.SPEED_ONLY
+  }
   return {name: changed} if changed else name
 
 

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network.config import Sublayer, TransformerConfig
@@ -28,6 +28,9 @@ _READ_BY: dict[str, tuple[type[Mixer], ...]] = {
     (VQAttention, LongVQ),
   ),
 }
+
+
+_OF_EVERY_MIXER = frozenset({'config', 'deterministic', 'name', 'parent'})
 
 
 class NamedMixer(NamedTuple):
@@ -58,6 +61,12 @@ def of_layer(config: TransformerConfig) -> tuple[NamedMixer, ...]:
     counts[mixer.KIND] += 1
     found.append(NamedMixer(name, make, mixer))
   return tuple(found)
+
+
+def changed_settings(mixer: Mixer) -> dict[str, Any]:
+  """A mixer's own settings that are not the defaults."""
+  fields = [f for f in dataclasses.fields(mixer) if f.name not in _OF_EVERY_MIXER]
+  return {f.name: x for f in fields if (x := getattr(mixer, f.name)) != f.default}
 
 
 def unused_settings(config: TransformerConfig) -> list[str]:

@@ -48,8 +48,7 @@ def _rows(x: Estimate) -> Iterator[tuple[str, str]]:
   program, memory, chip = x.program, x.memory, x.chip
   devices = program.partitioner.mesh.devices
   kind = f'{devices.flat[0].device_kind} {chip.device}s'
-  axes = ' x '.join(f'{name} {n}' for name, n in program.partitioner.axes_in_words.items())
-  yield 'devices', f'{devices.size} ({kind}), {axes}'
+  yield 'devices', f'{devices.size} ({kind}), {program.partitioner.axes_in_words()}'
   if flags := os.environ.get('LIBTPU_INIT_ARGS'):  # The compiler obeys them.
     yield 'LIBTPU_INIT_ARGS', f'`{flags}`'
   yield 'parameters', f'{x.state.num_parameters:,}'

@@ -41,5 +41,5 @@ def mesh(partitioner: Partitioner) -> str:
   """A mesh in words, such as '8 cpu devices (data 4 x model 2)'."""
   devices = partitioner.mesh.devices
   plural = 's' if devices.size > 1 else ''
-  axes = ' x '.join(f'{name} {size}' for name, size in partitioner.axes_in_words.items())
-  return f'{devices.size} {devices.flat[0].platform} device{plural} ({axes})'
+  kind = devices.flat[0].platform
+  return f'{devices.size} {kind} device{plural} ({partitioner.axes_in_words()})'

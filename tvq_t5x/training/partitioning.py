@@ -259,16 +259,14 @@ class Partitioner:
     """Sharding of an array with these logical axes."""
     return NamedSharding(self.mesh, self.spec(axes))
 
-  @property
-  def axes_in_words(self) -> dict[str, int]:
-    """The sizes of the mesh's axes, by what their devices share."""
+  def axes_in_words(self, noun: str = '') -> str:
+    """The mesh's axes, by what their devices share, such as 'data 4 x model 2'."""
     shared = 'sequence' if self.sequence_partitions > 1 else MODEL
-    return {DATA: self.mesh.shape[DATA], shared: self.mesh.shape[MODEL]}
+    return f'{DATA}{noun} {self.mesh.shape[DATA]} x {shared}{noun} {self.mesh.shape[MODEL]}'
 
   def mesh_in_words(self) -> str:
     """The mesh, for messages."""
-    axes = ' x '.join(f'{name} axis {size}' for name, size in self.axes_in_words.items())
-    return f'{axes} = {self.mesh.size} devices'
+    return f'{self.axes_in_words(" axis")} = {self.mesh.size} devices'
 
 
 @dataclasses.dataclass(frozen=True)

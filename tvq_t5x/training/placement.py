@@ -1,6 +1,5 @@
 """Where the arrays of a model lie: parameters, what training changes, the state of sequences."""
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -117,10 +116,8 @@ def _validate_sublayers(partitioner: Partitioner, config: TransformerConfig) -> 
 
 
 def _in_words(mixer: Mixer) -> str:
-  """Its class and what it is set to, such as "LongVQ (attention = 'quadratic')"."""
-  own = [f for f in dataclasses.fields(mixer) if f.name not in Mixer.__dataclass_fields__]
-  values = [(f, getattr(mixer, f.name)) for f in own]
-  changed = [f'{f.name} = {value!s}' for f, value in values if value != f.default]
+  """Its class and what it is set to, such as 'LongVQ (attention = quadratic)'."""
+  changed = [f'{name} = {x}' for name, x in sublayers.changed_settings(mixer).items()]
   name = type(mixer).__name__
   return f'{name} ({", ".join(changed)})' if changed else name
 
