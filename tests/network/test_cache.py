@@ -15,6 +15,7 @@ from tvq_t5x.network.config import Reduction
 from tvq_t5x.network.vq.cache import (
   CompressedCache,
   caches_before_blocks,
+  counts_by_block,
   init_attention_state,
   merge,
   summarize,
@@ -67,8 +68,8 @@ def reduce_blocks(codes, values, num_old, block_len, reduction):
     return x.reshape(x.shape[0], -1, block_len, *x.shape[2:])
 
   initial = summary(codes[:, :num_old], values[:, :num_old])
-  blocks = summary(to_blocks(codes[:, num_old:]), to_blocks(values[:, num_old:]))
-  return caches_before_blocks(initial, blocks, reduction)
+  blocks = (jnp.swapaxes(to_blocks(x[:, num_old:]), 2, 3) for x in (codes, values))
+  return caches_before_blocks(initial, *blocks, CODES, reduction)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -90,6 +91,12 @@ def test_reductions_equal_a_loop(block_len, num_blocks, num_heads, num_old):
   expected = loop_caches(np.asarray(codes), np.asarray(values), num_old, block_len)
   for ours in reduce_every_way(codes, values, num_old, block_len):
     assert_close(ours, expected)
+  initial = summary(codes[:, :num_old], values[:, :num_old]).counts
+  blocks = codes[:, num_old:].reshape(2, num_blocks, block_len, num_heads)
+  counts = counts_by_block(initial, jnp.swapaxes(blocks, 2, 3))
+  before, after = expected
+  np.testing.assert_array_equal(counts[:, :-1], before.counts)
+  np.testing.assert_array_equal(counts[:, -1], after.counts)
 
 
 def test_reductions_have_the_same_gradient():

@@ -49,9 +49,10 @@ class Activation(enum.StrEnum):
 class Reduction(enum.StrEnum):
   """How the compressed cache of every block is computed from the blocks before it."""
 
-  AUTO = 'auto'  # Serial on CPU, matmul elsewhere.
+  AUTO = 'auto'  # Serial on CPU, unrolled on TPU, matmul elsewhere.
   SERIAL = 'serial'  # One scan over blocks, attention included: least memory.
   # A scan over groups of up to 64 blocks (on CPU 8) that are computed at once, with their caches.
+  UNROLLED = 'unrolled'  # One cache after the other, as many operations as blocks.
   MATMUL = 'matmul'  # Product with a triangular matrix of blocks by blocks.
   ASSOCIATIVE = 'associative'  # Parallel prefix in logarithmically many steps.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tvq_t5x.network import xla
 from tvq_t5x.network.layers import save_for_backward
@@ -32,24 +33,55 @@ def softmax_average(
   return function(equation, tuple(scores), tuple(values))
 
 
-def _average(equation, scores, values):
-  return _average_fwd(equation, scores, values)[0]
+def softmax_weights(scores: Sequence[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
+  """Weights of one softmax over the keys of all groups, [..., L, J] of each group, in `dtype`.
 
-
-def _average_fwd(equation, scores, values):
+  The highest score of each query and the mass are marked with `save_for_backward`.
+  """
   with jax.named_scope('scores'):
     peak = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
     peak = save_for_backward(jax.lax.stop_gradient(peak), small=True)
     weights = [jnp.exp(x - peak) for x in scores]
     mass = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
     mass = save_for_backward(mass, small=True)
-    weights = [(x * (1.0 / mass)).astype(v.dtype) for x, v in zip(weights, values, strict=True)]
-  with jax.named_scope('values'):
-    totals = [
-      jnp.einsum(equation, x, v, preferred_element_type=jnp.float32)
-      for x, v in zip(weights, values, strict=True)
-    ]
-    out = save_for_backward(functools.reduce(jnp.add, totals).astype(values[0].dtype))
+    return [(x * (1.0 / mass)).astype(dtype) for x in weights]
+
+
+@jax.named_scope('values')
+def weighted_sum(
+  equation: str, weights: Sequence[jax.Array], values: Sequence[jax.Array]
+) -> jax.Array:
+  """What `softmax_average` returns, of the weights; marked with `save_for_backward`."""
+  totals = [
+    jnp.einsum(equation, x, v, preferred_element_type=jnp.float32)
+    for x, v in zip(weights, values, strict=True)
+  ]
+  return save_for_backward(functools.reduce(jnp.add, totals).astype(values[0].dtype))
+
+
+def score_gradients(
+  equation: str,
+  weights: Sequence[jax.Array],
+  values: Sequence[jax.Array],
+  out: jax.Array,
+  g: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """The gradients of the scores, float32, from that of `out`, the average."""
+  left, right, result = xla.operands(equation)
+  mean = xla.sum_of_products(out, g)  # Of what a weight gets.
+  return tuple(
+    x * (jnp.einsum(f'{result},{right}->{left}', g, v, preferred_element_type=jnp.float32) - mean)
+    for x, v in zip(weights, values, strict=True)
+  )
+
+
+def _average(equation, scores, values):
+  return _average_fwd(equation, scores, values)[0]
+
+
+def _average_fwd(equation, scores, values):
+  weights = softmax_weights(scores, values[0].dtype)
+  out = weighted_sum(equation, weights, values)
   return out, (weights, values, out)
 
 
@@ -60,14 +92,8 @@ _average_in_training = jax.custom_vjp(_average, nondiff_argnums=(0,))
 def _average_bwd(equation, residuals, g):
   weights, values, out = residuals
   left, right, result = xla.operands(equation)
-  f32 = {'preferred_element_type': jnp.float32}
-  mean = jnp.sum(out.astype(jnp.float32) * g, axis=-1, keepdims=True)  # Of what a weight gets.
-  d_scores = [
-    x * (jnp.einsum(f'{result},{right}->{left}', g, v, **f32) - mean)
-    for x, v in zip(weights, values, strict=True)
-  ]
-  d_values = [jnp.einsum(f'{result},{left}->{right}', g, x) for x in weights]
-  return tuple(d_scores), tuple(d_values)
+  d_values = tuple(jnp.einsum(f'{result},{left}->{right}', g, x) for x in weights)
+  return score_gradients(equation, weights, values, out, g), d_values
 
 
 _average_in_training.defvjp(_average_fwd, _average_bwd)

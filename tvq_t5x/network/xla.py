@@ -196,6 +196,21 @@ def _sum_positions_on_cpu(*arrays):
   return [total(y) for y in arrays]
 
 
+# Columns of a TPU's matrix units.
+_TPU_COLUMNS = 128
+
+
+def sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Sums of `x * y` over the last axis, [..., 1] float32.
+
+  On TPU, matrix units sum products in bfloat16, each rounded to it, in half of the time.
+  """
+  if platform() != 'tpu' or x.dtype != jnp.bfloat16 or y.dtype != jnp.bfloat16:
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+  ones = jnp.ones((x.shape[-1], _TPU_COLUMNS), x.dtype)
+  return jnp.matmul(x * y, ones, preferred_element_type=jnp.float32)[..., :1]
+
+
 def shift_rows(x: jax.Array, width: int, shift: int) -> jax.Array:
   """Moves the rows of x, each by its own number of columns.
 

@@ -16,10 +16,12 @@ from tvq_t5x.network.config import Reduction, Remat, TransformerConfig
 from tvq_t5x.network.layers import SAVE_MARKED, save_for_backward
 from tvq_t5x.network.positions import last_positions, window_mask
 from tvq_t5x.network.softmax import softmax_average
+from tvq_t5x.network.vq.block_average import average_by_block
 from tvq_t5x.network.vq.cache import (
   AttentionState,
   CompressedCache,
   caches_before_blocks,
+  counts_by_block,
   merge,
   summarize,
 )
@@ -87,7 +89,10 @@ def vq_attention(
     values=jnp.concatenate([state.values, keys.values], axis=1),
   )
   blocks = _to_blocks(queries, keys, joined, position, lengths, c)
-  cache, out = _attend_in_groups(blocks, state.cache, distances, codebook, c)
+  if _gradient_by_block(blocks, c):
+    cache, out = _attend_by_block(blocks, state, distances, codebook, c)
+  else:
+    cache, out = _attend_in_groups(blocks, state.cache, distances, codebook, c)
   out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
   codes, quantized, values = (
     last_positions(x, c.window_len, lengths)
@@ -179,6 +184,37 @@ def compress(
   return jax.lax.scan(step, empty, (groups(codes), groups(values)))[0]
 
 
+def _gradient_by_block(x: _Blocks, c: TransformerConfig) -> bool:
+  """Whether `average_by_block` is for these blocks."""
+  num_blocks, block_len = x.num_empty.shape[1], x.present_keys.shape[-2]
+  reduction, at_once = _reduction(num_blocks, c)
+  return (
+    xla.in_training()
+    and reduction == Reduction.UNROLLED
+    and at_once == num_blocks
+    and c.window_len % block_len == 0
+    and c.compressed_cache
+    and c.grad_through_cache
+  )
+
+
+def _attend_by_block(
+  x: _Blocks,
+  state: AttentionState,
+  distances: jax.Array,
+  codebook: jax.Array,
+  c: TransformerConfig,
+) -> tuple[CompressedCache, jax.Array]:
+  """What `_attend_in_groups` returns, with gradients of values block by block."""
+  counts = counts_by_block(state.cache.counts, x.leaving_codes)
+  scores = _scores(x, counts[:, :-1], distances, codebook, c)
+  window = jnp.swapaxes(state.values, 1, 2)  # [B, N, M, V]
+  out, means = average_by_block(
+    tuple(scores), x.present_values, window, x.leaving_codes, counts, state.cache.means
+  )
+  return CompressedCache(counts[:, -1], means), out
+
+
 def _attend_in_groups(
   blocks: _Blocks,
   cache: CompressedCache,
@@ -199,7 +235,8 @@ def _attend_in_groups(
     attend = jax.checkpoint(attend, policy=SAVE_MARKED)
 
   def step(cache: CompressedCache, x: _Blocks) -> tuple[CompressedCache, jax.Array]:
-    before, after = caches_before_blocks(cache, _leaving(x, c), reduction)
+    values = _leaving_values(x, c)
+    before, after = caches_before_blocks(cache, x.leaving_codes, values, c.num_codes, reduction)
     if at_once == num_blocks:
       before = before._replace(means=save_for_backward(before.means.astype(dtype)))
     return after, attend(x, before, distances, codebook)
@@ -220,20 +257,21 @@ def _attend_in_groups(
 
 def _reduction(num_blocks: int, config: TransformerConfig) -> tuple[Reduction, int]:
   """The reduction, and how many blocks have caches and scores at once: a divisor of R."""
-  on_cpu, reduction = xla.platform() == 'cpu', config.reduction
+  platform, reduction = xla.platform(), config.reduction
   if reduction == Reduction.AUTO:
-    reduction = Reduction.SERIAL if on_cpu else Reduction.MATMUL
-  most = _BLOCKS_AT_ONCE_ON_CPU if on_cpu else _BLOCKS_AT_ONCE
+    best = {'cpu': Reduction.SERIAL, 'tpu': Reduction.UNROLLED}
+    reduction = best.get(platform, Reduction.MATMUL)
+  most = _BLOCKS_AT_ONCE_ON_CPU if platform == 'cpu' else _BLOCKS_AT_ONCE
   most = 1 if reduction == Reduction.SERIAL else most
   return reduction, max(n for n in range(1, most + 1) if num_blocks % n == 0)
 
 
-def _leaving(x: _Blocks, c: TransformerConfig) -> CompressedCache:
+def _leaving_values(x: _Blocks, c: TransformerConfig) -> jax.Array:
   """What each block folds into the cache: the first L positions of its window and of itself."""
   block_len, values = x.leaving_codes.shape[-1], x.window_values
   if block_len > c.window_len:
     values = jnp.concatenate([values, _through_cache(x.present_values, c)], axis=-2)
-  return summarize(x.leaving_codes, values[..., :block_len, :], c.num_codes)
+  return values[..., :block_len, :]
 
 
 def _attend(
@@ -244,34 +282,45 @@ def _attend(
   config: TransformerConfig,
 ) -> jax.Array:
   """One softmax over window, present block and cache: [B, R, N, G, L, V]."""
-  dtype = x.present_values.dtype
+  values = [x.window_values, x.present_values]
+  if config.compressed_cache:
+    values.append(cache.means.astype(x.present_values.dtype))
+  scores = _scores(x, cache.counts, distances, codebook, config)
+  return softmax_average('BRNGLJ,BRNJV->BRNGLV', scores, values)
+
+
+@jax.named_scope('scores')
+def _scores(
+  x: _Blocks,
+  counts: jax.Array,
+  distances: jax.Array,
+  codebook: jax.Array,
+  config: TransformerConfig,
+) -> list[jax.Array]:
+  """Of window and present block [B, R, N, G, L, M or L], and of codes [B, R, N, G, L, S]."""
   block_len, window_len = x.present_keys.shape[-2], x.window_keys.shape[-2]
 
   def key_scores(keys, near, visible):
     scores: jax.Array = xla.einsum('BRNGLK,BRNJK->BRNGLJ', x.queries.content, keys, jnp.float32)
     return jnp.where(visible, scores + near, MASKED)
 
-  with jax.named_scope('scores'):
-    near_window, near_present = window_nearness(x.queries.position, distances)
-    in_window, in_present = window_mask(
-      block_len,
-      window_len,
-      x.num_empty[:, :, None, None],
-      within_window=not config.compressed_cache,
-    )
-    scores = [
-      key_scores(x.window_keys, near_window, in_window),
-      # Else XLA chooses an order in which the product with the values takes longer.
-      xla.row_major(key_scores(x.present_keys, near_present, in_present)),
-    ]
-    if config.compressed_cache:
-      codes = codebook.astype(dtype)
-      codes = xla.einsum('BRNGLK,NSK->BRNGLS', x.queries.content, codes, jnp.float32)
-      scores.append(codes + log_counts(cache.counts)[..., None, None, :])
-  values = [x.window_values, x.present_values]
+  near_window, near_present = window_nearness(x.queries.position, distances)
+  in_window, in_present = window_mask(
+    block_len,
+    window_len,
+    x.num_empty[:, :, None, None],
+    within_window=not config.compressed_cache,
+  )
+  scores = [
+    key_scores(x.window_keys, near_window, in_window),
+    # Else XLA chooses an order in which the product with the values takes longer.
+    xla.row_major(key_scores(x.present_keys, near_present, in_present)),
+  ]
   if config.compressed_cache:
-    values.append(cache.means.astype(dtype))
-  return softmax_average('BRNGLJ,BRNJV->BRNGLV', scores, values)
+    codes = codebook.astype(x.present_values.dtype)
+    codes = xla.einsum('BRNGLK,NSK->BRNGLS', x.queries.content, codes, jnp.float32)
+    scores.append(codes + log_counts(counts)[..., None, None, :])
+  return scores
 
 
 def log_counts(counts: jax.Array) -> jax.Array:

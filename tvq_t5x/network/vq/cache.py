@@ -79,6 +79,21 @@ def summarize(codes: jax.Array, values: jax.Array, num_codes: int) -> Compressed
   return CompressedCache(counts, sums / jnp.maximum(counts, 1.0)[..., None])
 
 
+@jax.named_scope('cache')
+def counts_by_block(initial: jax.Array, codes: jax.Array) -> jax.Array:
+  """Counts of the caches before each block and after the last one.
+
+  Args:
+    initial: counts before the first block, [B, N, S].
+    codes: of what each block folds in when it is finished, [B, R, N, L] int32, as of `summarize`.
+
+  Returns:
+    [B, R + 1, N, S] float32.
+  """
+  own = jnp.sum(jax.nn.one_hot(codes, initial.shape[-1], dtype=jnp.bfloat16), -2, jnp.float32)
+  return jnp.cumsum(jnp.concatenate([initial[:, None], own], axis=1), axis=1)
+
+
 def merge(old: CompressedCache, new: CompressedCache) -> CompressedCache:
   """The cache of the union of two disjoint sets of positions. Associative."""
   counts = old.counts + new.counts
@@ -89,25 +104,33 @@ def merge(old: CompressedCache, new: CompressedCache) -> CompressedCache:
 
 @jax.named_scope('cache')
 def caches_before_blocks(
-  initial: CompressedCache, blocks: CompressedCache, reduction: Reduction
+  initial: CompressedCache,
+  codes: jax.Array,
+  values: jax.Array,
+  num_codes: int,
+  reduction: Reduction,
 ) -> tuple[CompressedCache, CompressedCache]:
   """Runs the reduction over blocks.
 
   Args:
     initial: the cache before the first block, [B, N, S(, V)].
-    blocks: what each block folds in when it is finished, [B, R, N, S(, V)].
+    codes: of what each block folds in when it is finished, [B, R, N, L] int32, as of `summarize`.
+    values: likewise, [B, R, N, L, V].
+    num_codes: S.
     reduction: how; the result is the same.
 
   Returns:
     The cache that each block attends to, [B, R, N, S(, V)], and the cache after the last block.
   """
-  if reduction == Reduction.SERIAL:
+  if reduction in (Reduction.SERIAL, Reduction.UNROLLED):
     caches = [initial]
-    for i in range(blocks.counts.shape[1]):
-      caches.append(merge(caches[-1], jax.tree.map(lambda x, i=i: x[:, i], blocks)))
+    for i in range(codes.shape[1]):
+      block = summarize(codes[:, i : i + 1], values[:, i : i + 1], num_codes)
+      caches.append(merge(caches[-1], jax.tree.map(lambda x: x[:, 0], block)))
     before = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *caches[:-1])
     return before, caches[-1]
 
+  blocks = summarize(codes, values, num_codes)
   if reduction == Reduction.ASSOCIATIVE:
     parts = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), initial, blocks)
     prefixes = jax.lax.associative_scan(merge, parts, axis=1)
