@@ -18,11 +18,11 @@ X = TypeVar('X')
 
 
 class Sharing(NamedTuple):
-  """Devices that share sequences."""
+  """Devices that share a batch, or its sequences."""
 
   mesh: Mesh
   batch: str | None  # The axis of the mesh that shares the batch, if any.
-  length: str  # The one that shares each sequence.
+  length: str | None  # The one that shares each sequence, if any.
 
 
 # A user's context, not an argument, since it changes where numbers are computed and no number.
@@ -30,15 +30,16 @@ _sharing = jax.make_user_context(None)
 
 
 def shared_by(mesh: Mesh, rules: Sequence[tuple[str, str | None]]) -> Any:
-  """A context: what is traced in it shares sequences out, if the rules do so with 'length'.
+  """A context: what is traced in it shares rows and sequences out as the rules say.
 
   Args:
     mesh: of the program.
     rules: pairs of a logical axis and a mesh axis or None.
   """
   batch, length = (_mesh_axis(name, rules) for name in ('batch', 'length'))
-  shared = length is not None and mesh.shape[length] > 1
-  return _sharing(Sharing(mesh, batch, length) if shared else None)
+  if length is not None and mesh.shape[length] == 1:
+    length = None
+  return _sharing(Sharing(mesh, batch, length))
 
 
 def _mesh_axis(name: str, rules: Sequence[tuple[str, str | None]]) -> str | None:
@@ -54,7 +55,7 @@ def num_parts(length: int, least: int = 1, unit: int = 1) -> int:
     unit: what the positions of a part are a multiple of.
   """
   sharing = _sharing.value
-  if sharing is None:
+  if sharing is None or sharing.length is None:
     return 1
   parts = sharing.mesh.shape[sharing.length]
   fits = length % parts == 0 and length // parts >= least and length // parts % unit == 0
@@ -137,6 +138,32 @@ class Part(NamedTuple):
     if self.backwards:
       pairs = [(self.number - 1 - i, self.number - 1 - j) for i, j in pairs]
     return jax.lax.ppermute(x, self.axis, pairs)
+
+
+def on_rows(function: Callable[..., Any], rows: Any, shared: Any) -> Any:
+  """Calls a function with the rows that each device has, where devices share nothing else.
+
+  Args:
+    function: of `rows` and `shared`; returns arrays [B, ...], of each row from that row alone.
+    rows: arrays [B, ...].
+    shared: arrays without axes of the batch.
+
+  Returns:
+    What the function returns.
+  """
+  sharing, batch_size = _sharing.value, jax.tree.leaves(rows)[0].shape[0]
+  devices = 1 if sharing is None or sharing.batch is None else sharing.mesh.shape[sharing.batch]
+  if devices == 1 or devices < sharing.mesh.size or batch_size % devices:
+    return function(rows, shared)
+  of_rows = PartitionSpec(sharing.batch)
+  mapped = jax.shard_map(
+    function,
+    mesh=sharing.mesh,
+    in_specs=(of_rows, PartitionSpec()),
+    out_specs=of_rows,
+    check_vma=False,
+  )
+  return mapped(rows, shared)
 
 
 def on_parts(

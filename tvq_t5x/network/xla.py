@@ -38,12 +38,17 @@ def computed_once(x: jax.Array) -> jax.Array:
   return jax.lax.optimization_barrier(x) if platform() == 'tpu' else x
 
 
-def row_major(x: jax.Array) -> jax.Array:
-  """Identity; on TPU, where no devices share x, it is in memory with its last axis fastest."""
+def on_one_device() -> bool:
+  """Whether arrays being traced are one device's, not shared by several."""
   mesh, manual = jax.sharding.get_abstract_mesh(), jax.sharding.AxisType.Manual
   sharing = [n for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if kind != manual]
+  return (jax.device_count() if mesh.empty else math.prod(sharing)) == 1
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """Identity; on TPU, where no devices share x, it is in memory with its last axis fastest."""
   # For several v5p chips, the compiler of libtpu 0.0.42 gathers on each what they share.
-  if platform() != 'tpu' or (jax.device_count() if mesh.empty else math.prod(sharing)) > 1:
+  if platform() != 'tpu' or not on_one_device():
     return x
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 

@@ -47,66 +47,98 @@ def average_by_block(
 
 
 def _forward(scores, values, window, codes, counts, means):
-  num_blocks = values.shape[1]
   weights = softmax_weights(scores, values.dtype)
-  all_before = []
   with jax.named_scope('cache'):
-    blocks = _blocks(window, values)
-    for r in range(num_blocks):
-      all_before.append(means.astype(values.dtype))
-      one_hot = _one_hot(codes[:, r], counts, values.dtype)
-      sums = jnp.einsum('BNLS,BNLV->BNSV', one_hot, blocks[r], **_F32)
-      kept, share = _shares(counts, r)
-      means = kept * means + share * sums
+    rows = [_means(*row) for row in zip(_blocks(window, values), codes, counts, means, strict=True)]
     # Kept from one array for the products and the backward pass; else XLA would compute two.
-    before = save_for_backward(xla.computed_once(jnp.stack(all_before, axis=1)))
+    before = _stack([before for before, _ in rows])
+    before = save_for_backward(xla.computed_once(before))
+    means = jnp.stack([after for _, after in rows])
   out = weighted_sum(_EQUATION, weights, [_windows(window, values), values, before])
   return (out, means), (weights, values, window, codes, counts, before, out)
+
+
+def _means(
+  blocks: list[jax.Array], codes: jax.Array, counts: jax.Array, means: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+  """Of a row: the means before each block, in the dtype of the values, and after the last one."""
+  before, dtype = [], blocks[0].dtype
+  for r in range(len(codes)):
+    before.append(means.astype(dtype))
+    one_hot = jax.nn.one_hot(codes[r], counts.shape[-1], dtype=dtype)
+    sums = jnp.einsum('NLS,NLV->NSV', one_hot, blocks[r], **_F32)
+    kept, share = _shares(counts, r)
+    means = kept * means + share * sums
+  return before, means
 
 
 @jax.named_scope('values')
 def _backward(residuals, gradients):
   weights, values, window, codes, counts, means, out = residuals
   g, d_means = gradients
-  num_blocks, dtype = values.shape[1], values.dtype
   windows = _windows(window, values)
   d_scores = score_gradients(_EQUATION, weights, [windows, values, means], out, g)
+  window_blocks = window.shape[-2] // values.shape[-2]
+  rows = [
+    _row_gradients(g[b], [x[b] for x in weights], codes[b], counts[b], d_means[b], window_blocks)
+    for b in range(len(values))
+  ]
+  d_window = jnp.stack([jnp.concatenate(x[:window_blocks], axis=-2) for x, _ in rows])
+  d_values = _stack([x[window_blocks:] for x, _ in rows])
+  d_means = jnp.stack([x for _, x in rows])
+  return d_scores, d_values, d_window, None, jnp.zeros_like(counts), d_means
+
+
+def _row_gradients(
+  g: jax.Array,
+  weights: list[jax.Array],
+  codes: jax.Array,
+  counts: jax.Array,
+  d_means: jax.Array,
+  window_blocks: int,
+) -> tuple[list[jax.Array], jax.Array]:
+  """Of a row: the gradients of its blocks, as `_blocks` has them, and of the means before it."""
   of_window, of_present, of_codes = weights
-  block_len, window_blocks = values.shape[-2], window.shape[-2] // values.shape[-2]
+  num_blocks, block_len, dtype = len(codes), codes.shape[-1], g.dtype
 
   def gradient(r: int, weights: jax.Array) -> jax.Array:
-    """Of values or means, from the queries of block r and their weights, [B, N, G, L, J]."""
-    return jnp.einsum('BNGLV,BNGLJ->BNJV', g[:, r], weights, **_F32)
+    """Of values or means, from the queries of block r and their weights, [N, G, L, J]."""
+    return jnp.einsum('NGLV,NGLJ->NJV', g[r], weights, **_F32)
 
   d_blocks = []
-  for i in reversed(range(window_blocks + num_blocks)):  # As `_blocks` counts them.
+  for i in reversed(range(window_blocks + num_blocks)):
     parts = []
     if i < num_blocks:
       kept, share = _shares(counts, i)
-      one_hot = _one_hot(codes[:, i], counts, dtype)
-      d_sums = (share * d_means).astype(dtype)
-      parts.append(jnp.einsum('BNLS,BNSV->BNLV', one_hot, d_sums, **_F32))
-      d_means = kept * d_means + gradient(i, of_codes[:, i])
+      one_hot = jax.nn.one_hot(codes[i], counts.shape[-1], dtype=dtype)
+      parts.append(jnp.einsum('NLS,NSV->NLV', one_hot, (share * d_means).astype(dtype), **_F32))
+      d_means = kept * d_means + gradient(i, of_codes[i])
     for r in range(max(i - window_blocks + 1, 0), min(i + 1, num_blocks)):
       slot = (i - r) * block_len
-      parts.append(gradient(r, of_window[:, r, ..., slot : slot + block_len]))
+      parts.append(gradient(r, of_window[r, ..., slot : slot + block_len]))
     if i >= window_blocks:
-      parts.append(gradient(i - window_blocks, of_present[:, i - window_blocks]))
+      parts.append(gradient(i - window_blocks, of_present[i - window_blocks]))
     d_blocks.append(functools.reduce(jnp.add, parts).astype(dtype))
-  d_blocks.reverse()
-  d_window = jnp.concatenate(d_blocks[:window_blocks], axis=-2)
-  d_values = jnp.stack(d_blocks[window_blocks:], axis=1)
-  return d_scores, d_values, d_window, None, jnp.zeros_like(counts), d_means
+  return d_blocks[::-1], d_means
 
 
 average_by_block.defvjp(_forward, _backward)
 
 
-def _blocks(window: jax.Array, values: jax.Array) -> list[jax.Array]:
-  """Those of the window before the first block, then the blocks: [B, N, L, V] each."""
+def _blocks(window: jax.Array, values: jax.Array) -> list[list[jax.Array]]:
+  """Of each row: blocks of the window before the first one, then all others, [N, L, V] each."""
   window_blocks = window.shape[-2] // values.shape[-2]
   before = jnp.split(window, window_blocks, axis=-2)
-  return before + [values[:, r] for r in range(values.shape[1])]
+  return [
+    [*(x[b] for x in before), *(values[b, r] for r in range(values.shape[1]))]
+    for b in range(len(values))
+  ]
+
+
+def _stack(rows: list[list[jax.Array]]) -> jax.Array:
+  """B rows of R blocks to [B, R, ...]."""
+  blocks = jnp.stack([x for row in rows for x in row])
+  return blocks.reshape(len(rows), -1, *blocks.shape[1:])
 
 
 def _windows(window: jax.Array, values: jax.Array) -> jax.Array:
@@ -118,12 +150,7 @@ def _windows(window: jax.Array, values: jax.Array) -> jax.Array:
   return jnp.concatenate([blocks[:, i : i + num_blocks] for i in range(window_blocks)], axis=-2)
 
 
-def _one_hot(codes: jax.Array, counts: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """[B, N, L] to [B, N, L, S]."""
-  return jax.nn.one_hot(codes, counts.shape[-1], dtype=dtype)
-
-
 def _shares(counts: jax.Array, r: int) -> tuple[jax.Array, jax.Array]:
-  """By what old means, and new sums, enter the means after block r: [B, N, S, 1]."""
-  share = 1.0 / jnp.maximum(counts[:, r + 1], 1.0)
-  return (counts[:, r] * share)[..., None], share[..., None]
+  """By what old means, and new sums, of a row enter those after block r: [N, S, 1]."""
+  share = 1.0 / jnp.maximum(counts[r + 1], 1.0)
+  return (counts[r] * share)[..., None], share[..., None]

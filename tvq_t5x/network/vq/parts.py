@@ -8,7 +8,7 @@ import functools
 
 import jax
 
-from tvq_t5x.network import sequence
+from tvq_t5x.network import sequence, xla
 from tvq_t5x.network.attention import Queries
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import save_for_backward
@@ -28,11 +28,16 @@ def shared_attention(
   config: TransformerConfig,
   lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, AttentionState]:
-  """`vq_attention`, on the devices that share the sequences; elsewhere that itself."""
+  """`vq_attention`, on the devices that share the sequences or, in training, the batch."""
   c = config
-  args = queries, keys, distances, codebook, state, position, c, lengths
   if sequence.num_parts(keys.codes.shape[1], c.window_len, c.block_len) == 1:
-    return vq_attention(*args)
+
+    def attend(rows, shared):
+      queries, keys, state, position, lengths = rows
+      return vq_attention(queries, keys, *shared, state, position, c, lengths)
+
+    args = (queries, keys, state, position, lengths), (distances, codebook)
+    return sequence.on_rows(attend, *args) if xla.in_training() else attend(*args)
   function = functools.partial(_attention_of_part, config=c)
   return sequence.on_parts(
     function, (queries, keys), (state, position, lengths), (distances, codebook)
