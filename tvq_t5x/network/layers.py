@@ -41,6 +41,13 @@ def save_for_backward(x: jax.Array, small: bool = False) -> jax.Array:
   return checkpoint_name(x, _SMALL if small else _SAVED)
 
 
+def residual_stream(x: jax.Array) -> jax.Array:
+  """The residual stream [B, T, D], laid out as every sublayer takes it."""
+  x = with_sharding_constraint(x, ('batch', 'length', 'embed'))
+  # Else XLA may keep it transposed for the backward pass, and copy it there.
+  return sequence.row_major(x) if xla.in_training() else x
+
+
 def rms_normalize(x: jax.Array) -> jax.Array:
   """`x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32, in the dtype of x."""
   y = x.astype(jnp.float32)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh, PartitionSpec
 
+from tvq_t5x.network import xla
+
 X = TypeVar('X')
 
 
@@ -164,6 +166,13 @@ def on_rows(function: Callable[..., Any], rows: Any, shared: Any) -> Any:
     check_vma=False,
   )
   return mapped(rows, shared)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """`xla.row_major` of the rows [B, ...] that each device has."""
+  if xla.platform() != 'tpu':
+    return x
+  return on_rows(lambda x, _: xla.row_major(x), x, ())
 
 
 def on_parts(

@@ -21,6 +21,7 @@ from tvq_t5x.network.layers import (
   Logits,
   RMSNorm,
   dropout,
+  residual_stream,
   with_sharding_constraint,
 )
 from tvq_t5x.network.mixers import Aux, Call, Mixer, State
@@ -80,7 +81,7 @@ class Layer(nn.Module):
   ) -> tuple[jax.Array, tuple[LayerState, LayerAux]]:
     """[B, T, D] to [B, T, D], with the new states and the losses and metrics of the sublayers."""
     c = self.config
-    x = with_sharding_constraint(x, ('batch', 'length', 'embed'))
+    x = residual_stream(x)
     states, aux = [], []
     for i, (name, make, mixer) in enumerate(sublayers.of_layer(c)):
       run = _run
@@ -105,7 +106,7 @@ class Layer(nn.Module):
     if not self.deterministic and c.layer_drop_rate:
       rng = self.make_rng(SEQUENCE_DROPOUT)
       branch = dropout(rng, branch, c.layer_drop_rate, call.example_ids)
-    return with_sharding_constraint(x + branch, ('batch', 'length', 'embed'))
+    return residual_stream(x + branch)
 
 
 def _check_result(mixer: Mixer, x: jax.Array, branch: jax.Array, state: State, call: Call) -> None:
@@ -238,7 +239,7 @@ def embed_positions(config: TransformerConfig, x: jax.Array, position: jax.Array
     positions = position[:, None] + jnp.arange(x.shape[1])
     added = scale * sinusoids(positions, config.emb_dim, config.max_wavelength)
     x = x + added.astype(config.dtype)
-  return with_sharding_constraint(x, ('batch', 'length', 'embed'))
+  return residual_stream(x)
 
 
 def run_layers(
