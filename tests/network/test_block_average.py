@@ -10,7 +10,9 @@ from test_attention import by_oracle, by_segments, make_config, random_inputs
 from util import assert_close
 
 from tvq_t5x.network import xla
+from tvq_t5x.network.attention import Values
 from tvq_t5x.network.config import Reduction
+from tvq_t5x.network.layers import silu
 from tvq_t5x.network.softmax import softmax_average
 from tvq_t5x.network.vq import attention
 from tvq_t5x.network.vq.attention import log_counts
@@ -22,6 +24,7 @@ B, N, G, L, S, V = 2, 2, 3, 4, 5, 6
 
 def plain_average(scores, values, window, codes, counts, means):
   """The same, each of the three reads of the values with gradients of its own."""
+  values = values.active
   joined = jnp.concatenate([window, *jnp.moveaxis(values, 1, 0)], axis=2)
   starts = [r * L for r in range(values.shape[1])]
   windows = jnp.stack([joined[:, :, i : i + window.shape[2]] for i in starts], axis=1)
@@ -45,7 +48,8 @@ def test_equals_automatic_differentiation(num_blocks, window_blocks):
   counts = counts_by_block(counts, codes)
   scores = [normal(B, num_blocks, N, G, L, j) for j in (window_blocks * L, L, S)]
   scores[2] += log_counts(counts[:, :-1])[..., None, None, :]  # Codes without keys have no weight.
-  values, window = normal(B, num_blocks, N, L, V), normal(B, N, window_blocks * L, V)
+  values = Values(normal(B, num_blocks, N, L, V), silu)
+  window = normal(B, N, window_blocks * L, V)
   means = jnp.where(counts[:, 0, ..., None] > 0, normal(B, N, S, V), 0.0)
   cotangents = normal(B, num_blocks, N, G, L, V), normal(B, N, S, V)
 

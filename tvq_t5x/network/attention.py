@@ -1,8 +1,10 @@
 """What sublayers with softmax attention have in common: projections, relative positions, a gate."""
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
@@ -24,6 +26,29 @@ from tvq_t5x.network.positions import sinusoids
 
 # The score of a key that is not attended.
 MASKED = -1e30
+
+
+def _identity(x: jax.Array) -> jax.Array:
+  return x
+
+
+@flax.struct.dataclass
+class Values:
+  """Values of keys, of which each reader may compute the activation where it reads them."""
+
+  projected: jax.Array  # [B, T, N, V], or in another order.
+  activation: Callable[[jax.Array], jax.Array] = flax.struct.field(
+    pytree_node=False, default=_identity
+  )
+
+  @property
+  def active(self) -> jax.Array:
+    """What is averaged."""
+    return self.activation(self.projected)
+
+  def map(self, function: Callable[[jax.Array], jax.Array]) -> 'Values':
+    """With what a function makes of the array, such as another order."""
+    return Values(function(self.projected), self.activation)
 
 
 class Queries(NamedTuple):
@@ -69,7 +94,7 @@ class Attention(Mixer):
     self,
     queries: Queries,
     keys: jax.Array,
-    values: jax.Array,
+    values: Values,
     distances: jax.Array,
     state: State | None,
     call: Call,
@@ -79,7 +104,7 @@ class Attention(Mixer):
     Args:
       queries: of the segment, [B, T, N, G, K].
       keys: [B, T, N, K].
-      values: [B, T, N, V].
+      values: of the keys, [B, T, N, V].
       distances: [M + 1, N, K], projected sinusoids; row d scores keys at distance d. In an encoder,
         [2M + 1, N, K]; row d scores keys at distance d - M, which is negative after the query.
       state: as `__call__` gets it.
@@ -112,7 +137,7 @@ class Attention(Mixer):
     )(out)
     return out, state, aux
 
-  def _queries_keys_values(self, x: jax.Array) -> tuple[Queries, jax.Array, jax.Array]:
+  def _queries_keys_values(self, x: jax.Array) -> tuple[Queries, jax.Array, Values]:
     """[B, T, D] to queries, keys and values as `attend` gets them."""
     c = self.config
     n, g, h, k = c.num_kv_heads, c.queries_per_kv_head, c.num_heads, c.key_dim
@@ -120,10 +145,10 @@ class Attention(Mixer):
     q = self._scale * rms_normalize(self._project(x, 'query', k, h, heads, 'kv'))
     keys = self._scale * rms_normalize(self._project(x, 'key', k, n, kv_heads, 'kv'))
     values = self._project(x, 'value', c.value_width, n, kv_heads, c.value_axis)
-    values = silu(values) if c.head_type == HeadType.GATED else values
     q = with_sharding_constraint(q, ('batch', 'length', heads, 'kv'))
     keys = with_sharding_constraint(keys, ('batch', 'length', kv_heads, 'kv'))
     values = with_sharding_constraint(values, ('batch', 'length', kv_heads, c.value_axis))
+    values = Values(values, silu) if c.head_type == HeadType.GATED else Values(values)
 
     def biased(name):
       bias = nn_partitioning.param_with_axes(

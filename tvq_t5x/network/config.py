@@ -49,7 +49,7 @@ class Activation(enum.StrEnum):
 class Reduction(enum.StrEnum):
   """How the compressed cache of every block is computed from the blocks before it."""
 
-  AUTO = 'auto'  # Serial on CPU, unrolled on TPU, matmul elsewhere.
+  AUTO = 'auto'  # Serial on CPU; on TPU, unrolled for up to 32 blocks of all rows; else matmul.
   SERIAL = 'serial'  # One scan over blocks, attention included: least memory.
   # A scan over groups of up to 64 blocks (on CPU 8) that are computed at once, with their caches.
   UNROLLED = 'unrolled'  # One cache after the other, as many operations as blocks.

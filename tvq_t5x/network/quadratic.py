@@ -12,6 +12,7 @@ from tvq_t5x.network.attention import (
   MASKED,
   Attention,
   Queries,
+  Values,
   token_distance_scores,
 )
 from tvq_t5x.network.config import TransformerConfig
@@ -57,13 +58,13 @@ class QuadraticAttention(Attention):
     self,
     queries: Queries,
     keys: jax.Array,
-    values: jax.Array,
+    values: Values,
     distances: jax.Array,
     state: KeyValueState | KeyValueRing | None,
     call: Call,
   ) -> tuple[jax.Array, KeyValueState | KeyValueRing | tuple[()], Aux]:
     """See `Attention`."""
-    return attend(queries, keys, values, distances, state, call, self.config)
+    return attend(queries, keys, values.active, distances, state, call, self.config)
 
   def init_state(self, batch_size: int) -> KeyValueState | tuple[()]:
     """No positions; () in an encoder."""

@@ -28,7 +28,7 @@ class Sharing(NamedTuple):
 
 
 # A user's context, not an argument, since it changes where numbers are computed and no number.
-_sharing = jax.make_user_context(None)
+_sharing: Any = jax.make_user_context(None)
 
 
 def shared_by(mesh: Mesh, rules: Sequence[tuple[str, str | None]]) -> Any:
@@ -154,7 +154,9 @@ def on_rows(function: Callable[..., Any], rows: Any, shared: Any) -> Any:
     What the function returns.
   """
   sharing, batch_size = _sharing.value, jax.tree.leaves(rows)[0].shape[0]
-  devices = 1 if sharing is None or sharing.batch is None else sharing.mesh.shape[sharing.batch]
+  if sharing is None or sharing.batch is None:
+    return function(rows, shared)
+  devices = sharing.mesh.shape[sharing.batch]
   if devices == 1 or devices < sharing.mesh.size or batch_size % devices:
     return function(rows, shared)
   of_rows = PartitionSpec(sharing.batch)
@@ -191,6 +193,7 @@ def on_parts(
     Arrays [B, T, ...], and the states.
   """
   sharing = _sharing.value
+  assert sharing is not None  # So `num_parts` found.
   batch, length, mesh = sharing.batch, sharing.length, sharing.mesh
   batch_size = jax.tree.leaves(sequences)[0].shape[0]
   if batch is not None and batch_size % mesh.shape[batch]:

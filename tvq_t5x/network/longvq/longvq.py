@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network import quadratic
-from tvq_t5x.network.attention import Queries
+from tvq_t5x.network.attention import Queries, Values
 from tvq_t5x.network.config import HeadType
 from tvq_t5x.network.layers import (
   Einsum,
@@ -150,13 +150,15 @@ class LongVQ(Mixer):
     if self.attention == AttentionKind.NONE:
       return None, (), {}
     queries, keys = self._queries_and_keys(g)
-    values = silu(self._heads(x, 'value', c.value_width, c.value_axis))
-    args = Queries(queries[:, :, :, None], queries[:, :, :, None]), keys, values
+    values = Values(self._heads(x, 'value', c.value_width, c.value_axis), silu)
+    queries = Queries(queries[:, :, :, None], queries[:, :, :, None])
     before = None if state is None else state.attention
     if self.attention == AttentionKind.QUADRATIC:
-      out, after, aux = quadratic.attend(*args, self._window_bias(), before, call, c)
+      args = queries, keys, values.active, self._window_bias(), before, call
+      out, after, aux = quadratic.attend(*args, c)
     else:
-      out, after, aux = vq.attend(*args, self._window_bias(), before, call, self)
+      args = queries, keys, values, self._window_bias(), before, call
+      out, after, aux = vq.attend(*args, self)
     reset = silu(self._heads(g, 'reset', c.value_width, c.value_axis))
     shape = c.num_heads, c.value_width, c.emb_dim
     axes = c.heads_axis(c.num_heads), c.value_axis, 'embed'

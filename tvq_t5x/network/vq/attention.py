@@ -5,13 +5,14 @@ of M positions before it, and the compressed cache of everything older (paper, s
 """
 
 import functools
+import math
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from tvq_t5x.network import xla
-from tvq_t5x.network.attention import MASKED, Queries
+from tvq_t5x.network.attention import MASKED, Queries, Values
 from tvq_t5x.network.config import Reduction, Remat, TransformerConfig
 from tvq_t5x.network.layers import SAVE_MARKED, save_for_backward
 from tvq_t5x.network.positions import last_positions, window_mask
@@ -32,6 +33,8 @@ _X = TypeVar('_X')
 # So that memory for the caches and scores of blocks stays bounded. On CPU more are slower.
 _BLOCKS_AT_ONCE = 64
 _BLOCKS_AT_ONCE_ON_CPU = 8
+# More take long to compile.
+_MOST_UNROLLED = 32
 
 
 class Keys(NamedTuple):
@@ -40,6 +43,7 @@ class Keys(NamedTuple):
   quantized: jax.Array  # [B, T, N, K], straight-through gradient
   codes: jax.Array  # [B, T, N] int32
   values: jax.Array  # [B, T, N, V]
+  projected: Values | None = None  # Where the values come from, if known.
 
 
 class _Blocks(NamedTuple):
@@ -90,7 +94,8 @@ def vq_attention(
   )
   blocks = _to_blocks(queries, keys, joined, position, lengths, c)
   if _gradient_by_block(blocks, c):
-    cache, out = _attend_by_block(blocks, state, distances, codebook, c)
+    values = keys.projected or Values(keys.values)
+    cache, out = _attend_by_block(blocks, values, state, distances, codebook, c)
   else:
     cache, out = _attend_in_groups(blocks, state.cache, distances, codebook, c)
   out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
@@ -165,9 +170,10 @@ def compress(
   c = config
   batch_size, length, num_heads = keys.codes.shape
   num_blocks = c.num_blocks(length)
+  keys = keys._replace(projected=None)
   joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), window, keys)
   values = _through_cache(joined.values[:, :length], c)
-  _, at_once = _reduction(num_blocks, c)
+  _, at_once = _reduction((batch_size, num_blocks), c)
 
   def groups(x: jax.Array) -> jax.Array:  # [B, T, N, ...] to [R / g, B, 1, N, g L, ...]
     x = x.reshape(batch_size, num_blocks // at_once, 1, -1, *x.shape[2:])
@@ -187,7 +193,7 @@ def compress(
 def _gradient_by_block(x: _Blocks, c: TransformerConfig) -> bool:
   """Whether `average_by_block` is for these blocks."""
   num_blocks, block_len = x.num_empty.shape[1], x.present_keys.shape[-2]
-  reduction, at_once = _reduction(num_blocks, c)
+  reduction, at_once = _reduction(x.num_empty.shape, c)
   return (
     xla.in_training()
     and reduction == Reduction.UNROLLED
@@ -200,6 +206,7 @@ def _gradient_by_block(x: _Blocks, c: TransformerConfig) -> bool:
 
 def _attend_by_block(
   x: _Blocks,
+  values: Values,
   state: AttentionState,
   distances: jax.Array,
   codebook: jax.Array,
@@ -208,9 +215,11 @@ def _attend_by_block(
   """What `_attend_in_groups` returns, with gradients of values block by block."""
   counts = counts_by_block(state.cache.counts, x.leaving_codes)
   scores = _scores(x, counts[:, :-1], distances, codebook, c)
+  shape = *x.num_empty.shape, -1
+  values = values.map(lambda leaf: _heads_first(leaf.reshape(*shape, *leaf.shape[2:])))
   window = jnp.swapaxes(state.values, 1, 2)  # [B, N, M, V]
   out, means = average_by_block(
-    tuple(scores), x.present_values, window, x.leaving_codes, counts, state.cache.means
+    tuple(scores), values, window, x.leaving_codes, counts, state.cache.means
   )
   return CompressedCache(counts[:, -1], means), out
 
@@ -228,7 +237,7 @@ def _attend_in_groups(
     The cache after the last block, and the outputs [B, R, N, G, L, V].
   """
   num_blocks = blocks.num_empty.shape[1]
-  reduction, at_once = _reduction(num_blocks, c)
+  reduction, at_once = _reduction(blocks.num_empty.shape, c)
   dtype = blocks.present_values.dtype
   attend = functools.partial(_attend, config=c)
   if c.remat == Remat.ATTENTION and 1 < at_once < num_blocks:
@@ -255,15 +264,19 @@ def _attend_in_groups(
   return cache, out.reshape(out.shape[0], -1, *out.shape[3:])
 
 
-def _reduction(num_blocks: int, config: TransformerConfig) -> tuple[Reduction, int]:
-  """The reduction, and how many blocks have caches and scores at once: a divisor of R."""
+def _reduction(shape: tuple[int, ...], config: TransformerConfig) -> tuple[Reduction, int]:
+  """For B rows of R blocks: the reduction, and how many blocks of a row are computed at once.
+
+  That is a divisor of R.
+  """
   platform, reduction = xla.platform(), config.reduction
   if reduction == Reduction.AUTO:
-    best = {'cpu': Reduction.SERIAL, 'tpu': Reduction.UNROLLED}
-    reduction = best.get(platform, Reduction.MATMUL)
+    unrolled = platform == 'tpu' and xla.on_one_device() and math.prod(shape) <= _MOST_UNROLLED
+    default = Reduction.UNROLLED if unrolled else Reduction.MATMUL
+    reduction = Reduction.SERIAL if platform == 'cpu' else default
   most = _BLOCKS_AT_ONCE_ON_CPU if platform == 'cpu' else _BLOCKS_AT_ONCE
   most = 1 if reduction == Reduction.SERIAL else most
-  return reduction, max(n for n in range(1, most + 1) if num_blocks % n == 0)
+  return reduction, max(n for n in range(1, most + 1) if shape[1] % n == 0)
 
 
 def _leaving_values(x: _Blocks, c: TransformerConfig) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tvq_t5x.network import xla
+from tvq_t5x.network.attention import Values
 from tvq_t5x.network.layers import save_for_backward
 from tvq_t5x.network.softmax import score_gradients, softmax_weights, weighted_sum
 
@@ -21,7 +22,7 @@ _F32 = {'preferred_element_type': jnp.float32}
 @jax.custom_vjp
 def average_by_block(
   scores: tuple[jax.Array, jax.Array, jax.Array],
-  values: jax.Array,
+  values: Values,
   window: jax.Array,
   codes: jax.Array,
   counts: jax.Array,
@@ -32,7 +33,7 @@ def average_by_block(
   Args:
     scores: of the keys of the window [B, R, N, G, L, M], of the block [B, R, N, G, L, L] and of the
       codes [B, R, N, G, L, S], float32. M is a multiple of L.
-    values: of R blocks, [B, R, N, L, V].
+    values: of R blocks, [B, R, N, L, V]; each reader computes their activation.
     window: values of the M positions before the first block, [B, N, M, V].
     codes: [B, R, N, L] int32, of the L positions that each block folds into the cache, the oldest
       of its window; S where there is none.
@@ -47,14 +48,17 @@ def average_by_block(
 
 
 def _forward(scores, values, window, codes, counts, means):
-  weights = softmax_weights(scores, values.dtype)
+  weights = softmax_weights(scores, window.dtype)
   with jax.named_scope('cache'):
-    rows = [_means(*row) for row in zip(_blocks(window, values), codes, counts, means, strict=True)]
+    rows = [
+      _means(blocks, codes[b], counts[b], means[b])
+      for b, blocks in enumerate(_blocks(window, values))
+    ]
     # Kept from one array for the products and the backward pass; else XLA would compute two.
     before = _stack([before for before, _ in rows])
     before = save_for_backward(xla.computed_once(before))
     means = jnp.stack([after for _, after in rows])
-  out = weighted_sum(_EQUATION, weights, [_windows(window, values), values, before])
+  out = weighted_sum(_EQUATION, weights, [_windows(window, values), values.active, before])
   return (out, means), (weights, values, window, codes, counts, before, out)
 
 
@@ -77,16 +81,22 @@ def _backward(residuals, gradients):
   weights, values, window, codes, counts, means, out = residuals
   g, d_means = gradients
   windows = _windows(window, values)
-  d_scores = score_gradients(_EQUATION, weights, [windows, values, means], out, g)
-  window_blocks = window.shape[-2] // values.shape[-2]
-  rows = [
-    _row_gradients(g[b], [x[b] for x in weights], codes[b], counts[b], d_means[b], window_blocks)
-    for b in range(len(values))
-  ]
-  d_window = jnp.stack([jnp.concatenate(x[:window_blocks], axis=-2) for x, _ in rows])
-  d_values = _stack([x[window_blocks:] for x, _ in rows])
-  d_means = jnp.stack([x for _, x in rows])
-  return d_scores, d_values, d_window, None, jnp.zeros_like(counts), d_means
+  d_scores = score_gradients(_EQUATION, weights, [windows, values.active, means], out, g)
+  window_blocks = window.shape[-2] // codes.shape[-1]
+  d_rows, d_window, d_initial = [], [], []
+  for b in range(len(codes)):
+    args = g[b], [y[b] for y in weights], codes[b], counts[b], d_means[b], window_blocks
+    d_blocks, d_row_means = _row_gradients(*args)
+    d_window.append(jnp.concatenate(d_blocks[:window_blocks], axis=-2))
+    d_rows.append(
+      [
+        jax.vjp(values.activation, values.projected[b, r])[1](d)[0]
+        for r, d in enumerate(d_blocks[window_blocks:])
+      ]
+    )
+    d_initial.append(d_row_means)
+  d_values = values.map(lambda _: _stack(d_rows))
+  return d_scores, d_values, jnp.stack(d_window), None, jnp.zeros_like(counts), jnp.stack(d_initial)
 
 
 def _row_gradients(
@@ -125,13 +135,13 @@ def _row_gradients(
 average_by_block.defvjp(_forward, _backward)
 
 
-def _blocks(window: jax.Array, values: jax.Array) -> list[list[jax.Array]]:
+def _blocks(window: jax.Array, values: Values) -> list[list[jax.Array]]:
   """Of each row: blocks of the window before the first one, then all others, [N, L, V] each."""
-  window_blocks = window.shape[-2] // values.shape[-2]
-  before = jnp.split(window, window_blocks, axis=-2)
+  x, activation = values.projected, values.activation
+  before = jnp.split(window, window.shape[-2] // x.shape[-2], axis=-2)
   return [
-    [*(x[b] for x in before), *(values[b, r] for r in range(values.shape[1]))]
-    for b in range(len(values))
+    [*(y[b] for y in before), *(activation(x[b, r]) for r in range(x.shape[1]))]
+    for b in range(len(x))
   ]
 
 
@@ -141,12 +151,13 @@ def _stack(rows: list[list[jax.Array]]) -> jax.Array:
   return blocks.reshape(len(rows), -1, *blocks.shape[1:])
 
 
-def _windows(window: jax.Array, values: jax.Array) -> jax.Array:
+def _windows(window: jax.Array, values: Values) -> jax.Array:
   """Of each block: [B, R, N, M, V]."""
-  num_blocks, block_len = values.shape[1], values.shape[-2]
+  x = values.projected
+  num_blocks, block_len = x.shape[1], x.shape[-2]
   window_blocks = window.shape[-2] // block_len
   before = jnp.stack(jnp.split(window, window_blocks, axis=-2), axis=1)
-  blocks = jnp.concatenate([before, values[:, :-1]], axis=1)
+  blocks = jnp.concatenate([before, values.activation(x[:, :-1])], axis=1)
   return jnp.concatenate([blocks[:, i : i + num_blocks] for i in range(window_blocks)], axis=-2)
 
 

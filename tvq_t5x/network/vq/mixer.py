@@ -2,7 +2,7 @@
 
 import jax
 
-from tvq_t5x.network.attention import Attention, Queries
+from tvq_t5x.network.attention import Attention, Queries, Values
 from tvq_t5x.network.mixers import Aux, Call, Mixer
 from tvq_t5x.network.vq import cache
 from tvq_t5x.network.vq.attention import Keys
@@ -20,7 +20,7 @@ class VQAttention(Attention):
     self,
     queries: Queries,
     keys: jax.Array,
-    values: jax.Array,
+    values: Values,
     distances: jax.Array,
     state: AttentionState | RingState | None,
     call: Call,
@@ -53,7 +53,7 @@ class VQAttention(Attention):
 def attend(
   queries: Queries,
   keys: jax.Array,
-  values: jax.Array,
+  values: Values,
   distances: jax.Array,
   state: AttentionState | RingState | None,
   call: Call,
@@ -64,7 +64,7 @@ def attend(
   quantized, codes, codebook, aux = VectorQuantizer(c, name='quantizer')(keys, call)
   module.sow('intermediates', 'keys', keys)
   module.sow('intermediates', 'codes', codes)
-  args = queries, Keys(quantized, codes, values), distances, codebook
+  args = queries, Keys(quantized, codes, values.active, values), distances, codebook
   if c.bidirectional:
     return bidirectional_attention(*args, call.loss_mask, c.block_len), (), aux
   if isinstance(state, RingState):

@@ -33,8 +33,8 @@ def shared_attention(
   if sequence.num_parts(keys.codes.shape[1], c.window_len, c.block_len) == 1:
 
     def attend(rows, shared):
-      queries, keys, state, position, lengths = rows
-      return vq_attention(queries, keys, *shared, state, position, c, lengths)
+      (queries, keys, state, position, lengths), (distances, codebook) = rows, shared
+      return vq_attention(queries, keys, distances, codebook, state, position, c, lengths)
 
     args = (queries, keys, state, position, lengths), (distances, codebook)
     return sequence.on_rows(attend, *args) if xla.in_training() else attend(*args)
@@ -56,7 +56,8 @@ def _attention_of_part(
   length = keys.codes.shape[1]
   owner, lengths = part.ends(lengths, length)
   window = Keys(state.keys, state.codes, state.values)
-  last = jax.tree.map(lambda x: x[:, length - config.window_len :], keys)
+  last = keys._replace(projected=None)
+  last = jax.tree.map(lambda x: x[:, length - config.window_len :], last)
   window = jax.tree.map(save_for_backward, part.from_previous(window, last))
   own = compress(keys, window, lengths, config)
   before = part.before_each(state.cache, own, _merge)
