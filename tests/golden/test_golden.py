@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from case import assert_close, assert_trees_close
 
-from tvq_t5x.network import decoding, sampling
+from tvq_t5x.network import decoding, sampling, xla
 from tvq_t5x.network.config import Reduction
 from tvq_t5x.network.positions import relative_shift, sinusoids, window_mask
 from tvq_t5x.network.vq.attention import log_counts
@@ -46,7 +46,8 @@ def run(case, overrides):
       loss, (new_state, metrics) = model.segment_loss(params, batch, state, None, factor)
       return loss, (new_state, metrics)
 
-    (loss, (new_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    with xla.training_gradients():
+      (loss, (new_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     (logits, _, _), variables = model.module.apply(
       {'params': params}, batch['decoder_input_tokens'], state, mutable=['intermediates']
     )
@@ -70,9 +71,9 @@ def sublayer(tree, config, i, j):
 OVERRIDES = [
   {'reduction': reduction, 'scan_layers': scan, 'remat': remat}
   for reduction, scan, remat in zip(
-    [Reduction.SERIAL, Reduction.MATMUL, Reduction.ASSOCIATIVE],
-    [True, False, True],
-    ['none', 'attention', 'layer'],
+    [Reduction.UNROLLED, Reduction.SERIAL, Reduction.MATMUL, Reduction.ASSOCIATIVE],
+    [True, True, False, True],
+    ['attention', 'none', 'attention', 'layer'],
     strict=True,
   )
 ]
@@ -81,7 +82,7 @@ OVERRIDES = [
 @needs('params/transformer')
 @pytest.mark.parametrize(
   'overrides',
-  [OVERRIDES[1], *(pytest.param(OVERRIDES[i], marks=pytest.mark.slow) for i in (0, 2))],
+  [OVERRIDES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in OVERRIDES[1:])],
   ids=lambda x: str(x['reduction'].value),
 )
 def test_forward_losses_and_gradients(case, overrides):

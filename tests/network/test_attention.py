@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 from util import assert_close
 
+from tvq_t5x.network import xla
 from tvq_t5x.network.config import Reduction, TransformerConfig
+from tvq_t5x.network.vq import attention
 from tvq_t5x.network.vq.attention import Keys, Queries, log_counts, vq_attention
 from tvq_t5x.network.vq.cache import init_attention_state
 from tvq_t5x.network.vq.oracle import dense_attention
@@ -326,6 +329,22 @@ def test_bfloat16_is_close_and_counts_are_exact(reduction):
   # Values and weights of 8 bits: an average of values near 1 is within a few 1e-2.
   assert_close(out, expected.astype(jnp.bfloat16), atol=4e-2, rtol=2e-2)
   assert_close(state.cache, exact.cache, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+  ('platform', 'num_devices', 'shape', 'expected'),
+  [
+    ('cpu', 1, (1, 10), (Reduction.SERIAL, 1)),
+    ('gpu', 1, (1, 96), (Reduction.MATMUL, 48)),
+    ('tpu', 1, (2, 16), (Reduction.UNROLLED, 16)),
+    ('tpu', 1, (3, 16), (Reduction.MATMUL, 16)),
+    ('tpu', 2, (2, 16), (Reduction.MATMUL, 16)),
+  ],
+)
+def test_what_auto_is(monkeypatch, platform, num_devices, shape, expected):
+  monkeypatch.setattr(xla, 'platform', lambda: platform)
+  with jax.set_mesh(Mesh(jax.devices()[:num_devices], 'data')):
+    assert attention._reduction(shape, make_config()) == expected
 
 
 def test_log_counts():

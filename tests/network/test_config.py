@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
   [
     ('head_type', 'multi', ['gated', 'mha', 'mqa']),
     ('attention_type', 'full', ['vq', 'quadratic']),
-    ('reduction', 'parallel', ['auto', 'serial', 'matmul', 'associative']),
+    ('reduction', 'parallel', ['auto', 'serial', 'unrolled', 'matmul', 'associative']),
     ('remat', True, ['none', 'attention', 'layer']),
     ('dtype', 'float16', ['float32', 'bfloat16']),
     ('dtype', 'floaty', ['float32', 'bfloat16']),

@@ -99,6 +99,35 @@ def assert_same_attention(config, data, parts, length, before=0, lengths=None):
   assert_close(found, expected, atol=3e-5)
 
 
+@pytest.mark.parametrize(
+  ('data', 'parts', 'window_len'), [(4, 1, 4), (2, 2, 4), (1, 2, 8), (8, 1, 3)]
+)
+def test_unrolled_blocks_on_devices_are_those_of_one(data, parts, window_len):
+  config = make_config(window_len=window_len, head_type='mqa', num_heads=2, reduction='unrolled')
+  assert_same_attention(config, data, parts, 8 * parts, before=3)
+
+
+def test_each_device_computes_with_its_rows():
+  seen = []
+
+  def total(rows, shared):
+    seen.append(rows.shape)
+    return jnp.sum(rows * shared, axis=1)
+
+  def run(data, parts, batch_size):
+    rows = jnp.arange(3.0 * batch_size).reshape(batch_size, 3)
+    shared = jnp.array([1.0, -2.0, 5.0])
+    ours = shared_by(data, parts, lambda *args: sequence.on_rows(total, *args))(rows, shared)
+    np.testing.assert_array_equal(ours, rows @ shared)
+    return seen.pop()
+
+  assert run(4, 1, 8) == (2, 3)
+  # All rows at once, where some device would have none of them, or other devices share them.
+  assert run(4, 1, 6) == (6, 3)
+  assert run(2, 2, 8) == (8, 3)
+  assert sequence.on_rows(total, jnp.ones([2, 3]), jnp.ones(3)).shape == (2,)
+
+
 @st.composite
 def cases(draw):
   block_len = draw(st.sampled_from([1, 2, 3, 5]))
@@ -111,7 +140,7 @@ def cases(draw):
     num_heads=draw(st.integers(1, 2)),
     compressed_cache=draw(st.booleans()),
     grad_through_cache=draw(st.booleans()),
-    reduction=draw(st.sampled_from(['serial', 'matmul', 'associative'])),
+    reduction=draw(st.sampled_from(['serial', 'unrolled', 'matmul', 'associative'])),
   )
   data, parts = draw(st.sampled_from([(1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (1, 3), (1, 5)]))
   return config, data, parts, parts * part, draw(st.integers(0, 4))

@@ -51,6 +51,20 @@ def test_sums_over_positions(shape):
   assert_close(xla._sum_positions_on_cpu(x), expected)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_sums_of_products(monkeypatch, platform, dtype):
+  monkeypatch.setattr(xla, 'platform', lambda: platform)
+  x, y = (jax.random.normal(jax.random.key(i), (2, 5, 300), dtype) for i in range(2))
+  ours = xla.sum_of_products(x, y)
+  assert ours.dtype == jnp.float32
+  x, y = (np.asarray(z, np.float64) for z in (x, y))
+  # Each product of 8 bits; 300 of them.
+  rounding = 2.0**-8 if (platform, dtype) == ('tpu', 'bfloat16') else 1e-6
+  error = np.abs(ours - np.sum(x * y, axis=-1, keepdims=True))
+  assert np.all(error <= rounding * np.sum(np.abs(x * y), axis=-1, keepdims=True))
+
+
 @pytest.mark.parametrize('num_devices', [1, 2])
 def test_an_order_in_memory_is_asked_for_where_no_devices_share_the_array(monkeypatch, num_devices):
   monkeypatch.setattr(xla, 'platform', lambda: 'tpu')
@@ -85,16 +99,20 @@ def test_what_is_read_before_a_write_hides_no_bad_number(bad):
   assert_close(ours, [row, 2 * row], rtol=0, atol=0)
 
 
-@pytest.fixture(scope='module')
-def loss():
-  """The loss of a model by its parameters."""
-  model = small_model(**LIGHT, num_heads=2)
+def loss_of_model(**config):
+  """The loss of a model by its parameters, and these."""
+  model = small_model(**LIGHT, num_heads=2, **config)
   batch = random_batch(model.config, 2, 8)
 
   def loss(params):
     return model.segment_loss(params, batch, None, None, 16.0)[0]
 
   return loss, random_params(model.config)
+
+
+@pytest.fixture(scope='module')
+def loss():
+  return loss_of_model()
 
 
 @pytest.fixture(scope='module')
@@ -106,8 +124,11 @@ def direction(loss):
   )
 
 
-def test_training_gradients_are_the_plain_ones(loss):
-  loss, params = loss
+@pytest.mark.parametrize(
+  'config', [{}, {'window_len': 4, 'reduction': 'unrolled'}], ids=['auto', 'unrolled']
+)
+def test_training_gradients_are_the_plain_ones(config):
+  loss, params = loss_of_model(**config)
   plain = jax.jit(jax.grad(loss))(params)
   with xla.training_gradients():
     ours = jax.jit(jax.grad(loss))(params)
