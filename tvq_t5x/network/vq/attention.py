@@ -192,13 +192,15 @@ def compress(
 
 def _gradient_by_block(x: _Blocks, c: TransformerConfig) -> bool:
   """Whether `average_by_block` is for these blocks."""
-  num_blocks, block_len = x.num_empty.shape[1], x.present_keys.shape[-2]
+  batch_size, num_blocks = x.num_empty.shape
+  window_blocks, rest = divmod(c.window_len, x.present_keys.shape[-2])
   reduction, at_once = _reduction(x.num_empty.shape, c)
   return (
     xla.in_training()
     and reduction == Reduction.UNROLLED
     and at_once == num_blocks
-    and c.window_len % block_len == 0
+    and rest == 0
+    and batch_size * (window_blocks + num_blocks) <= 2 * _BLOCKS_AT_ONCE
     and c.compressed_cache
     and c.grad_through_cache
   )
