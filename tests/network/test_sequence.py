@@ -100,7 +100,11 @@ def assert_same_attention(config, data, parts, length, before=0, lengths=None):
 
 
 @pytest.mark.parametrize(
-  ('data', 'parts', 'window_len'), [(4, 1, 4), (2, 2, 4), (1, 2, 8), (8, 1, 3)]
+  ('data', 'parts', 'window_len'),
+  [
+    (4, 1, 4),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in ((2, 2, 4), (1, 2, 8), (8, 1, 3))),
+  ],
 )
 def test_unrolled_blocks_on_devices_are_those_of_one(data, parts, window_len):
   config = make_config(window_len=window_len, head_type='mqa', num_heads=2, reduction='unrolled')

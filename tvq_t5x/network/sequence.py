@@ -165,6 +165,7 @@ def on_rows(function: Callable[..., Any], rows: Any, shared: Any) -> Any:
     mesh=sharing.mesh,
     in_specs=(of_rows, PartitionSpec()),
     out_specs=of_rows,
+    axis_names={sharing.batch},  # Of others, gradients would be summed over one device each.
     check_vma=False,
   )
   return mapped(rows, shared)
