@@ -222,7 +222,8 @@ def test_attention_of_parts_is_that_of_one_device_at_many_sizes(case):
   assert_same_attention(*case)
 
 
-@pytest.mark.parametrize('grad_through_cache', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('grad_through_cache', [True, False])
 def test_attention_of_parts_at_eight_devices(grad_through_cache):
   config = make_config(
     num_heads=2, block_len=2, window_len=5, grad_through_cache=grad_through_cache
