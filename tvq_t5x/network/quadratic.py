@@ -64,7 +64,7 @@ class QuadraticAttention(Attention):
     call: Call,
   ) -> tuple[jax.Array, KeyValueState | KeyValueRing | tuple[()], Aux]:
     """See `Attention`."""
-    return attend(queries, keys, values.active, distances, state, call, self.config)
+    return attend(queries, keys, values, distances, state, call, self.config)
 
   def init_state(self, batch_size: int) -> KeyValueState | tuple[()]:
     """No positions; () in an encoder."""
@@ -100,30 +100,31 @@ def init_key_value_state(config: TransformerConfig, batch_size: int) -> KeyValue
 def attend(
   queries: Queries,
   keys: jax.Array,
-  values: jax.Array,
+  values: Values,
   distances: jax.Array,
   state: KeyValueState | KeyValueRing | None,
   call: Call,
   config: TransformerConfig,
 ) -> tuple[jax.Array, KeyValueState | KeyValueRing | tuple[()], Aux]:
   """`Attention.attend` over keys as they are."""
+  active = values.active
   if config.bidirectional:
-    return all_pairs_attention(queries, keys, values, distances, call.loss_mask), (), {}
+    return all_pairs_attention(queries, keys, active, distances, call.loss_mask), (), {}
   if isinstance(state, KeyValueRing):
     assert call.step is not None
-    args = queries, keys, values, distances, state, call.position, call.step
+    args = queries, keys, active, distances, state, call.position, call.step
     return *token_attention(*args, config), {}
   if state is None:
-    out = quadratic_attention(queries, keys, values, distances)
+    out = quadratic_attention(queries, keys, active, distances)
     state = init_key_value_state(config, keys.shape[0])
   else:
     all_keys = jnp.concatenate([state.keys, keys], axis=1)
-    all_values = jnp.concatenate([state.values, values], axis=1)
+    all_values = jnp.concatenate([state.values, active], axis=1)
     num_empty = jnp.maximum(config.kv_cache_len - call.position, 0)
     out = quadratic_attention(queries, all_keys, all_values, distances, num_empty)
   after = (
     last_positions(jnp.concatenate(pair, axis=1), config.kv_cache_len, call.lengths)
-    for pair in zip(state, (keys, values), strict=True)
+    for pair in zip(state, (keys, active), strict=True)
   )
   return out, KeyValueState(*after), {}
 

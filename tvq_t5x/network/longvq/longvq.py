@@ -151,14 +151,12 @@ class LongVQ(Mixer):
       return None, (), {}
     queries, keys = self._queries_and_keys(g)
     values = Values(self._heads(x, 'value', c.value_width, c.value_axis), silu)
-    queries = Queries(queries[:, :, :, None], queries[:, :, :, None])
+    args = Queries(queries[:, :, :, None], queries[:, :, :, None]), keys, values
     before = None if state is None else state.attention
     if self.attention == AttentionKind.QUADRATIC:
-      args = queries, keys, values.active, self._window_bias(), before, call
-      out, after, aux = quadratic.attend(*args, c)
+      out, after, aux = quadratic.attend(*args, self._window_bias(), before, call, c)
     else:
-      args = queries, keys, values, self._window_bias(), before, call
-      out, after, aux = vq.attend(*args, self)
+      out, after, aux = vq.attend(*args, self._window_bias(), before, call, self)
     reset = silu(self._heads(g, 'reset', c.value_width, c.value_axis))
     shape = c.num_heads, c.value_width, c.emb_dim
     axes = c.heads_axis(c.num_heads), c.value_axis, 'embed'

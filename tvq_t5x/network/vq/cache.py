@@ -91,6 +91,12 @@ def counts_by_block(initial: jax.Array, codes: jax.Array) -> jax.Array:
     [B, R + 1, N, S] float32.
   """
   own = jnp.sum(jax.nn.one_hot(codes, initial.shape[-1], dtype=jnp.bfloat16), -2, jnp.float32)
+  return _running_counts(initial, own)
+
+
+def _running_counts(initial: jax.Array, own: jax.Array) -> jax.Array:
+  """Counts [B, R + 1, N, S] from those before the first block, and those of each block alone."""
+  # A product would round counts where the default precision is that of bfloat16.
   return jnp.cumsum(jnp.concatenate([initial[:, None], own], axis=1), axis=1)
 
 
@@ -142,10 +148,9 @@ def caches_before_blocks(
   earlier = jnp.tril(jnp.ones([blocks.counts.shape[1]] * 2), -1)
   sums = blocks.means * blocks.counts[..., None]
   initial_sums = initial.means * initial.counts[..., None]
-  # A product would round counts where the default precision is that of bfloat16.
-  counts = initial.counts[:, None] + jnp.cumsum(blocks.counts, axis=1) - blocks.counts
+  counts = _running_counts(initial.counts, blocks.counts)
+  counts, last_counts = counts[:, :-1], counts[:, -1]
   means = initial_sums[:, None] + jnp.einsum('rp,bpnsv->brnsv', earlier, sums)
-  last_counts = initial.counts + jnp.sum(blocks.counts, axis=1)
   last_means = initial_sums + jnp.sum(sums, axis=1)
   before = CompressedCache(counts, means / jnp.maximum(counts, 1.0)[..., None])
   after = CompressedCache(last_counts, last_means / jnp.maximum(last_counts, 1.0)[..., None])
