@@ -69,7 +69,7 @@ def sublayer(tree, config, i, j):
 
 
 OVERRIDES = [
-  {'reduction': reduction, 'scan_layers': scan, 'remat': remat}
+  {'reduction': reduction, 'scan_layers': scan, 'remat': remat, 'unroll_layers': remat == 'none'}
   for reduction, scan, remat in zip(
     [Reduction.UNROLLED, Reduction.SERIAL, Reduction.MATMUL, Reduction.ASSOCIATIVE],
     [True, True, False, True],

@@ -1,5 +1,6 @@
 """The stack: what each option changes, and what must change nothing."""
 
+import contextlib
 import dataclasses
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from util import (
   small_config,
 )
 
+from tvq_t5x.network import xla
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import DROPOUT, SEQUENCE_DROPOUT, Einsum, dropout
 from tvq_t5x.network.positions import sinusoids
@@ -136,7 +138,7 @@ def test_the_backward_pass_does_not_look_for_codes_again(remat):
   assert str(program).count(' argmax[') == 1
 
 
-def test_scan_and_remat_change_nothing():
+def test_scan_unroll_and_remat_change_nothing():
   config = small_config(head_type='mqa', num_heads=2)
   params, tokens = random_params(config), random_tokens(config, 2, 8)
   weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 11)), jnp.float32)
@@ -145,7 +147,8 @@ def test_scan_and_remat_change_nothing():
     module = Transformer(dataclasses.replace(config, **overrides))
 
     def loss(params):
-      logits, state, aux = module.apply({'params': params}, tokens)
+      with xla.training_gradients():
+        logits, state, aux = module.apply({'params': params}, tokens)
       (vq, mlp), total = aux, jnp.sum(weights * logits)
       assert not mlp
       total += jnp.sum(vq['commit_loss'].total) + jnp.sum(vq['codebook_statistics'].zero)
@@ -161,9 +164,31 @@ def test_scan_and_remat_change_nothing():
     return logits, state, aux, gradients
 
   expected = run()
-  for overrides in ({'remat': 'layer'}, {'remat': 'none', 'scan_layers': False}):
+  for overrides in (
+    {'remat': 'layer'},
+    {'remat': 'none', 'scan_layers': False},
+    {'remat': 'none', 'unroll_layers': True},
+    {'remat': 'attention', 'unroll_layers': True},
+  ):
     assert_close(run(**overrides), expected, atol=1e-4, rtol=1e-4)
   assert expected[2][0]['commit_loss'].total.shape == (2,)  # Layers.
+
+
+def test_unrolled_layers_are_no_loop_in_training():
+  config = small_config(**{**LIGHT, 'num_layers': 2, 'scan_layers': True}, reduction='unrolled')
+  params, tokens = random_params(config), random_tokens(config, 1, 8)
+
+  def loops(training, **overrides):
+    module = Transformer(dataclasses.replace(config, **overrides))
+
+    def loss(params):
+      return jnp.sum(module.apply({'params': params}, tokens)[0])
+
+    with xla.training_gradients() if training else contextlib.nullcontext():
+      return jax.jit(jax.grad(loss)).lower(params).as_text().count('stablehlo.while')
+
+  assert loops(True) == loops(False, unroll_layers=True) == 2  # Forward and backward.
+  assert loops(True, unroll_layers=True) == 0
 
 
 def test_loss_mask_changes_losses_only():
@@ -310,6 +335,15 @@ def test_dropout_rate(per_example):
   assert abs(dropped.mean() - 0.3) < 4 * (0.3 * 0.7 / independent) ** 0.5
   of_example = dropped.reshape(400, -1).mean(axis=1)
   assert np.all(np.isin(of_example, [0, 1])) == per_example
+
+
+@pytest.mark.parametrize('width', [6, 7])
+def test_dropout_drops_the_entries_of_a_position_independently(width):
+  x = jnp.ones([4000, 1, width])
+  dropped = dropout(jax.random.key(0), x, 0.3, jnp.arange(4000), jnp.zeros([4000], jnp.int32)) == 0
+  correlation = np.corrcoef(np.asarray(dropped)[:, 0].T) - np.eye(width)
+  # Four standard deviations.
+  assert np.abs(correlation).max() < 4 / 4000**0.5
 
 
 def test_dropout_of_a_part_is_that_of_the_whole():

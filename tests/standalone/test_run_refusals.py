@@ -212,7 +212,11 @@ def test_modes_of_jax_change_nothing(whole, tmp_path):
 
 
 def test_speed_settings_may_change(copied, caplog):
-  bindings = ["TransformerConfig.reduction = 'serial'", "TransformerConfig.remat = 'none'"]
+  bindings = [
+    "TransformerConfig.reduction = 'serial'",
+    "TransformerConfig.remat = 'none'",
+    'TransformerConfig.unroll_layers = True',
+  ]
   assert _run(copied, *bindings) == 0
   assert 'with other settings' not in caplog.text
 

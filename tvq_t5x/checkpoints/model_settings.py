@@ -8,7 +8,7 @@ from tvq_t5x.network import sublayers
 from tvq_t5x.network.config import TransformerConfig, standard_sublayers
 
 # They change speed and memory only.
-_FREE = frozenset({'reduction', 'remat'})
+_FREE = frozenset({'reduction', 'remat', 'unroll_layers'})
 # They change how a model is trained, not what it is: a run may go on with others.
 _TRAINING = frozenset(
   {

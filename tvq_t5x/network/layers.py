@@ -144,7 +144,7 @@ class Einsum(nn.Module):
     )
     kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
     if xla.in_training():
-      y = xla.einsum(self.equation, x, _gather(tuple(self.axes), kernel))
+      y = self._without_single_axes(x, kernel)
     else:
       y = xla.einsum_of_few_rows(self.equation, x, kernel)
     if not self.use_bias:
@@ -157,6 +157,26 @@ class Einsum(nn.Module):
       axes=tuple(self.axes)[self.num_in_axes :],
     )
     return y + bias.astype(self.dtype)
+
+  def _without_single_axes(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The product, of a kernel without its axes of size 1, such as that of a single head.
+
+    With them, gradients of kernels that devices share are put in another order before their sum.
+    """
+    left, right, out = xla.operands(self.equation)
+    single = {c for c, size in zip(right, kernel.shape, strict=True) if size == 1}
+    axes = tuple(axis for c, axis in zip(right, self.axes, strict=True) if c not in single)
+
+    def kept(letters):
+      return ''.join(c for c in letters if c not in single)
+
+    def places(letters):
+      return [i for i, c in enumerate(letters) if c in single]
+
+    kernel = _gather(axes, kernel.squeeze(places(right)))
+    equation = f'{kept(left)},{kept(right)}->{kept(out)}'
+    y = xla.einsum(equation, x.squeeze(places(left)), kernel)
+    return jnp.expand_dims(y, places(out))
 
 
 def dropout(
@@ -171,7 +191,7 @@ def dropout(
   Args:
     rng: key, folded with an example's id, and with a position.
     x: [B, T, D].
-    rate: probability to drop.
+    rate: probability to drop; that of an entry is rounded to 1 / 65,536.
     example_ids: [B] int32, place of each example in the global batch.
     position: [B] int32, of the first of the T positions of each example; None keeps or drops an
       example as a whole (LayerDrop).
@@ -181,21 +201,20 @@ def dropout(
   """
   # One of T5X's keys is an array of two numbers, so what a key is for is counted.
   keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(example_ids)  # [B]
-  num_axes, shape = 1, (1, 1)
-  if position is not None:
-    positions = position[:, None] + jnp.arange(x.shape[1])
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)  # [B, T]
-    num_axes, shape = 2, x.shape[2:]
-  # Of a Python number, JAX with numbers of 64 bits makes other draws.
-  draw = functools.partial(jax.random.bernoulli, p=jnp.float32(1.0 - rate), shape=shape)
-  for _ in range(num_axes):
-    draw = jax.vmap(draw)
-  kept = draw(keys)
   if position is None:
+    # Of a Python number, JAX with numbers of 64 bits makes other draws.
+    draw = functools.partial(jax.random.bernoulli, p=jnp.float32(1.0 - rate), shape=(1, 1))
+    kept = jax.vmap(draw)(keys)
     return kept.astype(x.dtype) * x / (1.0 - rate)  # No mask of all positions is kept.
+  positions = position[:, None] + jnp.arange(x.shape[1])
+  keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)  # [B, T]
+  draw = functools.partial(jax.random.bits, shape=(-(-x.shape[-1] // 2),), dtype=jnp.uint32)
+  bits = jax.vmap(jax.vmap(draw))(keys)  # [B, T, D / 2], each for two entries.
+  kept = tuple(half >= round(rate * 0x10000) for half in (bits >> 16, bits & 0xFFFF))
   if xla.platform() != 'cpu':
     # Masks are drawn once, not again within each product before and after them.
     kept, x = jax.lax.optimization_barrier((kept, x))
+  kept = jnp.concatenate(kept, axis=-1)[..., : x.shape[-1]]
   return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 

@@ -10,7 +10,7 @@ from jax.nn import initializers
 from jax.sharding import PartitionSpec
 
 from tvq_t5x.common.errors import ConfigError
-from tvq_t5x.network import sublayers
+from tvq_t5x.network import sublayers, xla
 from tvq_t5x.network.config import Remat, TransformerConfig
 from tvq_t5x.network.layers import (
   DROPOUT,
@@ -86,8 +86,7 @@ class Layer(nn.Module):
     for i, (name, make, mixer) in enumerate(sublayers.of_layer(c)):
       run = _run
       if c.remat == Remat.ATTENTION and mixer.SAVES_MARKED:
-        # Under scan nothing is merged back by common-subexpression elimination.
-        run = nn_partitioning.remat(_run, policy=SAVE_MARKED, prevent_cse=not c.scan_layers)
+        run = nn_partitioning.remat(_run, policy=SAVE_MARKED, prevent_cse=not _is_loop(c))
       sublayer = make(config=c, deterministic=self.deterministic, name=name)
       branch, new_state, mixer_aux = run(sublayer, x, state and state[i], call)
       _check_result(mixer, x, branch, new_state, call)
@@ -130,6 +129,11 @@ def _check_result(mixer: Mixer, x: jax.Array, branch: jax.Array, state: State, c
       f'TransformerConfig.sublayers: {name} returns a state of another structure than its '
       'init_state and state_axes give; they are to be the same tree.'
     )
+
+
+def _is_loop(config: TransformerConfig) -> bool:
+  """Whether layers are one program, where common-subexpression elimination undoes no remat."""
+  return config.scan_layers and not (config.unroll_layers and xla.in_training())
 
 
 def _run(mixer: nn.Module, *args: Any) -> Any:
@@ -261,7 +265,7 @@ def run_layers(
   c = config
   layer_cls = Layer
   if c.remat == Remat.LAYER:
-    layer_cls = nn_partitioning.remat(Layer, policy=SAVE_SMALL, prevent_cse=not c.scan_layers)
+    layer_cls = nn_partitioning.remat(Layer, policy=SAVE_SMALL, prevent_cse=not _is_loop(c))
   if c.scan_layers:
     layers = nn_partitioning.scan_with_axes(
       layer_cls,
@@ -271,6 +275,7 @@ def run_layers(
       out_axes=0,
       length=c.num_layers,
       axis_name='layers',
+      unroll=1 if _is_loop(c) else c.num_layers,
     )
     x, (states, aux) = layers(c, deterministic, name='layers')(x, states, call)
     return x, states, aux
