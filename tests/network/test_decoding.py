@@ -1,6 +1,7 @@
 """Reading and generating against the full forward function."""
 
 import functools
+import importlib.util
 import math
 import re
 
@@ -22,6 +23,7 @@ from tvq_t5x.network import decoding
 from tvq_t5x.network.longvq.longvq import LongVQ
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import Transformer, batch_axes
+from tvq_t5x.planning import topologies
 
 GREEDY = SamplingConfig(temperature=0)
 # Around the edges of blocks of 4 and of windows of 3 and 6.
@@ -283,3 +285,41 @@ def test_state_is_updated_in_place(overrides):
   # And the layers of a scanned network are those of one that isn't.
   expected = d.generate(d.start(2), 9, jax.random.key(0), SAMPLED)[0]
   np.testing.assert_array_equal(compiled(params, state)[0], expected)
+
+
+@pytest.mark.slow
+def test_windows_are_not_copied_for_a_token_on_tpu(monkeypatch):
+  """Sizes of a real network: XLA leaves windows in place in small ones, whatever reads them."""
+  if not importlib.util.find_spec('libtpu'):
+    pytest.skip('libtpu is not installed')
+  assert jax.devices('cpu')  # They have read the flags, at some of which the TPU compiler ends.
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  config = small_config(
+    emb_dim=768,
+    key_dim=128,
+    value_dim=1536,
+    num_layers=4,
+    num_codes=512,
+    block_len=512,
+    window_len=512,
+    vocab_size=256,
+    dtype='bfloat16',
+  )
+  module, batch_size = Transformer(config), 64
+  devices = np.array(topologies.devices_of('v5e:1x1')[:1]).reshape(1, 1)
+  args = jax.eval_shape(
+    lambda: (random_params(config), decoding.start(module, batch_size), jax.random.key(0))
+  )
+  sharding = jax.sharding.SingleDeviceSharding(devices[0, 0])
+  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+
+  @jax.jit
+  def run(params, state, rng):
+    return decoding.generate(module, params, state, 1024, rng, SAMPLED)
+
+  with jax.set_mesh(jax.sharding.Mesh(devices, ('data', 'model'))):
+    program = run.lower(*args).compile().as_text()
+  size = batch_size * config.window_len * config.value_dim
+  # Those that are a fusion of their own are in the loop that puts a window in order.
+  copies = [x for x in copied_in_loops(program, size) if 'ROOT' not in x]
+  assert len(copies) < config.num_layers, copies

@@ -284,6 +284,7 @@ def read_rows(*rows: jax.Array) -> list[jax.Array]:
   XLA writes into an array in place only where everything else that reads the array comes before.
   On CPU it would fuse the slice into each use of the row, some of them after the write, and drop an
   `optimization_barrier` too early to help; a product, here with the unit matrix, is computed once.
+  Elsewhere a barrier does.
   """
   plain = [row.astype(jnp.float32) for row in rows]
 
@@ -293,7 +294,10 @@ def read_rows(*rows: jax.Array) -> list[jax.Array]:
     read = jnp.einsum('...IJ,...JV->...IV', unit, stacked, precision=jax.lax.Precision.HIGHEST)
     return [read[..., i, :] for i in range(len(rows))]
 
-  return jax.lax.platform_dependent(*plain, cpu=on_cpu, default=lambda *rows: list(rows))
+  def elsewhere(*rows):
+    return list(jax.lax.optimization_barrier(rows))
+
+  return jax.lax.platform_dependent(*plain, cpu=on_cpu, default=elsewhere)
 
 
 def depends_on(read: jax.Array, row: jax.Array) -> jax.Array:
