@@ -182,7 +182,8 @@ def _search(mesh: str) -> None:
   """Tries how many devices share a model, whether parameters are shared out, and recomputation."""
   plan = next(plan for plan in MESHES if plan.mesh == mesh)
   found = []
-  for partitions, dims, remat in itertools.product((1, 2, 4), (1, 2), ('attention', 'layer')):
+  kinds = 'none', 'attention', 'layer'
+  for partitions, dims, remat in itertools.product((1, 2, 4), (1, 2), kinds):
     others = (
       f'NUM_PARTITIONS={partitions}',
       f'PARAMETER_PARTITIONING_DIMS={dims}',

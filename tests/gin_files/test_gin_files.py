@@ -44,6 +44,7 @@ _SHARED = [name for name in _FILES if not name.startswith(('runs/', 'standalone/
 # Devices, as JAX counts them: cores of a v3, chips of the others.
 _MESHES = {
   'data_parallel': 8,
+  'fully_sharded': 8,
   'model_parallel_2': 8,
   'gpu_8': 8,
   'gpu_16': 16,
@@ -162,7 +163,7 @@ def _parse(run, mesh=None, *bindings):
 
 def _program(run, mesh, *bindings):
   _parse(run, mesh, *bindings)
-  return configured_program([_Device(i) for i in range(_MESHES[mesh])])
+  return configured_program([_Device(i) for i in range(_MESHES[mesh or 'fully_sharded'])])
 
 
 def test_there_are_files():
@@ -349,6 +350,15 @@ def test_optimizers_can_be_exchanged(part, tmp_path):
 def test_a_mesh_on_the_command_line_replaces_the_one_of_the_run():
   mesh = _program('pg19_large', 'model_parallel_2').partitioner.mesh
   assert dict(mesh.shape) == {'data': 4, 'model': 2}
+
+
+def test_only_the_meshes_of_pods_trade_memory_and_compilation_for_speed():
+  def settings(mesh):
+    config = _program('pg19_large', mesh).model.config
+    return config.unroll_layers, config.remat
+
+  assert settings(None) == settings('gpu_16') == (False, 'attention')
+  assert settings('v3_128') == (True, 'none')
 
 
 def test_a_module_of_ones_own_registers_the_task(tmp_path, monkeypatch):
