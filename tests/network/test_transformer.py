@@ -323,6 +323,32 @@ def test_initial_kernels_keep_the_variance():
   assert abs(kernel.std() * 600**0.5 - 1) < 0.03
 
 
+@pytest.mark.parametrize(
+  ('equation', 'shape', 'input_shape'),
+  [
+    ('BTD,DHK->BTHK', (5, 1, 4), (2, 3, 5)),
+    ('BTHV,HVD->BTD', (1, 4, 5), (2, 3, 1, 4)),
+    ('BTHV,HVD->BTD', (2, 1, 5), (2, 3, 2, 1)),
+    ('BTD,DHK->BTHK', (5, 2, 4), (2, 3, 5)),
+  ],
+)
+def test_a_projection_of_a_single_head_is_that_of_any(monkeypatch, equation, shape, input_shape):
+  x = jax.random.normal(jax.random.key(1), input_shape)
+  module = Einsum(equation, shape, ('embed', 'heads', 'kv'))
+  params = module.init(jax.random.key(0), x)
+
+  def squares(params, x):
+    with xla.training_gradients():
+      y = module.apply(params, x)
+    return jnp.sum(y**2), y
+
+  run = jax.value_and_grad(squares, argnums=(0, 1), has_aux=True)
+  expected = run(params, x)
+  assert_close(expected[0][1], jnp.einsum(equation, x, params['params']['kernel']), atol=1e-5)
+  monkeypatch.setattr(xla, 'platform', lambda: 'tpu')
+  assert_close(run(params, x), expected, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize('per_example', [False, True])
 def test_dropout_rate(per_example):
   x = 2 + jnp.zeros([400, 5, 6])

@@ -144,7 +144,7 @@ class Einsum(nn.Module):
     )
     kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
     if xla.in_training():
-      y = self._without_single_axes(x, kernel)
+      y = self._in_training(x, kernel)
     else:
       y = xla.einsum_of_few_rows(self.equation, x, kernel)
     if not self.use_bias:
@@ -158,13 +158,12 @@ class Einsum(nn.Module):
     )
     return y + bias.astype(self.dtype)
 
-  def _without_single_axes(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The product, of a kernel without its axes of size 1, such as that of a single head.
-
-    With them, gradients of kernels that devices share are put in another order before their sum.
-    """
+  def _in_training(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     left, right, out = xla.operands(self.equation)
-    single = {c for c, size in zip(right, kernel.shape, strict=True) if size == 1}
+    sizes = dict(zip(right, kernel.shape, strict=True))
+    # With the axis of a single head, the gradient of a kernel that devices share is put in another
+    # order before its sum. On CPU that costs nothing, and the order of sums stays what it is.
+    single = {c for c in right if sizes[c] == 1 and xla.platform() != 'cpu'}
     axes = tuple(axis for c, axis in zip(right, self.axes, strict=True) if c not in single)
 
     def kept(letters):
