@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import seqio
 import t5x_runs
-from mesh_util import OPTIMIZERS, SIZES, assert_same_numbers, by_name, on_host, shard_shapes
+from mesh_util import (
+  OPTIMIZERS,
+  SIZES,
+  TOLERANCE,
+  assert_same_numbers,
+  by_name,
+  on_host,
+  shard_shapes,
+)
 from util import random_batch
 
 from tvq_t5x.checkpoints import layout
@@ -71,7 +79,7 @@ def _by_name(state):
   return on_host(by_name(layout.state_dict(state)))
 
 
-def assert_same(run, reference):
+def assert_same(run, reference, tolerance=TOLERANCE):
   """The numbers of both within the tolerance."""
   assert run.numbers['state/step'] == STEPS
-  assert_same_numbers(run.numbers, reference.numbers)
+  assert_same_numbers(run.numbers, reference.numbers, tolerance)
