@@ -1,5 +1,6 @@
 """Options of the whole test suite."""
 
+import importlib.util
 import logging
 import os
 import pathlib
@@ -41,6 +42,20 @@ def logged(caplog):
   caplog.set_level(logging.INFO, logger='absl')
   yield
   gin.clear_config()
+
+
+@pytest.fixture
+def tpus(monkeypatch):
+  """Of a topology such as 'v5e:1x2', TPUs that are not there, to compile programs for."""
+  import jax
+
+  from tvq_t5x.planning import topologies
+
+  if not importlib.util.find_spec('libtpu'):
+    pytest.skip('libtpu is not installed: what the compiler for TPUs makes of it is not looked at')
+  assert jax.devices('cpu')  # They have read the flags, at some of which the TPU compiler ends.
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  return topologies.devices_of
 
 
 @pytest.fixture(scope='session')

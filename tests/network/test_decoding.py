@@ -1,7 +1,6 @@
 """Reading and generating against the full forward function."""
 
 import functools
-import importlib.util
 import math
 import re
 
@@ -23,7 +22,6 @@ from tvq_t5x.network import decoding
 from tvq_t5x.network.longvq.longvq import LongVQ
 from tvq_t5x.network.sampling import SamplingConfig
 from tvq_t5x.network.transformer import Transformer, batch_axes
-from tvq_t5x.planning import topologies
 
 GREEDY = SamplingConfig(temperature=0)
 # Around the edges of blocks of 4 and of windows of 3 and 6.
@@ -288,12 +286,8 @@ def test_state_is_updated_in_place(overrides):
 
 
 @pytest.mark.slow
-def test_windows_are_not_copied_for_a_token_on_tpu(monkeypatch):
+def test_windows_are_not_copied_for_a_token_on_tpu(tpus):
   """Sizes of a real network: XLA leaves windows in place in small ones, whatever reads them."""
-  if not importlib.util.find_spec('libtpu'):
-    pytest.skip('libtpu is not installed')
-  assert jax.devices('cpu')  # They have read the flags, at some of which the TPU compiler ends.
-  monkeypatch.delenv('XLA_FLAGS', raising=False)
   config = small_config(
     emb_dim=768,
     key_dim=128,
@@ -306,7 +300,7 @@ def test_windows_are_not_copied_for_a_token_on_tpu(monkeypatch):
     dtype='bfloat16',
   )
   module, batch_size = Transformer(config), 64
-  devices = np.array(topologies.devices_of('v5e:1x1')[:1]).reshape(1, 1)
+  devices = np.array(tpus('v5e:1x1')[:1]).reshape(1, 1)
   args = jax.eval_shape(
     lambda: (random_params(config), decoding.start(module, batch_size), jax.random.key(0))
   )
