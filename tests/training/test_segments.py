@@ -84,9 +84,10 @@ def test_values_and_gradients_are_those_of_the_whole(kind, segment_len):
 
 
 @pytest.mark.slow
-def test_updates_are_those_of_the_whole():
+@pytest.mark.parametrize('fields', [{}, {'scan_layers': True, 'unroll_layers': True}])
+def test_updates_are_those_of_the_whole(fields):
   """With microbatches, several updates a sequence, and a state from the batch before."""
-  model = small_model(optimizers.adamw(1e-2, eps=1e-3), **LIGHT, **DROPOUT)
+  model = small_model(optimizers.adamw(1e-2, eps=1e-3), **{**LIGHT, **DROPOUT, **fields})
   batch = random_batch(model.config, 4, LENGTH)
   params = random_params(model.config)
   carried = model.init_state(4)

@@ -17,11 +17,12 @@ from tvq_t5x.training.train_state import TrainState
 from tvq_t5x.training.train_step import train_on_sequences
 
 SEQUENCES, LENGTH, UPDATE_LEN = 4, 16, 8
+DROPOUT = {'sinusoid_dropout_rate': 0.1, 'residual_dropout_rate': 0.2, 'layer_drop_rate': 0.2}
 
 
 def make(**overrides):
   optimizer = optimizers.adamw(1e-2, weight_decay=1e-3, clip_norm=1.0, eps=1e-3)
-  model = small_model(optimizer, **LIGHT, **overrides)
+  model = small_model(optimizer, **{**LIGHT, **overrides})
   params = random_params(model.config)
   state = TrainState(jnp.int32(7), params, model.optimizer.init(params))
   return model, state, random_batch(model.config, SEQUENCES, LENGTH)
@@ -47,8 +48,7 @@ def values(metrics):
 
 @pytest.fixture(scope='module')
 def with_dropout():
-  rates = {'sinusoid_dropout_rate': 0.1, 'residual_dropout_rate': 0.2, 'layer_drop_rate': 0.2}
-  return make(**rates)
+  return make(**DROPOUT)
 
 
 @pytest.fixture(scope='module')
@@ -128,6 +128,26 @@ def test_state_is_carried_along_the_sequence(update_len):
   _, forgetful = by_hand(model, state, batch, update_len, carry=False)
   assert_close(losses[0], forgetful[0])
   assert np.all(np.abs(losses[1:] - forgetful[1:]) > 1e-4)
+
+
+SCANNED = {'scan_layers': True, 'num_layers': 2}
+
+
+def test_unrolled_layers_change_no_number():
+  expected, theirs = train(*make(**DROPOUT, **SCANNED), UPDATE_LEN)
+  found, metrics = train(*make(**DROPOUT, **SCANNED, unroll_layers=True), UPDATE_LEN, 2)
+  assert_close(found, expected)
+  assert_close(values(metrics), values(theirs))
+
+
+@pytest.mark.parametrize('unroll_layers', [False, True])
+def test_the_loop_over_updates_carries_no_stack_of_states_of_unrolled_layers(unroll_layers):
+  model, state, batch = make(**SCANNED, unroll_layers=unroll_layers)
+  step = functools.partial(train_on_sequences, model, update_len=UPDATE_LEN)
+  program = jax.make_jaxpr(lambda *args: step(*args, jax.random.key(0)))(state, batch)
+  loop = next(x for x in reversed(program.eqns) if x.primitive.name == 'scan')
+  stack = 1, model.config.num_layers, SEQUENCES
+  assert any(x.aval.shape[:3] == stack for x in loop.outvars) != unroll_layers
 
 
 @pytest.mark.parametrize(

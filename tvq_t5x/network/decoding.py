@@ -31,6 +31,7 @@ from tvq_t5x.network.transformer import (
   Transformer,
   batch_axes,
   init_decoder_state,
+  unstacked,
 )
 from tvq_t5x.network.vq.quantizer import codebook_axes
 
@@ -139,7 +140,7 @@ def generate(
   decoder = state.decoder
   if scanned:
     module, params = unscanned(module, params)
-    decoder = decoder._replace(layers=_apart(decoder.layers, module.config.num_layers))
+    decoder = decoder._replace(layers=unstacked(decoder.layers, module.config.num_layers))
   noise = _noise(rng, decoder.position, num_tokens)
 
   def step(i, carry):
@@ -253,7 +254,7 @@ def unscanned(module: Transformer, params: Params) -> tuple[Transformer, Params]
   """
   config = dataclasses.replace(module.config, scan_layers=False)
   others = {name: value for name, value in params.items() if name != 'layers'}
-  layers = _apart(params['layers'], config.num_layers)
+  layers = unstacked(params['layers'], config.num_layers)
   return Transformer(config), {**others, **{f'layers_{i}': x for i, x in enumerate(layers)}}
 
 
@@ -282,11 +283,6 @@ def _place_codebooks(config: TransformerConfig, params: Params) -> Params:
     return with_sharding_constraint(x, axes[: x.ndim]) if is_codebook else x
 
   return jax.tree_util.tree_map_with_path(place, params)
-
-
-def _apart(stacked: Any, num_layers: int) -> tuple[Any, ...]:
-  """The trees of all layers, from one tree of arrays with a leading layers axis."""
-  return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
 
 
 def _noise(rng: jax.Array, position: jax.Array, num_tokens: int) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.nn import initializers
 
 from tvq_t5x.network import sequence, xla
 from tvq_t5x.network.config import TransformerConfig
+from tvq_t5x.network.gathering import gather
 
 with_sharding_constraint = sequence.constrain
 NORM_EPSILON = 1e-6
@@ -96,23 +97,6 @@ class RMSNorm(nn.Module):
     return xla.scale_and_shift(rms_normalize(x), scale.astype(x.dtype), bias.astype(x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
-  """The whole kernel on devices that share the batch and, by its 'embed' axis, the parameters.
-
-  Said here, it is one collective a kernel, of the dtype of the product; some compilers would else
-  pass the parts around step by step within each product. So is the sum of the gradient, which is
-  shared out again.
-  """
-  return with_sharding_constraint(kernel, tuple(None if x == 'embed' else x for x in axes))
-
-
-_gather.defvjp(
-  lambda axes, kernel: (_gather(axes, kernel), None),
-  lambda axes, _, g: (with_sharding_constraint(_gather(axes, g), axes),),
-)
-
-
 class Einsum(nn.Module):
   """A projection: `einsum(equation, x, kernel)`, and a bias where asked for.
 
@@ -172,7 +156,7 @@ class Einsum(nn.Module):
     def places(letters):
       return [i for i, c in enumerate(letters) if c in single]
 
-    kernel = _gather(axes, kernel.squeeze(places(right)))
+    kernel = gather(axes, kernel.squeeze(places(right)))
     equation = f'{kept(left)},{kept(right)}->{kept(out)}'
     y = xla.einsum(equation, x.squeeze(places(left)), kernel)
     return jnp.expand_dims(y, places(out))
@@ -239,7 +223,7 @@ class Embedding(nn.Module):
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits [B, T, W] float32, without bias, of features [B, T, D]."""
-    table = _gather(('vocab', 'embed'), self.embedding) if xla.in_training() else self.embedding
+    table = gather(('vocab', 'embed'), self.embedding) if xla.in_training() else self.embedding
     return jnp.einsum('BTD,WD->BTW', x.astype(jnp.float32), table)
 
 

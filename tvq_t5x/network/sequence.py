@@ -44,6 +44,11 @@ def shared_by(mesh: Mesh, rules: Sequence[tuple[str, str | None]]) -> Any:
   return _sharing(Sharing(mesh, batch, length))
 
 
+def mesh() -> Mesh | None:
+  """The mesh of the program that is traced in `shared_by`."""
+  return None if _sharing.value is None else _sharing.value.mesh
+
+
 def _mesh_axis(name: str, rules: Sequence[tuple[str, str | None]]) -> str | None:
   return next((axis for rule, axis in rules if rule == name), None)
 

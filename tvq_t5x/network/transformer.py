@@ -38,8 +38,49 @@ class DecoderState(NamedTuple, Generic[X]):
   """What the model remembers of the tokens before a segment, or an X in the place of each array."""
 
   position: X  # [B] int32, how many tokens those are.
-  # A tuple of layers, or with scan_layers one LayerState stacked on a leading layers axis.
+  # A tuple of layers; with scan_layers one LayerState stacked on a leading layers axis, or Apart.
   layers: Any
+
+
+class Apart(NamedTuple):
+  """States of layers that `scan_layers` stacks, each in arrays of its own."""
+
+  layers: tuple[LayerState, ...]
+
+
+def apart(
+  config: TransformerConfig, state: DecoderState | None, axis: int = 0
+) -> DecoderState | None:
+  """The state as loops should carry it whose body runs the network, which takes and returns both.
+
+  With `unroll_layers` in training, the states of layers are arrays of their own: stacked, all of
+  them would be written again after each run.
+
+  Args:
+    config: of the network.
+    state: before or after a segment; None of a model that has none.
+    axis: of the layers; leading ones, such as of microbatches, come before it.
+  """
+  if state is None or not config.scan_layers or _is_loop(config):
+    return state
+  return state._replace(layers=Apart(unstacked(state.layers, config.num_layers, axis)))
+
+
+def stacked(state: DecoderState, axis: int = 0) -> DecoderState:
+  """The inverse of `apart`."""
+  if not isinstance(state.layers, Apart):
+    return state
+  layers = jax.tree.map(lambda *x: jnp.stack(x, axis), *state.layers.layers)
+  return state._replace(layers=layers)
+
+
+def unstacked(tree: Any, num_layers: int, axis: int = 0) -> tuple[Any, ...]:
+  """The trees of all layers, from one whose arrays have an axis of layers."""
+
+  def of_layer(i: int) -> Any:
+    return jax.tree.map(lambda x: jax.lax.index_in_dim(x, i, axis, keepdims=False), tree)
+
+  return tuple(map(of_layer, range(num_layers)))
 
 
 def init_decoder_state(config: TransformerConfig, batch_size: int) -> DecoderState[jax.Array]:
@@ -277,8 +318,11 @@ def run_layers(
       axis_name='layers',
       unroll=1 if _is_loop(c) else c.num_layers,
     )
+    is_apart = isinstance(states, Apart)
+    if is_apart:
+      states = jax.tree.map(lambda *x: jnp.stack(x), *states.layers)
     x, (states, aux) = layers(c, deterministic, name='layers')(x, states, call)
-    return x, states, aux
+    return x, Apart(unstacked(states, c.num_layers)) if is_apart else states, aux
   new_states, aux = [], []
   for i in range(c.num_layers):
     layer = layer_cls(c, deterministic, name=f'layers_{i}')

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tvq_t5x.network import sequence
+from tvq_t5x.network import sequence, transformer
 from tvq_t5x.network.transformer import DecoderState
 from tvq_t5x.training import metrics as metrics_lib
 from tvq_t5x.training.base_model import Batch, DropoutRngs, Model, Params
@@ -46,7 +46,7 @@ def sequence_loss(
   if segment_len is None or segment_len == length:
     return model.segment_loss(params, batch, state, *of_batch)
   if state is None:
-    state = model.init_state(num_sequences)
+    state = transformer.apart(model.config, model.init_state(num_sequences))
 
   @jax.checkpoint
   def segment(state: DecoderState, part: Batch):

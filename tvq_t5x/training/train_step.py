@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from tvq_t5x.common.tokens import EOS
-from tvq_t5x.network import sequence, xla
+from tvq_t5x.network import sequence, transformer, xla
 from tvq_t5x.network.transformer import DecoderState, batch_axes
 from tvq_t5x.training import metrics as metrics_lib
 from tvq_t5x.training.base_model import Batch, DropoutRngs, Model
@@ -89,10 +89,13 @@ def train_on_sequences(
     segment = jax.tree.map(lambda x: split(x)[0], dict(batch))
     (train_state, _), metrics = update((train_state, None), segment)
     return train_state, jax.tree.map(lambda x: x[None], metrics)
+  with xla.training_gradients():
+    states = transformer.apart(model.config, states, axis=1)
   (train_state, states), metrics = jax.lax.scan(
     update, (train_state._replace(carried=None), states), jax.tree.map(split, dict(batch))
   )
   if carried is not None:
+    states = transformer.stacked(states, axis=1)
     train_state = train_state._replace(carried=_map_rows(_join_rows, model, states))
   return train_state, metrics
 
