@@ -1,6 +1,7 @@
 """The whole of a kernel, on devices that share the batch and the parameters."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from tvq_t5x.network import sequence
 # Of more devices of a network with three axes, the TPU compiler gathers an array as the sum of all
 # parts between zeros: that sends twice the bytes, and writes the array twice.
 _MOST_DEVICES = 32
+# Rows of a tile in a TPU's memory: an array gathered from parts of fewer is copied into whole ones.
+_TILE_ROWS = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -38,7 +41,7 @@ def gather(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
   name = names[at]
   if not isinstance(name, str) or kernel.shape[at] % mesh.shape[name]:
     return _whole(axes, kernel)
-  steps = steps_of(mesh, name)
+  steps = steps_of(mesh, name, kernel.shape[at])
   return _whole(axes, kernel) if len(steps) == 1 else in_steps(kernel, at, mesh, name, steps)
 
 
@@ -56,22 +59,31 @@ gather.defvjp(
 )
 
 
-def steps_of(mesh: Mesh, name: str) -> tuple[int, ...]:
+def steps_of(mesh: Mesh, name: str, length: int) -> tuple[int, ...]:
   """The sizes of the groups of devices that gather an array one after the other.
 
   Args:
     mesh: of the program.
     name: of the axis whose n devices share the array.
+    length: of the axis of the array, a multiple of n.
 
   Returns:
-    Sizes whose product is n: neighbors on a line of the network come first, again while too many
-    devices are left.
+    Sizes whose product is n: neighbors come first.
   """
   at = mesh.axis_names.index(name)
   devices = np.moveaxis(mesh.devices, at, -1).reshape(-1, mesh.shape[name])[0]
-  places = np.array([getattr(device, 'coords', ()) for device in devices])  # [n, 3] of a TPU.
-  if sum(len(set(place)) > 1 for place in places.T) < 3:
+  places = np.array([getattr(device, 'coords', ()) for device in devices])  # [n, 3] of TPUs.
+  if not places.size:
     return (len(devices),)
+  if sum(len(set(place)) > 1 for place in places.T) == 3:
+    return _lines(places)
+  rows = length // len(devices)
+  first = _TILE_ROWS // math.gcd(rows, _TILE_ROWS)
+  return (first, len(devices) // first) if 1 < first < len(devices) else (len(devices),)
+
+
+def _lines(places: np.ndarray) -> tuple[int, ...]:
+  """Neighbors on a line of the network first, again while too many devices are left."""
   steps = []
   while len(places) > _MOST_DEVICES:
     line = _line(places)

@@ -244,4 +244,4 @@ class Logits(nn.Module):
     bias = nn_partitioning.param_with_axes(
       'bias', initializers.zeros, (c.vocab_size,), jnp.float32, axes=('vocab',)
     )
-    return (logits + bias) * c.logit_scale
+    return (xla.gradient_once(logits) + bias) * c.logit_scale

@@ -8,6 +8,7 @@ loss, some have a backward program of their own, that JAX can't differentiate fo
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,43 @@ def platform() -> str:
 def computed_once(x: jax.Array) -> jax.Array:
   """Identity; on TPU x is written to memory, and not computed within what takes it."""
   return jax.lax.optimization_barrier(x) if platform() == 'tpu' else x
+
+
+# Up to how many arrays XLA on TPU joins as the maximum of all of them, padded.
+_FEW = 4
+
+
+def stack(arrays: Sequence[jax.Array]) -> jax.Array:
+  """`jnp.stack`, not differentiable on TPU: there, what computes one of few arrays writes it."""
+  if platform() != 'tpu' or len(arrays) > _FEW:
+    return jnp.stack(arrays)
+  stacked = jax.lax.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
+  for i, x in enumerate(arrays):
+    stacked = jax.lax.dynamic_update_index_in_dim(stacked, x, i, 0)
+  return stacked
+
+
+def gradient_once(x: jax.Array) -> jax.Array:
+  """Identity on the result of a product in float32, whose gradient on TPU is computed once.
+
+  In training on TPU, it is written to memory as the products with it take it, in bfloat16: else
+  each of them would compute it from the loss again.
+  """
+  if not in_training() or platform() != 'tpu' or x.dtype != jnp.float32:
+    return x
+  return _gradient_once(x)
+
+
+@jax.custom_vjp
+def _gradient_once(x):
+  return x
+
+
+def _gradient_once_bwd(_, g):
+  return (jax.lax.optimization_barrier(g.astype(jnp.bfloat16)).astype(jnp.float32),)
+
+
+_gradient_once.defvjp(lambda x: (x, None), _gradient_once_bwd)
 
 
 def on_one_device() -> bool:

@@ -147,7 +147,7 @@ def _blocks(window: jax.Array, values: Values) -> list[list[jax.Array]]:
 
 def _stack(rows: list[list[jax.Array]]) -> jax.Array:
   """B rows of R blocks to [B, R, ...]."""
-  blocks = jnp.stack([x for row in rows for x in row])
+  blocks = xla.stack([x for row in rows for x in row])
   return blocks.reshape(len(rows), -1, *blocks.shape[1:])
 
 
