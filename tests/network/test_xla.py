@@ -1,12 +1,14 @@
 """Programs for one platform have the values and gradients of the plain ones, on every platform."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from util import LIGHT, assert_close, random_batch, random_params, small_model
 
 from tvq_t5x.network import xla
@@ -49,6 +51,51 @@ def test_sums_over_positions(shape):
   expected = [np.sum(np.asarray(x), axis=tuple(range(x.ndim - 1)))]
   assert_close(xla._sum_positions(x), expected)
   assert_close(xla._sum_positions_on_cpu(x), expected)
+
+
+@pytest.mark.parametrize('number', [1, 4, 5])
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_arrays_are_stacked(monkeypatch, platform, number):
+  monkeypatch.setattr(xla, 'platform', lambda: platform)
+  arrays = [jax.random.normal(jax.random.key(i), (3, 2)) for i in range(number)]
+  np.testing.assert_array_equal(jax.jit(xla.stack)(arrays), np.stack(arrays))
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_a_gradient_computed_once_is_rounded_as_products_round_it(monkeypatch, platform):
+  monkeypatch.setattr(xla, 'platform', lambda: platform)
+  x, weights = (jax.random.normal(jax.random.key(i), (3, 5)) for i in range(2))
+
+  def loss(x, weights):
+    return jnp.vdot(weights, xla.gradient_once(x))
+
+  np.testing.assert_array_equal(jax.grad(loss)(x, weights), weights)  # Not in training.
+  with xla.training_gradients():
+    found = jax.grad(loss)(x, weights)
+  if platform == 'tpu':
+    weights = weights.astype(jnp.bfloat16).astype(jnp.float32)
+  np.testing.assert_array_equal(found, weights)
+  assert found.dtype == jnp.float32
+
+
+@pytest.mark.slow  # Compiles for a TPU.
+def test_gradients_of_logits_are_computed_once_on_tpu(tpus):
+  mesh = Mesh(np.array(tpus('v5e:1x1')[:1]).reshape(1, 1), ('data', 'model'))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  shapes = {'x': (1024, 256), 'table': (4096, 256), 'bias': (4096,)}
+  params = {
+    name: jax.ShapeDtypeStruct(x, 'float32', sharding=sharding) for name, x in shapes.items()
+  }
+  targets = jax.ShapeDtypeStruct((1024,), 'int32', sharding=sharding)
+
+  def loss(params, targets):
+    logits = xla.gradient_once(params['x'] @ params['table'].T) + params['bias']
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+  with jax.set_mesh(mesh), xla.training_gradients():
+    traced = jax.jit(jax.grad(loss)).trace(params, targets)
+    text = traced.lower(lowering_platforms=('tpu',)).compile().as_text()
+  assert len(re.findall(r'\] exponential\(|\} exponential\(', text)) == 2  # Forward and backward.
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
