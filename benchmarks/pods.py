@@ -13,6 +13,7 @@ tries other meshes for the first plan of gin/mesh/v4_64.gin, and prints them, th
 
 import hashlib
 import itertools
+import os
 import pathlib
 import re
 import shlex
@@ -40,6 +41,7 @@ class Plan(NamedTuple):
   topology: str
   run: str  # A file of gin/.
   bindings: tuple[str, ...] = ()  # NAME=VALUE
+  flags: str = ''  # LIBTPU_INIT_ARGS in the environment.
 
   @property
   def args(self) -> list[str]:
@@ -48,6 +50,12 @@ class Plan(NamedTuple):
     return [*files, f'--topology={self.topology}', *(f'--gin.{x}' for x in self.bindings)]
 
 
+# Collectives that other instructions run beside, which the compiler for a v5e alone is made for.
+_ASYNCHRONOUS = (
+  '--xla_enable_async_all_gather=true --xla_tpu_prefer_async_allgather_to_allreduce=true '
+  '--xla_enable_async_all_reduce=true --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true'
+)
+
 MESHES = (
   Plan('one_device', 'v5e:1x1', 'enwik8_base', ('BATCH_SIZE=8',)),
   Plan('v3_8', 'v3:2x2', 'enwik8_base'),
@@ -55,7 +63,7 @@ MESHES = (
   Plan('v3_32', 'v3:4x4', 'pg19_large'),
   Plan('v3_128', 'v3:8x8', 'pg19_large'),
   Plan('v4_64', 'v4:4x4x2', 'pg19_large'),
-  Plan('v5e_64', 'v5e:8x8', 'pg19_large'),
+  Plan('v5e_64', 'v5e:8x8', 'pg19_large', flags=_ASYNCHRONOUS),
   Plan('v5p_128', 'v5p:4x4x4', 'pg19_large'),
 )
 
@@ -92,18 +100,22 @@ class Result(NamedTuple):
     return next((self.cells[name].partition(',')[0] for name in names), '')
 
 
-def _result(args: Sequence[str]) -> Result:
-  """Of `plan` with these arguments, kept from before or new.
+def _result(args: Sequence[str], flags: str = '') -> Result:
+  """Of `plan` with these arguments and flags of the compiler, kept from before or new.
 
   Raises:
     SystemExit: if it fails otherwise than by what does not fit.
   """
-  name = hashlib.sha256('\0'.join(args).encode()).hexdigest()[:16]
+  name = hashlib.sha256('\0'.join([*args, *flags.split()]).encode()).hexdigest()[:16]
   path = pathlib.Path(_OUT.value) / f'{name}.md'
   if not path.exists():
     print(_COMMAND, shlex.join(args), file=sys.stderr, flush=True)
     command = [sys.executable, *_COMMAND.split()[1:], *args]
-    done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    given = os.environ.get('LIBTPU_INIT_ARGS', '')
+    env = {**os.environ, 'LIBTPU_INIT_ARGS': f'{given} {flags}'.strip()}
+    done = subprocess.run(
+      command, cwd=_ROOT, env=env, stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode not in (0, 1) or not done.stdout:
       sys.exit(f'`plan` ended with {done.returncode}')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +152,10 @@ def _meshes() -> Iterator[str]:
   yield _HEADER
   yield '| --- | --- | --- | --- | ---: | ---: |'
   for plan in MESHES:
-    found = _result(plan.args)
-    settings = ' and '.join(f'`--gin.{_escaped(x)}`' for x in plan.bindings)
-    run = f'`{plan.run}`' + (f' with {settings}' if settings else '')
+    found = _result(plan.args, plan.flags)
+    settings = [f'`--gin.{_escaped(x)}`' for x in plan.bindings]
+    settings += ['[flags](#flags-of-the-compiler)'] * bool(plan.flags)
+    run = f'`{plan.run}`' + (f' with {" and ".join(settings)}' if settings else '')
     cells = f'`{plan.mesh}`', f'`{plan.topology}`', run, found.memory
     yield f'| {" | ".join(cells)} | {found.tokens_per_s} | {found.utilization} |'
 
@@ -164,9 +177,10 @@ def _write_headers() -> None:
   for mesh, plans in itertools.groupby(MESHES, key=lambda plan: plan.mesh):
     said = []
     for plan in plans:
-      found = _result(plan.args)
-      settings = ' '.join(f'--gin.{_escaped(x)}' for x in plan.bindings)
-      run = f'gin/{plan.run}.gin' + (f' with {settings}' if settings else '')
+      found = _result(plan.args, plan.flags)
+      settings = [f'--gin.{_escaped(x)}' for x in plan.bindings]
+      settings += ['the flags of docs/pods.md'] * bool(plan.flags)
+      run = f'gin/{plan.run}.gin' + (f' with {" ".join(settings)}' if settings else '')
       said.append(
         f'Plan of {run} for {plan.topology}: {found.memory}, {found.tokens_per_s} tokens/s '
         f'estimated, {found.utilization} of the peak.'
@@ -190,7 +204,7 @@ def _search(mesh: str) -> None:
       f'config.TransformerConfig.remat="{remat}"',
     )
     variant = plan._replace(bindings=(*plan.bindings, *others))
-    found.append((_result(variant.args), others))
+    found.append((_result(variant.args, variant.flags), others))
   # What does not fit comes last.
   found.sort(key=lambda x: (x[0].too_large, -_first(x[0].tokens_per_s)))
   print(f'| {mesh} | memory | tokens/s | utilization |\n| --- | --- | ---: | ---: |')

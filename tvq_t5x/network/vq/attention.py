@@ -103,6 +103,9 @@ def vq_attention(
     last_positions(x, c.window_len, lengths)
     for x in (joined.codes, joined.quantized, joined.values)
   )
+  if keys.projected is not None and lengths is None and keys.codes.shape[1] >= c.window_len:
+    # Cut first: XLA would write all of them in float32 for the activation.
+    values = keys.projected.map(lambda x: x[:, x.shape[1] - c.window_len :]).active
   new_state = _through_cache(AttentionState(codes, quantized, values, cache), c)
   return out.reshape(*keys.codes.shape, *out.shape[4:]), new_state
 

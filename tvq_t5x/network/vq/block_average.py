@@ -85,7 +85,9 @@ def _backward(residuals, gradients):
   window_blocks = window.shape[-2] // codes.shape[-1]
   d_rows, d_window, d_initial = [], [], []
   for b in range(len(codes)):
-    args = g[b], [y[b] for y in weights], codes[b], counts[b], d_means[b], window_blocks
+    # Block by block: a slice of a row would be copied.
+    blocks = [(g[b, r], [y[b, r] for y in weights]) for r in range(g.shape[1])]
+    args = blocks, codes[b], counts[b], d_means[b], window_blocks
     d_blocks, d_row_means = _row_gradients(*args)
     d_window.append(jnp.concatenate(d_blocks[:window_blocks], axis=-2))
     d_rows.append(
@@ -100,16 +102,22 @@ def _backward(residuals, gradients):
 
 
 def _row_gradients(
-  g: jax.Array,
-  weights: list[jax.Array],
+  blocks: list[tuple[jax.Array, list[jax.Array]]],
   codes: jax.Array,
   counts: jax.Array,
   d_means: jax.Array,
   window_blocks: int,
 ) -> tuple[list[jax.Array], jax.Array]:
-  """Of a row: the gradients of its blocks, as `_blocks` has them, and of the means before it."""
-  of_window, of_present, of_codes = weights
-  num_blocks, block_len, dtype = len(codes), codes.shape[-1], g.dtype
+  """Of a row: the gradients of its blocks, as `_blocks` has them, and of the means before it.
+
+  Args:
+    blocks: gradients of the averages [N, G, L, V], and weights [N, G, L, J] of window, block and
+      codes.
+    codes: [R, N, L], counts [R + 1, N, S], d_means [N, S, V] and window_blocks M / L of the row.
+  """
+  num_blocks, block_len, dtype = len(codes), codes.shape[-1], blocks[0][0].dtype
+  g = [block for block, _ in blocks]
+  of_window, of_present, of_codes = zip(*(weights for _, weights in blocks), strict=True)
 
   def gradient(r: int, weights: jax.Array) -> jax.Array:
     """Of values or means, from the queries of block r and their weights, [N, G, L, J]."""
@@ -125,7 +133,7 @@ def _row_gradients(
       d_means = kept * d_means + gradient(i, of_codes[i])
     for r in range(max(i - window_blocks + 1, 0), min(i + 1, num_blocks)):
       slot = (i - r) * block_len
-      parts.append(gradient(r, of_window[r, ..., slot : slot + block_len]))
+      parts.append(gradient(r, of_window[r][..., slot : slot + block_len]))
     if i >= window_blocks:
       parts.append(gradient(i - window_blocks, of_present[i - window_blocks]))
     d_blocks.append(functools.reduce(jnp.add, parts).astype(dtype))
