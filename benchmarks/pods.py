@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     return [*files, f'--topology={self.topology}', *(f'--gin.{x}' for x in self.bindings)]
 
 
-# Collectives that other instructions run beside, which the compiler for a v5e alone is made for.
+# For a v5e only: docs/pods.md says what they do.
 _ASYNCHRONOUS = (
   '--xla_enable_async_all_gather=true --xla_tpu_prefer_async_allgather_to_allreduce=true '
   '--xla_enable_async_all_reduce=true --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true'
@@ -109,7 +109,7 @@ def _result(args: Sequence[str], flags: str = '') -> Result:
   name = hashlib.sha256('\0'.join([*args, *flags.split()]).encode()).hexdigest()[:16]
   path = pathlib.Path(_OUT.value) / f'{name}.md'
   if not path.exists():
-    print(_COMMAND, shlex.join(args), file=sys.stderr, flush=True)
+    print(flags, _COMMAND, shlex.join(args), file=sys.stderr, flush=True)
     command = [sys.executable, *_COMMAND.split()[1:], *args]
     given = os.environ.get('LIBTPU_INIT_ARGS', '')
     env = {**os.environ, 'LIBTPU_INIT_ARGS': f'{given} {flags}'.strip()}
@@ -154,7 +154,8 @@ def _meshes() -> Iterator[str]:
   for plan in MESHES:
     found = _result(plan.args, plan.flags)
     settings = [f'`--gin.{_escaped(x)}`' for x in plan.bindings]
-    settings += ['[flags](#flags-of-the-compiler)'] * bool(plan.flags)
+    if plan.flags:
+      settings.append('[flags](#flags-of-the-compiler)')
     run = f'`{plan.run}`' + (f' with {" and ".join(settings)}' if settings else '')
     cells = f'`{plan.mesh}`', f'`{plan.topology}`', run, found.memory
     yield f'| {" | ".join(cells)} | {found.tokens_per_s} | {found.utilization} |'
@@ -179,8 +180,9 @@ def _write_headers() -> None:
     for plan in plans:
       found = _result(plan.args, plan.flags)
       settings = [f'--gin.{_escaped(x)}' for x in plan.bindings]
-      settings += ['the flags of docs/pods.md'] * bool(plan.flags)
-      run = f'gin/{plan.run}.gin' + (f' with {" ".join(settings)}' if settings else '')
+      if plan.flags:
+        settings.append('the flags of docs/pods.md')
+      run = f'gin/{plan.run}.gin' + (f' with {" and ".join(settings)}' if settings else '')
       said.append(
         f'Plan of {run} for {plan.topology}: {found.memory}, {found.tokens_per_s} tokens/s '
         f'estimated, {found.utilization} of the peak.'

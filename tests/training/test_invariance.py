@@ -22,6 +22,7 @@ from mesh_util import (
 from util import random_batch
 
 from tvq_t5x.data.classification import Format
+from tvq_t5x.network import gathering
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.transformer import Transformer
 from tvq_t5x.training import placement
@@ -180,6 +181,15 @@ def test_shga_is_the_same_with_activations_and_parameters_sharded_in_two_dimensi
   assert shapes['params/token_embedder/embedding'] == (32 // 2, 32 // 4)
   assert shapes['params/layers_0/attention_0/gate/kernel'] == (32 // 4, 1, 64 // 2)
   assert shapes['params/layers_0/attention_0/quantizer/c_sum'] == (1, 16 // 2, 16)
+
+
+@pytest.mark.slow
+def test_kernels_gathered_in_steps_change_no_number(monkeypatch):
+  sizes = {2: (2,), 4: (2, 2)}
+  monkeypatch.setattr(gathering, 'steps_of', lambda mesh, name: sizes[mesh.shape[name]])
+  run = train.__wrapped__('mha', 4, 2, 1, dims=2)  # None that is kept from without steps.
+  assert_same(run, train('mha', 1, 1, 1))
+  assert run.shard_shapes['params/layers/mlp/wi/kernel'] == (2, 128 // 4, 512 // 2)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from tvq_t5x.network.transformer import (
   Transformer,
   batch_axes,
   init_decoder_state,
+  stacked,
   unstacked,
 )
 from tvq_t5x.network.vq.quantizer import codebook_axes
@@ -162,7 +163,7 @@ def generate(
     decoder, token, tokens, scores = jax.lax.fori_loop(0, steps, step, carry)
   decoder = from_tokens(module.config, decoder, jnp.asarray(steps, jnp.int32))
   if scanned:
-    decoder = decoder._replace(layers=jax.tree.map(lambda *x: jnp.stack(x), *decoder.layers))
+    decoder = decoder._replace(layers=stacked(decoder.layers))
   return tokens.T, scores.T, GenerationState(decoder, token)
 
 

@@ -1,7 +1,6 @@
 """The whole of a kernel, on devices that share the batch and the parameters."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +14,15 @@ from tvq_t5x.network import sequence
 # Of more devices of a network with three axes, the TPU compiler gathers an array as the sum of all
 # parts between zeros: that sends twice the bytes, and writes the array twice.
 _MOST_DEVICES = 32
-# Rows of a tile in a TPU's memory: an array gathered from parts of fewer is copied into whole ones.
-_TILE_ROWS = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gather(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
   """The whole kernel on each device, where devices share it by its 'embed' axis.
 
-  Said here, it is one collective a kernel, of the dtype of the product; some compilers would else
-  pass the parts around step by step within each product. So is the sum of the gradient, which is
-  shared out again.
+  Said here, it is one collective a kernel, or one of each of `steps_of`, of the product's dtype;
+  some compilers would else pass the parts around step by step within each product. The sum of the
+  gradient, which is shared out again, is one.
 
   Args:
     axes: logical axis names of the kernel.
@@ -41,49 +38,36 @@ def gather(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
   name = names[at]
   if not isinstance(name, str) or kernel.shape[at] % mesh.shape[name]:
     return _whole(axes, kernel)
-  steps = steps_of(mesh, name, kernel.shape[at])
-  return _whole(axes, kernel) if len(steps) == 1 else in_steps(kernel, at, mesh, name, steps)
+  steps = steps_of(mesh, name)
+  return _whole(axes, kernel if len(steps) == 1 else in_steps(kernel, at, mesh, name, steps))
 
 
 def _whole(axes: tuple[str, ...], kernel: jax.Array) -> jax.Array:
-  return _constrained(tuple(None if x == 'embed' else x for x in axes), kernel)
-
-
-def _constrained(axes: Sequence[str | None], x: jax.Array) -> jax.Array:
-  return nn_partitioning.with_sharding_constraint(x, tuple(axes))
+  return sequence.constrain(kernel, [None if x == 'embed' else x for x in axes])
 
 
 gather.defvjp(
   lambda axes, kernel: (gather(axes, kernel), None),
-  lambda axes, _, g: (_constrained(axes, _whole(axes, g)),),
+  lambda axes, _, g: (sequence.constrain(_whole(axes, g), axes),),
 )
 
 
-def steps_of(mesh: Mesh, name: str, length: int) -> tuple[int, ...]:
+def steps_of(mesh: Mesh, name: str) -> tuple[int, ...]:
   """The sizes of the groups of devices that gather an array one after the other.
 
   Args:
     mesh: of the program.
     name: of the axis whose n devices share the array.
-    length: of the axis of the array, a multiple of n.
 
   Returns:
-    Sizes whose product is n: neighbors come first.
+    Sizes whose product is n: neighbors on a line of the network come first, again while too many
+    devices are left.
   """
   at = mesh.axis_names.index(name)
   devices = np.moveaxis(mesh.devices, at, -1).reshape(-1, mesh.shape[name])[0]
   places = np.array([getattr(device, 'coords', ()) for device in devices])  # [n, 3] of TPUs.
-  if not places.size:
+  if sum(len(set(place)) > 1 for place in places.T) < 3:
     return (len(devices),)
-  if sum(len(set(place)) > 1 for place in places.T) == 3:
-    return _lines(places)
-  rows = length // len(devices)
-  first = _TILE_ROWS // math.gcd(rows, _TILE_ROWS)
-  return (first, len(devices) // first) if 1 < first < len(devices) else (len(devices),)
-
-
-def _lines(places: np.ndarray) -> tuple[int, ...]:
-  """Neighbors on a line of the network first, again while too many devices are left."""
   steps = []
   while len(places) > _MOST_DEVICES:
     line = _line(places)
@@ -116,11 +100,11 @@ def in_steps(x: jax.Array, at: int, mesh: Mesh, name: str, steps: Sequence[int])
   Returns:
     x, whole along that axis.
   """
-  places = np.arange(mesh.shape[name]).reshape(*reversed(steps))
+  order = np.arange(mesh.shape[name]).reshape(*reversed(steps))
 
   def local(part: jax.Array) -> jax.Array:
     for i, size in enumerate(steps):
-      groups: Any = np.moveaxis(places, -1 - i, -1).reshape(-1, size).tolist()
+      groups: Any = np.moveaxis(order, -1 - i, -1).reshape(-1, size).tolist()
       part = jax.lax.all_gather(part, name, axis=at, tiled=True, axis_index_groups=groups)
     return part
 

@@ -1,5 +1,6 @@
 """The decoder-only stack: one forward function for training, evaluation and decoding."""
 
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -51,33 +52,40 @@ class Apart(NamedTuple):
 def apart(
   config: TransformerConfig, state: DecoderState | None, axis: int = 0
 ) -> DecoderState | None:
-  """The state as loops should carry it whose body runs the network, which takes and returns both.
+  """The state in the form in which a loop around the network should carry it.
 
-  With `unroll_layers` in training, the states of layers are arrays of their own: stacked, all of
-  them would be written again after each run.
+  The network takes either form, and returns the one that it got. With `unroll_layers` in training,
+  the states of layers are arrays of their own: stacked, all of them would be written again after
+  each run.
 
   Args:
     config: of the network.
     state: before or after a segment; None of a model that has none.
     axis: of the layers; leading ones, such as of microbatches, come before it.
   """
-  if state is None or not config.scan_layers or _is_loop(config):
+  if state is None or isinstance(state.layers, Apart):
+    return state
+  if not config.scan_layers or _is_loop(config):
     return state
   return state._replace(layers=Apart(unstacked(state.layers, config.num_layers, axis)))
 
 
-def stacked(state: DecoderState, axis: int = 0) -> DecoderState:
+def together(state: DecoderState, axis: int = 0) -> DecoderState:
   """The inverse of `apart`."""
   if not isinstance(state.layers, Apart):
     return state
-  layers = jax.tree.map(lambda *x: jnp.stack(x, axis), *state.layers.layers)
-  return state._replace(layers=layers)
+  return state._replace(layers=stacked(state.layers.layers, axis))
 
 
-def unstacked(tree: Any, num_layers: int, axis: int = 0) -> tuple[Any, ...]:
-  """The trees of all layers, from one whose arrays have an axis of layers."""
+def stacked(layers: Sequence[X], axis: int = 0) -> X:
+  """One tree, whose arrays have an axis of layers, of the trees of all layers."""
+  return jax.tree.map(lambda *x: jnp.stack(x, axis), *layers)
 
-  def of_layer(i: int) -> Any:
+
+def unstacked(tree: X, num_layers: int, axis: int = 0) -> tuple[X, ...]:
+  """The inverse of `stacked`."""
+
+  def of_layer(i: int) -> X:
     return jax.tree.map(lambda x: jax.lax.index_in_dim(x, i, axis, keepdims=False), tree)
 
   return tuple(map(of_layer, range(num_layers)))
@@ -320,7 +328,7 @@ def run_layers(
     )
     is_apart = isinstance(states, Apart)
     if is_apart:
-      states = jax.tree.map(lambda *x: jnp.stack(x), *states.layers)
+      states = stacked(states.layers)
     x, (states, aux) = layers(c, deterministic, name='layers')(x, states, call)
     return x, Apart(unstacked(states, c.num_layers)) if is_apart else states, aux
   new_states, aux = [], []

@@ -44,7 +44,7 @@ _FEW = 4
 
 
 def stack(arrays: Sequence[jax.Array]) -> jax.Array:
-  """`jnp.stack`, not differentiable on TPU: there, what computes one of few arrays writes it."""
+  """`jnp.stack`; on TPU, what computes one of few arrays writes it where it belongs."""
   if platform() != 'tpu' or len(arrays) > _FEW:
     return jnp.stack(arrays)
   stacked = jax.lax.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
@@ -59,7 +59,8 @@ def gradient_once(x: jax.Array) -> jax.Array:
   In training on TPU, it is written to memory as the products with it take it, in bfloat16: else
   each of them would compute it from the loss again.
   """
-  if not in_training() or platform() != 'tpu' or x.dtype != jnp.float32:
+  by_default = jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')
+  if not in_training() or platform() != 'tpu' or x.dtype != jnp.float32 or not by_default:
     return x
   return _gradient_once(x)
 

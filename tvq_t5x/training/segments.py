@@ -46,7 +46,7 @@ def sequence_loss(
   if segment_len is None or segment_len == length:
     return model.segment_loss(params, batch, state, *of_batch)
   if state is None:
-    state = transformer.apart(model.config, model.init_state(num_sequences))
+    state = model.init_state(num_sequences)
 
   @jax.checkpoint
   def segment(state: DecoderState, part: Batch):
@@ -57,6 +57,9 @@ def sequence_loss(
     x = x.reshape(num_sequences, length // segment_len, segment_len).swapaxes(0, 1)
     return sequence.constrain(x, (None, 'batch', 'length'))
 
-  state, parts = jax.lax.scan(segment, state, jax.tree.map(split, dict(batch)))
+  before = transformer.apart(model.config, state)
+  after, parts = jax.lax.scan(segment, before, jax.tree.map(split, dict(batch)))
   loss, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
-  return loss, (state, metrics)
+  if before is not state:
+    after = transformer.together(after)
+  return loss, (after, metrics)

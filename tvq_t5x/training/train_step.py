@@ -89,13 +89,13 @@ def train_on_sequences(
     segment = jax.tree.map(lambda x: split(x)[0], dict(batch))
     (train_state, _), metrics = update((train_state, None), segment)
     return train_state, jax.tree.map(lambda x: x[None], metrics)
-  with xla.training_gradients():
+  with xla.training_gradients():  # As the network is in `update`.
     states = transformer.apart(model.config, states, axis=1)
   (train_state, states), metrics = jax.lax.scan(
     update, (train_state._replace(carried=None), states), jax.tree.map(split, dict(batch))
   )
   if carried is not None:
-    states = transformer.stacked(states, axis=1)
+    states = transformer.together(states, axis=1)
     train_state = train_state._replace(carried=_map_rows(_join_rows, model, states))
   return train_state, metrics
 
