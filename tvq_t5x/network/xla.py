@@ -59,7 +59,8 @@ def gradient_once(x: jax.Array) -> jax.Array:
   In training on TPU, it is written to memory as the products with it take it, in bfloat16: else
   each of them would compute it from the loss again.
   """
-  by_default = jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')
+  precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+  by_default = precision in (None, 'default', 'bfloat16')
   if not in_training() or platform() != 'tpu' or x.dtype != jnp.float32 or not by_default:
     return x
   return _gradient_once(x)
