@@ -76,7 +76,9 @@ def test_padding_changes_nothing(kind, real):
   assert_close(run(longer), logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('kind', ENCODERS)
+@pytest.mark.parametrize(
+  'kind', [pytest.param(x, marks=[pytest.mark.slow] * (x == 'mha')) for x in ENCODERS]
+)
 def test_every_position_sees_what_comes_after_it(kind):
   """Through one layer: the mean over the first position alone."""
   module = Classifier(

@@ -262,7 +262,13 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize('overrides', IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name == 'mha'))
+    for name, fields in IN_PLACE.items()
+  ],
+)
 def test_state_is_updated_in_place(overrides):
   """Else each token would copy all of it."""
   sizes = {'window_len': 512, 'num_codes': 256, 'value_dim': 64}

@@ -60,7 +60,13 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize('fields', SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize(
+  'fields',
+  [
+    pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name == 'gated_multi'))
+    for name, fields in SEGMENTS.items()
+  ],
+)
 def test_segments_and_single_tokens_equal_the_whole(fields):
   config = small_config(absolute_positions=True, **fields)
   params, tokens = random_params(config), random_tokens(config, 2, 12)

@@ -219,6 +219,7 @@ def test_state_carried_from_batch_to_batch_is_the_same_on_every_mesh(data, num_m
   assert shape == (2, BATCH_SIZE // data, 8, 1, 64 // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('data', 'model_axis', 'num_microbatches'), [(2, 2, 2)])
 def test_longvq_is_the_same_on_every_mesh(data, model_axis, num_microbatches):
   run = train('longvq', data, model_axis, num_microbatches)

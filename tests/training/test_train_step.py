@@ -133,6 +133,7 @@ def test_state_is_carried_along_the_sequence(update_len):
 SCANNED = {'scan_layers': True, 'num_layers': 2}
 
 
+@pytest.mark.slow
 def test_unrolled_layers_change_no_number():
   expected, theirs = train(*make(**DROPOUT, **SCANNED), UPDATE_LEN)
   found, metrics = train(*make(**DROPOUT, **SCANNED, unroll_layers=True), UPDATE_LEN, 2)
