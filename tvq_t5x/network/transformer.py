@@ -98,7 +98,7 @@ def init_decoder_state(config: TransformerConfig, batch_size: int) -> DecoderSta
     return tuple(x.mixer.init_state(batch_size) for x in sublayers.of_layer(config))
 
   if config.scan_layers:
-    layers = jax.tree.map(lambda x: jnp.stack([x] * config.num_layers), layer())
+    layers = stacked([layer()] * config.num_layers)
   else:  # Arrays of their own, which can be donated.
     layers = tuple(layer() for _ in range(config.num_layers))
   return DecoderState(jnp.zeros([batch_size], jnp.int32), layers)
@@ -337,4 +337,4 @@ def run_layers(
     x, (new_state, layer_aux) = layer(x, states and states[i], call)
     new_states.append(new_state)
     aux.append(layer_aux)
-  return x, tuple(new_states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
+  return x, tuple(new_states), stacked(aux)

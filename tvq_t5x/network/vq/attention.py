@@ -99,13 +99,14 @@ def vq_attention(
   else:
     cache, out = _attend_in_groups(blocks, state.cache, distances, codebook, c)
   out = jnp.moveaxis(out, 4, 2)  # [B, R, L, N, G, V]
-  codes, quantized, values = (
-    last_positions(x, c.window_len, lengths)
-    for x in (joined.codes, joined.quantized, joined.values)
+  codes, quantized = (
+    last_positions(x, c.window_len, lengths) for x in (joined.codes, joined.quantized)
   )
   if keys.projected is not None and lengths is None and keys.codes.shape[1] >= c.window_len:
     # Cut first: XLA would write all of them in float32 for the activation.
     values = keys.projected.map(lambda x: x[:, x.shape[1] - c.window_len :]).active
+  else:
+    values = last_positions(joined.values, c.window_len, lengths)
   new_state = _through_cache(AttentionState(codes, quantized, values, cache), c)
   return out.reshape(*keys.codes.shape, *out.shape[4:]), new_state
 

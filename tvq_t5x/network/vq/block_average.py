@@ -86,8 +86,8 @@ def _backward(residuals, gradients):
   d_rows, d_window, d_initial = [], [], []
   for b in range(len(codes)):
     # Block by block: a slice of a row would be copied.
-    blocks = [(g[b, r], [y[b, r] for y in weights]) for r in range(g.shape[1])]
-    args = blocks, codes[b], counts[b], d_means[b], window_blocks
+    of_row = [[y[b, r] for r in range(g.shape[1])] for y in (g, *weights)]
+    args = of_row[0], of_row[1:], codes[b], counts[b], d_means[b], window_blocks
     d_blocks, d_row_means = _row_gradients(*args)
     d_window.append(jnp.concatenate(d_blocks[:window_blocks], axis=-2))
     d_rows.append(
@@ -102,7 +102,8 @@ def _backward(residuals, gradients):
 
 
 def _row_gradients(
-  blocks: list[tuple[jax.Array, list[jax.Array]]],
+  g: list[jax.Array],
+  weights: list[list[jax.Array]],
   codes: jax.Array,
   counts: jax.Array,
   d_means: jax.Array,
@@ -110,14 +111,10 @@ def _row_gradients(
 ) -> tuple[list[jax.Array], jax.Array]:
   """Of a row: the gradients of its blocks, as `_blocks` has them, and of the means before it.
 
-  Args:
-    blocks: gradients of the averages [N, G, L, V], and weights [N, G, L, J] of window, block and
-      codes.
-    codes: [R, N, L], counts [R + 1, N, S], d_means [N, S, V] and window_blocks M / L of the row.
+  `g` and the three `weights` have an array of each block, the others are arrays of the row.
   """
-  num_blocks, block_len, dtype = len(codes), codes.shape[-1], blocks[0][0].dtype
-  g = [block for block, _ in blocks]
-  of_window, of_present, of_codes = zip(*(weights for _, weights in blocks), strict=True)
+  of_window, of_present, of_codes = weights
+  num_blocks, block_len, dtype = len(codes), codes.shape[-1], g[0].dtype
 
   def gradient(r: int, weights: jax.Array) -> jax.Array:
     """Of values or means, from the queries of block r and their weights, [N, G, L, J]."""
