@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from classifier_util import ENCODERS, NUM_CLASSES, encoder_config, random_classifier_params
-from util import assert_close
+from util import assert_close, cases
 
 from tvq_t5x.common.errors import ConfigError
 from tvq_t5x.network import quadratic
@@ -76,9 +76,7 @@ def test_padding_changes_nothing(kind, real):
   assert_close(run(longer), logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-  'kind', [pytest.param(x, marks=[pytest.mark.slow] * (x == 'mha')) for x in ENCODERS]
-)
+@pytest.mark.parametrize('kind', cases({name: name for name in ENCODERS}, slow={'mha'}))
 def test_every_position_sees_what_comes_after_it(kind):
   """Through one layer: the mean over the first position alone."""
   module = Classifier(

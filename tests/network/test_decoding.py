@@ -12,6 +12,7 @@ from util import (
   HEADS,
   LIGHT,
   assert_close,
+  cases,
   lines_in_loops,
   random_params,
   random_tokens,
@@ -87,13 +88,7 @@ CASES = {
 _VARIANTS = {f'{name}_False' for name in HEADS} | {'gated_multi_True', 'longvq'}
 
 
-@pytest.mark.parametrize(
-  'overrides',
-  [
-    pytest.param(case, id=name, marks=[pytest.mark.slow] if name in _VARIANTS else [])
-    for name, case in CASES.items()
-  ],
-)
+@pytest.mark.parametrize('overrides', cases(CASES, slow=_VARIANTS))
 def test_greedy_choice_is_the_likeliest_token_of_the_full_forward(overrides):
   d = Decoder(**{'window_len': 6, 'absolute_positions': True, **overrides})
   prompts = np.asarray(random_tokens(d.config, len(LENGTHS), P))
@@ -262,13 +257,7 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize(
-  'overrides',
-  [
-    pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name == 'mha'))
-    for name, fields in IN_PLACE.items()
-  ],
-)
+@pytest.mark.parametrize('overrides', cases(IN_PLACE, slow={'mha'}))
 def test_state_is_updated_in_place(overrides):
   """Else each token would copy all of it."""
   sizes = {'window_len': 512, 'num_codes': 256, 'value_dim': 64}

@@ -13,6 +13,7 @@ from util import (
   HEADS,
   LIGHT,
   assert_close,
+  cases,
   param_shapes,
   random_params,
   random_tokens,
@@ -60,13 +61,7 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-  'fields',
-  [
-    pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name == 'gated_multi'))
-    for name, fields in SEGMENTS.items()
-  ],
-)
+@pytest.mark.parametrize('fields', cases(SEGMENTS, slow={'gated_multi'}))
 def test_segments_and_single_tokens_equal_the_whole(fields):
   config = small_config(absolute_positions=True, **fields)
   params, tokens = random_params(config), random_tokens(config, 2, 12)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import seqio
 
 from tvq_t5x.data import datasets
@@ -28,6 +29,12 @@ HEADS = {
 }
 # Quick to compile, where the kind of layer does not matter.
 LIGHT = {'num_layers': 1, 'head_type': 'mha', 'scan_layers': False}
+
+
+def cases(fields, slow=()):
+  """A parameter for each of some cases by name, those whose names are in `slow` marked so."""
+  marks = {name: pytest.mark.slow if name in slow else () for name in fields}
+  return [pytest.param(x, id=name, marks=marks[name]) for name, x in fields.items()]
 
 
 def small_config(**overrides) -> TransformerConfig:
