@@ -191,14 +191,34 @@ def dropout(
     return kept.astype(x.dtype) * x / (1.0 - rate)  # No mask of all positions is kept.
   positions = position[:, None] + jnp.arange(x.shape[1])
   keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)  # [B, T]
-  draw = functools.partial(jax.random.bits, shape=(-(-x.shape[-1] // 2),), dtype=jnp.uint32)
-  bits = jax.vmap(jax.vmap(draw))(keys)  # [B, T, D / 2], each for two entries.
-  kept = tuple(half >= round(rate * 0x10000) for half in (bits >> 16, bits & 0xFFFF))
+  kept = [half >= round(rate * 0x10000) for half in _halves(keys, x.shape[-1])]
   if xla.platform() != 'cpu':
     # Masks are drawn once, not again within each product before and after them.
     kept, x = jax.lax.optimization_barrier((kept, x))
-  kept = jnp.concatenate(kept, axis=-1)[..., : x.shape[-1]]
+  # On TPU, padded pieces are joined where they are read; concatenated, they would be copied first.
+  width, columns = x.shape[-1], kept[0].shape[-1]
+  starts = [i * columns for i in range(len(kept))]
+  kept = [
+    jax.lax.pad(piece, False, [(0, 0, 0), (0, 0, 0), (start, width - start - columns, 0)])
+    for start, piece in zip(starts, kept, strict=True)
+  ]
+  kept = functools.reduce(jnp.logical_or, kept)
   return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _halves(keys: jax.Array, width: int) -> list[jax.Array]:
+  """16 random bits for each of so many columns, in pieces [B, T, C], of keys [B, T].
+
+  A key that is folded with the number of a column is 64 bits of its own. Pieces are of full
+  registers of a TPU, 128 columns each, where 4, 3 or 2 can be.
+  """
+  pieces = next((n for n in (4, 3, 2) if width % (n * 128) == 0), 4)
+  columns = jnp.arange(-(-width // pieces))
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = jax.vmap(jax.vmap(fold, (0, None)), (0, None))(keys, columns)
+  words = jax.random.key_data(keys)  # [B, T, C, 2 or more]
+  halves = [half for i in (0, 1) for half in (words[..., i] >> 16, words[..., i] & 0xFFFF)]
+  return halves[:pieces]
 
 
 class Embedding(nn.Module):
