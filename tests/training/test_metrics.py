@@ -40,6 +40,13 @@ def test_token_metrics():
   np.testing.assert_allclose(values['bits_per_byte'], total / np.log(2) / num_bytes, rtol=1e-6)
 
 
+def test_accuracy_is_of_targets_that_no_logit_exceeds():
+  logits = jnp.array([[[2.0, 2.0, 1.0], [2.0, 2.0, 1.0], [0.0, jnp.nan, 1.0]]])
+  targets, ones = jnp.array([[1, 2, 2]]), jnp.ones([1, 3])
+  metrics = metrics_lib.token_metrics(logits, ones, targets, ones, None)
+  np.testing.assert_allclose(computed(metrics)['accuracy'], 1 / 3, rtol=1e-6)
+
+
 def test_merged_parts_equal_the_whole():
   """Sums and counts, not means, since rows have different numbers of tokens."""
   whole = metrics_of(slice(None))[0]
