@@ -19,25 +19,29 @@ from tvq_t5x.network.vq.attention import log_counts
 from tvq_t5x.network.vq.block_average import average_by_block
 from tvq_t5x.network.vq.cache import CompressedCache, caches_before_blocks, counts_by_block
 
-B, N, G, L, S, V = 2, 2, 3, 4, 5, 6
+B, N, G, L, V = 2, 2, 3, 4, 6
 
 
 def plain_average(scores, values, window, codes, counts, means):
   """The same, each of the three reads of the values with gradients of its own."""
-  values = values.active
+  values = jnp.swapaxes(values.active.reshape(B, -1, L, N, V), 2, 3)
   joined = jnp.concatenate([window, *jnp.moveaxis(values, 1, 0)], axis=2)
   starts = [r * L for r in range(values.shape[1])]
   windows = jnp.stack([joined[:, :, i : i + window.shape[2]] for i in starts], axis=1)
   initial = CompressedCache(counts[:, 0], means)
   leaving = windows[..., :L, :]
-  before, after = caches_before_blocks(initial, codes, leaving, S, Reduction.MATMUL)
+  num_codes = counts.shape[-1]
+  before, after = caches_before_blocks(initial, codes, leaving, num_codes, Reduction.MATMUL)
   args = list(scores), [windows, values, before.means]
   return softmax_average('BRNGLJ,BRNJV->BRNGLV', *args), after.means
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('num_blocks', 'window_blocks'), [(4, 1), (3, 2), (1, 3)])
-def test_equals_automatic_differentiation(num_blocks, window_blocks):
+@pytest.mark.parametrize(
+  ('num_blocks', 'window_blocks', 'S'), [(4, 1, 5), (3, 2, 5), (1, 3, 5), (2, 1, L)]
+)
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_equals_automatic_differentiation(monkeypatch, platform, num_blocks, window_blocks, S):
   rng = np.random.default_rng(0)
 
   def normal(*shape):
@@ -48,7 +52,7 @@ def test_equals_automatic_differentiation(num_blocks, window_blocks):
   counts = counts_by_block(counts, codes)
   scores = [normal(B, num_blocks, N, G, L, j) for j in (window_blocks * L, L, S)]
   scores[2] += log_counts(counts[:, :-1])[..., None, None, :]  # Codes without keys have no weight.
-  values = Values(normal(B, num_blocks, N, L, V), silu)
+  values = Values(normal(B, num_blocks * L, N, V), silu)
   window = normal(B, N, window_blocks * L, V)
   means = jnp.where(counts[:, 0, ..., None] > 0, normal(B, N, S, V), 0.0)
   cotangents = normal(B, num_blocks, N, G, L, V), normal(B, N, S, V)
@@ -58,7 +62,9 @@ def test_equals_automatic_differentiation(num_blocks, window_blocks):
     out, pull_back = jax.vjp(lambda s, v, w, m: function(s, v, w, codes, counts, m), *args)
     return out, pull_back(cotangents)
 
-  assert_close(jax.jit(run, static_argnums=0)(average_by_block), run(plain_average), atol=2e-5)
+  expected = run(plain_average)
+  monkeypatch.setattr(xla, 'platform', lambda: platform)
+  assert_close(jax.jit(run, static_argnums=0)(average_by_block), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,35 @@ def test_gradients_of_logits_are_computed_once_on_tpu(tpus):
   assert len(re.findall(r'\] exponential\(|\} exponential\(', text)) == 2  # Forward and backward.
 
 
+@pytest.mark.parametrize('lengths', [(3, 3, 3), (3, 4)])
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_sums_of_einsums(monkeypatch, platform, lengths):
+  monkeypatch.setattr(xla, 'platform', lambda: platform)
+  rng = np.random.default_rng(0)
+  xs = [jnp.asarray(rng.normal(size=(2, 5, n)), jnp.float32) for n in lengths]
+  ys = [jnp.asarray(rng.normal(size=(2, n, 4)), jnp.float32) for n in lengths]
+  expected = np.sum([x @ y for x, y in zip(xs, ys, strict=True)], axis=0)
+  assert_close(xla.sum_of_einsums('BLJ,BJV->BLV', xs, ys), expected)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_totals_of_ones_are_exact(monkeypatch, platform):
+  monkeypatch.setattr(xla, 'platform', lambda: platform)
+  x = jax.random.bernoulli(jax.random.key(0), shape=(3, 400, 2, 5)).astype(jnp.bfloat16)
+  for equation, axis in (('BTNS->NS', (0, 1)), ('BTNS->BNS', 1)):
+    found = xla.total(equation, x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.sum(np.asarray(x, np.float64), axis=axis))
+
+
+@pytest.mark.parametrize('shift', [0, 2, -3, 7])
+def test_arrays_are_rolled(shift):
+  x = jnp.arange(24).reshape(2, 4, 3)
+  for axis in (0, -2):
+    rolled = jax.jit(lambda x, shift, axis=axis: xla.roll(x, shift, axis))(x, shift)
+    np.testing.assert_array_equal(rolled, np.roll(x, shift, axis))
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 def test_sums_of_products(monkeypatch, platform, dtype):

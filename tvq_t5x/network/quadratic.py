@@ -87,7 +87,7 @@ class QuadraticAttention(Attention):
   def from_tokens(self, state: KeyValueRing, steps: jax.Array) -> KeyValueState:
     """The positions in order again."""
     oldest = steps % self.config.kv_cache_len
-    return KeyValueState(*(jnp.swapaxes(jnp.roll(x, -oldest, 2), 1, 2) for x in state))
+    return KeyValueState(*(jnp.swapaxes(xla.roll(x, -oldest, 2), 1, 2) for x in state))
 
 
 def init_key_value_state(config: TransformerConfig, batch_size: int) -> KeyValueState:
@@ -265,7 +265,7 @@ def token_attention(
   empty = jnp.arange(length) < length - position[:, None, None, None]
   in_order = jnp.where(empty, MASKED, in_order)
   scores = xla.einsum_of_few_rows('BNGK,BNCK->BNGC', content, state.keys, jnp.float32)
-  scores = scores + jnp.roll(in_order, oldest, axis=-1)
+  scores = scores + xla.roll(in_order, oldest, axis=-1)
   own_score = jnp.einsum('BNGK,BNK->BNG', content, key, **f32)[..., None] + nearness[..., :1]
 
   peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own_score)

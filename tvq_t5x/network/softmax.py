@@ -47,18 +47,6 @@ def softmax_weights(scores: Sequence[jax.Array], dtype: DTypeLike) -> list[jax.A
     return [(x * (1.0 / mass)).astype(dtype) for x in weights]
 
 
-@jax.named_scope('values')
-def weighted_sum(
-  equation: str, weights: Sequence[jax.Array], values: Sequence[jax.Array]
-) -> jax.Array:
-  """What `softmax_average` returns, of the weights; marked with `save_for_backward`."""
-  totals = [
-    jnp.einsum(equation, x, v, preferred_element_type=jnp.float32)
-    for x, v in zip(weights, values, strict=True)
-  ]
-  return save_for_backward(functools.reduce(jnp.add, totals).astype(values[0].dtype))
-
-
 def score_gradients(
   equation: str,
   weights: Sequence[jax.Array],
@@ -81,7 +69,12 @@ def _average(equation, scores, values):
 
 def _average_fwd(equation, scores, values):
   weights = softmax_weights(scores, values[0].dtype)
-  out = weighted_sum(equation, weights, values)
+  with jax.named_scope('values'):
+    totals = [
+      jnp.einsum(equation, x, v, preferred_element_type=jnp.float32)
+      for x, v in zip(weights, values, strict=True)
+    ]
+    out = save_for_backward(functools.reduce(jnp.add, totals).astype(values[0].dtype))
   return out, (weights, values, out)
 
 

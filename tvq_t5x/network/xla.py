@@ -256,6 +256,51 @@ def sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.matmul(x * y, ones, preferred_element_type=jnp.float32)[..., :1]
 
 
+def sum_of_einsums(equation: str, xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
+  """The sum of `jnp.einsum(equation, x, y)` over pairs of arrays, float32.
+
+  On TPU, pairs of the same shapes are one product, which is summed in the matrix units: XLA would
+  write one to memory, and read it to add the other.
+  """
+  f32 = {'preferred_element_type': jnp.float32}
+  shapes = {(x.shape, y.shape) for x, y in zip(xs, ys, strict=True)}
+  if platform() == 'tpu' and len(shapes) == 1:
+    left, right, out = operands(equation)
+    return jnp.einsum(f'z{left},z{right}->{out}', jnp.stack(xs), jnp.stack(ys), **f32)
+  return functools.reduce(
+    jnp.add, [jnp.einsum(equation, x, y, **f32) for x, y in zip(xs, ys, strict=True)]
+  )
+
+
+def total(equation: str, x: jax.Array) -> jax.Array:
+  """Sums of x over some axes, float32; of numbers that bfloat16 has, such as ones and zeros.
+
+  On TPU, matrix units add them, which round others first.
+
+  Args:
+    equation: einsum's, such as 'BTNS->NS'.
+    x: to sum.
+  """
+  letters, out = equation.split('->')
+  if platform() != 'tpu':
+    return jnp.sum(x, axis=[i for i, c in enumerate(letters) if c not in out], dtype=jnp.float32)
+  summed = [(c, size) for c, size in zip(letters, x.shape, strict=True) if c not in out]
+  ones = jnp.ones((_TPU_ROWS, *(size for _, size in summed)), x.dtype)
+  equation = f'z{"".join(c for c, _ in summed)},{letters}->z{out}'
+  return jnp.einsum(equation, ones, x, preferred_element_type=jnp.float32)[0]
+
+
+def roll(x: jax.Array, shift: jax.Array | int, axis: int) -> jax.Array:
+  """`jnp.roll`, which is traced in a fraction of the time where the shift is traced."""
+  return _roll(x, shift, axis)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _roll(x, shift, axis):
+  # In here JAX has no operations to print, before it sees that the shift is none that it knows.
+  return jnp.roll(x, shift, axis)
+
+
 def shift_rows(x: jax.Array, width: int, shift: int) -> jax.Array:
   """Moves the rows of x, each by its own number of columns.
 

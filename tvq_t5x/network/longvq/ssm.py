@@ -17,7 +17,7 @@ import numpy as np
 from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
 
-from tvq_t5x.network import sequence
+from tvq_t5x.network import sequence, xla
 from tvq_t5x.network.sequence import Part
 
 # The time steps that channels start with, as S4D's.
@@ -270,7 +270,7 @@ def state_after(u: jax.Array, before: jax.Array, modes: _Modes, lengths: jax.Arr
 
   def row(u, x, number):
     # The positions that count come last, as all do where all count.
-    u = jnp.roll(jnp.where(jnp.arange(length)[:, None] < number, u, 0), length - number, axis=0)
+    u = xla.roll(jnp.where(jnp.arange(length)[:, None] < number, u, 0), length - number, axis=0)
     powers = _powers(modes.a, length)
     return jnp.exp(modes.a * number) * x + _absorb(u[None], modes, powers)[0]
 

@@ -221,8 +221,6 @@ def _attend_by_block(
   """What `_attend_in_groups` returns, with gradients of values block by block."""
   counts = counts_by_block(state.cache.counts, x.leaving_codes)
   scores = _scores(x, counts[:, :-1], distances, codebook, c)
-  shape = *x.num_empty.shape, -1
-  values = values.map(lambda leaf: _heads_first(leaf.reshape(*shape, *leaf.shape[2:])))
   window = jnp.swapaxes(state.values, 1, 2)  # [B, N, M, V]
   out, means = average_by_block(
     tuple(scores), values, window, x.leaving_codes, counts, state.cache.means

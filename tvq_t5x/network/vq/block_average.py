@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from tvq_t5x.network import xla
 from tvq_t5x.network.attention import Values
 from tvq_t5x.network.layers import save_for_backward
-from tvq_t5x.network.softmax import score_gradients, softmax_weights, weighted_sum
+from tvq_t5x.network.softmax import score_gradients, softmax_weights
 
 _EQUATION = 'BRNGLJ,BRNJV->BRNGLV'
 _F32 = {'preferred_element_type': jnp.float32}
@@ -33,7 +33,7 @@ def average_by_block(
   Args:
     scores: of the keys of the window [B, R, N, G, L, M], of the block [B, R, N, G, L, L] and of the
       codes [B, R, N, G, L, S], float32. M is a multiple of L.
-    values: of R blocks, [B, R, N, L, V]; each reader computes their activation.
+    values: of R blocks, [B, R L, N, V].
     window: values of the M positions before the first block, [B, N, M, V].
     codes: [B, R, N, L] int32, of the L positions that each block folds into the cache, the oldest
       of its window; S where there is none.
@@ -49,17 +49,25 @@ def average_by_block(
 
 def _forward(scores, values, window, codes, counts, means):
   weights = softmax_weights(scores, window.dtype)
+  # Once, for all positions: the projection of the values then writes both.
+  active = _to_blocks(xla.computed_once(values.active), codes.shape[1])
   with jax.named_scope('cache'):
     rows = [
       _means(blocks, codes[b], counts[b], means[b])
-      for b, blocks in enumerate(_blocks(window, values))
+      for b, blocks in enumerate(_blocks(window, active))
     ]
     # Kept from one array for the products and the backward pass; else XLA would compute two.
     before = _stack([before for before, _ in rows])
     before = save_for_backward(xla.computed_once(before))
     means = jnp.stack([after for _, after in rows])
-  out = weighted_sum(_EQUATION, weights, [_windows(window, values), values.active, before])
-  return (out, means), (weights, values, window, codes, counts, before, out)
+  with jax.named_scope('values'):
+    near = jnp.einsum(_EQUATION, weights[0], _windows(window, active), **_F32)
+    # With one axis for B and R, XLA keeps the order of arrays in memory; of two it would turn them.
+    others = [[y.reshape(-1, *y.shape[2:]) for y in x] for x in (weights[1:], [active, before])]
+    total = xla.sum_of_einsums('PNGLJ,PNJV->PNGLV', *others)
+    total = (total + near.reshape(total.shape)).astype(active.dtype)
+    out = save_for_backward(total.reshape(near.shape))
+  return (out, means), (weights, values, active, window, codes, counts, before, out)
 
 
 def _means(
@@ -78,10 +86,11 @@ def _means(
 
 @jax.named_scope('values')
 def _backward(residuals, gradients):
-  weights, values, window, codes, counts, means, out = residuals
+  weights, values, active, window, codes, counts, means, out = residuals
   g, d_means = gradients
-  windows = _windows(window, values)
-  d_scores = score_gradients(_EQUATION, weights, [windows, values.active, means], out, g)
+  averaged = [_windows(window, active), active, means]
+  d_scores = score_gradients(_EQUATION, weights, averaged, out, g)
+  projected = _to_blocks(values.projected, codes.shape[1])
   window_blocks = window.shape[-2] // codes.shape[-1]
   d_rows, d_window, d_initial = [], [], []
   for b in range(len(codes)):
@@ -92,12 +101,12 @@ def _backward(residuals, gradients):
     d_window.append(jnp.concatenate(d_blocks[:window_blocks], axis=-2))
     d_rows.append(
       [
-        jax.vjp(values.activation, values.projected[b, r])[1](d)[0]
+        jax.vjp(values.activation, projected[b, r])[1](d)[0]
         for r, d in enumerate(d_blocks[window_blocks:])
       ]
     )
     d_initial.append(d_row_means)
-  d_values = values.map(lambda _: _stack(d_rows))
+  d_values = values.map(lambda x: jnp.swapaxes(_stack(d_rows), 2, 3).reshape(x.shape))
   return d_scores, d_values, jnp.stack(d_window), None, jnp.zeros_like(counts), jnp.stack(d_initial)
 
 
@@ -140,14 +149,15 @@ def _row_gradients(
 average_by_block.defvjp(_forward, _backward)
 
 
-def _blocks(window: jax.Array, values: Values) -> list[list[jax.Array]]:
+def _to_blocks(x: jax.Array, num_blocks: int) -> jax.Array:
+  """[B, R L, N, V] to [B, R, N, L, V]."""
+  return jnp.swapaxes(x.reshape(x.shape[0], num_blocks, -1, *x.shape[2:]), 2, 3)
+
+
+def _blocks(window: jax.Array, values: jax.Array) -> list[list[jax.Array]]:
   """Of each row: blocks of the window before the first one, then all others, [N, L, V] each."""
-  x, activation = values.projected, values.activation
-  before = jnp.split(window, window.shape[-2] // x.shape[-2], axis=-2)
-  return [
-    [*(y[b] for y in before), *(activation(x[b, r]) for r in range(x.shape[1]))]
-    for b in range(len(x))
-  ]
+  before = jnp.split(window, window.shape[-2] // values.shape[-2], axis=-2)
+  return [[*(y[b] for y in before), *x] for b, x in enumerate(values)]
 
 
 def _stack(rows: list[list[jax.Array]]) -> jax.Array:
@@ -156,14 +166,19 @@ def _stack(rows: list[list[jax.Array]]) -> jax.Array:
   return blocks.reshape(len(rows), -1, *blocks.shape[1:])
 
 
-def _windows(window: jax.Array, values: Values) -> jax.Array:
-  """Of each block: [B, R, N, M, V]."""
-  x = values.projected
-  num_blocks, block_len = x.shape[1], x.shape[-2]
-  window_blocks = window.shape[-2] // block_len
-  before = jnp.stack(jnp.split(window, window_blocks, axis=-2), axis=1)
-  blocks = jnp.concatenate([before, values.activation(x[:, :-1])], axis=1)
-  return jnp.concatenate([blocks[:, i : i + num_blocks] for i in range(window_blocks)], axis=-2)
+def _windows(window: jax.Array, values: jax.Array) -> jax.Array:
+  """Of each block of the values [B, R, N, L, V]: [B, R, N, M, V]."""
+  before = jnp.split(window, window.shape[-2] // values.shape[-2], axis=-2)
+  row = jnp.arange(values.shape[1])[:, None, None, None]
+  parts = []
+  for back in range(len(before), 0, -1):
+    # Products read a padded array, and a choice, as they are; slices would be copied first.
+    sides = [(0, 0, 0), (back, -back, 0), *[(0, 0, 0)] * 3]
+    part = jax.lax.pad(values, jnp.zeros([], values.dtype), sides)
+    for r, block in enumerate(before[-back:]):
+      part = jnp.where(row == r, block[:, None], part)
+    parts.append(part)
+  return jnp.concatenate(parts, axis=-2)
 
 
 def _shares(counts: jax.Array, r: int) -> tuple[jax.Array, jax.Array]:

@@ -90,7 +90,7 @@ def counts_by_block(initial: jax.Array, codes: jax.Array) -> jax.Array:
   Returns:
     [B, R + 1, N, S] float32.
   """
-  own = jnp.sum(jax.nn.one_hot(codes, initial.shape[-1], dtype=jnp.bfloat16), -2, jnp.float32)
+  own = xla.total('BRNLS->BRNS', jax.nn.one_hot(codes, initial.shape[-1], dtype=jnp.bfloat16))
   return _running_counts(initial, own)
 
 

@@ -42,7 +42,30 @@ def _folded(queries: jax.Array, distances: jax.Array) -> tuple[jax.Array, jax.Ar
   backwards = distances[::-1]  # Column e of row i is of distance M - e, of the next one M + 1 - e.
   own = distance_scores(queries, backwards)
   following = distance_scores(jnp.roll(queries, -1, axis=-2), jnp.roll(backwards, 1, axis=0))
-  square = jnp.where(row + jnp.arange(length + 1) < length, own, following)
-  square = square.reshape(*square.shape[:-2], length + 1, length)[..., :length, :]
+  rows = jnp.where(row + jnp.arange(length + 1) < length, own, following)
+  cut_anew = _cut_anew_in_training if xla.in_training() else _cut_anew
+  square = cut_anew(xla.row_major(rows))
   window = jnp.where(column >= row, square, 0.0)
   return window, jnp.where(column == row, distance_scores(queries, distances[:1]), square)
+
+
+def _cut_anew(rows: jax.Array) -> jax.Array:
+  """Rows [..., L, L + 1], one after the other, cut into rows of L, of which the first L count."""
+  length = rows.shape[-2]
+  return rows.reshape(*rows.shape[:-2], length + 1, length)[..., :length, :]
+
+
+_cut_anew_in_training = jax.custom_vjp(_cut_anew)
+
+
+def _cut_anew_bwd(_, g):
+  length = g.shape[-1]
+  # What computes the gradient writes it into more rows: XLA would copy it there to add zeros.
+  rows = jax.lax.empty((*g.shape[:-2], length + 1, length), g.dtype)
+  rows = jax.lax.dynamic_update_slice_in_dim(rows, g, 0, -2)
+  rows = xla.row_major(rows.reshape(*g.shape[:-1], length + 1))
+  row, column = jnp.arange(length)[:, None], jnp.arange(length + 1)
+  return (jnp.where((row == length - 1) & (column > 0), jnp.zeros([], g.dtype), rows),)
+
+
+_cut_anew_in_training.defvjp(lambda rows: (_cut_anew(rows), None), _cut_anew_bwd)

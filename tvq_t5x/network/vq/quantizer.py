@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.linen import partitioning as nn_partitioning
 from jax.nn import initializers
 
+from tvq_t5x.network import xla
 from tvq_t5x.network.config import TransformerConfig
 from tvq_t5x.network.layers import save_for_backward
 from tvq_t5x.network.mixers import Aux, Call, Loss, Ratio, Statistics
@@ -93,7 +94,7 @@ class VectorQuantizer(nn.Module):
     commit = jnp.sum(mask * jnp.square(float_keys - nearest))
     masked = jnp.where(call.loss_mask[:, :, None] > 0, codes, c.num_codes)
     one_hot = jax.nn.one_hot(masked, c.num_codes, dtype=jnp.float32)
-    batch_count = jnp.sum(one_hot, axis=(0, 1))
+    batch_count = xla.total('BTNS->NS', one_hot)
     batch_sum = jnp.einsum('btns,btnk->nsk', one_hot, jax.lax.stop_gradient(float_keys))
     if c.codes_from_keys or c.replace_below:
       statistics, averages = jax.lax.stop_gradient(((batch_sum, batch_count), (c_sum, c_count)))

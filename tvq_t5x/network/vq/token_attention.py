@@ -47,9 +47,9 @@ def to_ring(state: AttentionState) -> RingState:
 def in_order(ring: RingState, oldest: jax.Array | int) -> AttentionState:
   """The same state, given the slot of the window's oldest position."""
   return AttentionState(
-    codes=jnp.swapaxes(jnp.roll(ring.codes, -oldest, -1), -1, -2),
-    keys=jnp.swapaxes(jnp.roll(ring.keys, -oldest, -2), -2, -3),
-    values=jnp.swapaxes(jnp.roll(ring.values, -oldest, -2), -2, -3),
+    codes=jnp.swapaxes(xla.roll(ring.codes, -oldest, -1), -1, -2),
+    keys=jnp.swapaxes(xla.roll(ring.keys, -oldest, -2), -2, -3),
+    values=jnp.swapaxes(xla.roll(ring.values, -oldest, -2), -2, -3),
     cache=ring.cache,
   )
 
@@ -93,7 +93,7 @@ def token_attention(
     return jnp.take_along_axis(code_scores, codes, axis=-1, mode='fill', fill_value=MASKED)
 
   # Distances M to 1 are those of the slots from the oldest one on.
-  window_nearness = jnp.roll(nearness[..., :0:-1], oldest, axis=-1)
+  window_nearness = xla.roll(nearness[..., :0:-1], oldest, axis=-1)
   window_scores = scores_of(state.codes) + window_nearness
   own_score = scores_of(code[..., None]) + nearness[..., :1]
   cache_scores = code_scores + log_counts(state.cache.counts)[:, :, None]
