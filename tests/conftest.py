@@ -1,5 +1,6 @@
 """Options of the whole test suite."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -17,6 +18,8 @@ os.environ.setdefault(
 )
 # What several tests compile is compiled once: by all workers, and by commands that tests start.
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+# What JAX traces stays for the next test: to look through it often is a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_configure(config):

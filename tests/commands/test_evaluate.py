@@ -133,7 +133,10 @@ def test_an_older_checkpoint_and_the_default_split(call, tiny_run):
   'bindings',
   [
     ['BATCH_SIZE = 4', 'NUM_PARTITIONS = 2', 'UPDATE_LEN = 16'],
-    ['BATCH_SIZE = 8', 'NUM_PARTITIONS = 8', 'PARAMETER_PARTITIONING_DIMS = 2'],
+    pytest.param(
+      ['BATCH_SIZE = 8', 'NUM_PARTITIONS = 8', 'PARAMETER_PARTITIONING_DIMS = 2'],
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_batch_size_and_mesh_change_nothing(call, tiny_run, recorded, bindings):

@@ -91,8 +91,10 @@ def two_devices(request):
   ('heads', 'num_devices'),
   [
     ('gated_single', 4),
-    ('mha', 2),
-    *(pytest.param(*x, marks=pytest.mark.slow) for x in (('gated_single', 2), ('mha', 4))),
+    *(
+      pytest.param(*x, marks=pytest.mark.slow)
+      for x in (('gated_single', 2), ('mha', 2), ('mha', 4))
+    ),
   ],
 )
 def test_tokens_are_the_same_on_every_mesh(heads, num_devices):

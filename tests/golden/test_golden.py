@@ -255,7 +255,7 @@ def test_tokens_one_by_one_in_place(case, scan_layers):
 
 
 @needs('steps/')
-@pytest.mark.parametrize('in_parts', [False, True])
+@pytest.mark.parametrize('in_parts', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_trace(case, in_parts):
   r = case.reference
   batch_size = r['global_batch_size']

@@ -158,7 +158,9 @@ def test_equals_oracle_on_awkward_sizes(case):
   ('lengths', 'overrides'),
   [
     # The window is longer than a block and no multiple of it; the last segments are short.
-    ([12, 2, 1], {'window_len': 7, 'head_type': 'mqa', 'num_heads': 3}),
+    pytest.param(
+      [12, 2, 1], {'window_len': 7, 'head_type': 'mqa', 'num_heads': 3}, marks=pytest.mark.slow
+    ),
     # The window is shorter than a block, and no gradient leaves a block.
     ([8, 3, 8], {'grad_through_cache': False, 'num_heads': 2, 'remat': 'none'}),
     # Keys within the window but too far from the query are left out.

@@ -38,7 +38,9 @@ def as_all_pairs(queries, keys, distances, codebook, mask, block_len):
   return quadratic.all_pairs_attention(queries, keys.quantized, keys.values, distances, mask)
 
 
-@pytest.mark.parametrize('kind', [k for k in ENCODERS if k != 'quadratic'])
+@pytest.mark.parametrize(
+  'kind', cases({name: name for name in ENCODERS if name != 'quadratic'}, slow={'mha'})
+)
 def test_attention_in_linear_time_is_attention_to_all_pairs(kind):
   """Logits, and where all blocks are neighbours, every gradient."""
 

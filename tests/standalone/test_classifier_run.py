@@ -74,7 +74,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_undisturbed_one(whole, tmp_path):
   assert found[0]['checksums'] == found[1]['checksums']
 
 
-@pytest.mark.parametrize('batch_size', [5, 32])
+@pytest.mark.parametrize('batch_size', [5, pytest.param(32, marks=pytest.mark.slow)])
 def test_it_is_evaluated_by_its_own_configuration(whole, tmp_path, capsys, batch_size):
   """Each example counts once, in batches of any size."""
   file = tmp_path / 'predictions.jsonl'
