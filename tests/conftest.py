@@ -18,7 +18,7 @@ os.environ.setdefault(
 )
 # What several tests compile is compiled once: by all workers, and by commands that tests start.
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-# What JAX traces stays for the next test: to look through it often is a tenth of the time.
+# What JAX traces stays for the next test: to look through it often is some 6% of the time.
 gc.set_threshold(200_000, 20, 100)
 
 

@@ -290,13 +290,9 @@ def total(equation: str, x: jax.Array) -> jax.Array:
   return jnp.einsum(equation, ones, x, preferred_element_type=jnp.float32)[0]
 
 
+@functools.partial(jax.jit, static_argnames='axis', inline=True)
 def roll(x: jax.Array, shift: jax.Array | int, axis: int) -> jax.Array:
   """`jnp.roll`, which is traced in a fraction of the time where the shift is traced."""
-  return _roll(x, shift, axis)
-
-
-@functools.partial(jax.jit, static_argnums=2, inline=True)
-def _roll(x, shift, axis):
   # In here JAX has no operations to print, before it sees that the shift is none that it knows.
   return jnp.roll(x, shift, axis)
 
